@@ -1,0 +1,133 @@
+"""The one exception tree of nbdstore.
+
+Owns every exception that nbdstore raises on purpose; imports nothing, is imported by all::
+
+    NbdstoreError
+     +- InvalidArgument        a person's value makes no sense           exit 2, HTTP 400
+     |   +- NotFound           no such pool, volume, export              exit 1, HTTP 404
+     |   +- AlreadyExists      the name is taken                         exit 1, HTTP 409
+     +- Busy                   somebody uses it now                      exit 1, HTTP 409
+     +- StoreError             the pool cannot do it
+     |   +- PoolLocked         another process serves this pool
+     |   +- PoolFormatError    not a pool, or of a format not known here
+     |   +- Corruption         bytes on disk are not what was written: where, expected, found
+     |   +- NoSpace            the pool, or the disk under it, is full   NBD ENOSPC
+     |   +- PoolFailed         a sync failed; nothing is acknowledged until a restart
+     |   +- ReadFailed         the disk returned an error for a read     NBD EIO
+     +- ProtocolError          the peer broke NBD's rules: the connection is dropped
+     +- ControlError           the control API cannot be reached, or answered nonsense
+
+Every message says what was wrong, with the value, and what to do next; ``code`` is a stable
+word for machines (the control API's problem type), so a client can rebuild the exception.
+"""
+
+from __future__ import annotations
+
+
+class NbdstoreError(Exception):
+    """Base of everything nbdstore raises on purpose; ``str()`` is one line for a person."""
+
+    code = "error"
+    exit_status = 1
+    http_status = 500
+
+
+class InvalidArgument(NbdstoreError):
+    """A value given by a person or a client makes no sense."""
+
+    code = "invalid-argument"
+    exit_status = 2
+    http_status = 400
+
+
+class NotFound(InvalidArgument):
+    """There is no pool, volume or export of that name."""
+
+    code = "not-found"
+    exit_status = 1
+    http_status = 404
+
+
+class AlreadyExists(InvalidArgument):
+    """The name is taken."""
+
+    code = "already-exists"
+    exit_status = 1
+    http_status = 409
+
+
+class Busy(NbdstoreError):
+    """Somebody is using what should be changed."""
+
+    code = "busy"
+    http_status = 409
+
+
+class StoreError(NbdstoreError):
+    """The pool cannot do what was asked."""
+
+    code = "store-error"
+
+
+class PoolLocked(StoreError):
+    """Another process holds the pool."""
+
+    code = "pool-locked"
+    http_status = 409
+
+
+class PoolFormatError(StoreError):
+    """The directory holds no pool, or one whose format this version does not know."""
+
+    code = "pool-format"
+
+
+class Corruption(StoreError):
+    """Bytes on disk are not what was written there.
+
+    Arguments:
+        where: file, offset and what should stand there.
+        expected, found: checksums (or other values) as a person should see them.
+    """
+
+    code = "corruption"
+
+    def __init__(self, where: str, expected: str, found: str, advice: str = "") -> None:
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.advice = advice
+        message = f"{where}: expected {expected}, found {found}"
+        super().__init__(f"{message}; {advice}" if advice else message)
+
+
+class NoSpace(StoreError):
+    """The pool's capacity, or the disk it lies on, is used up."""
+
+    code = "no-space"
+    http_status = 507
+
+
+class PoolFailed(StoreError):
+    """The pool stopped acknowledging writes, since a sync failed; restart to recover."""
+
+    code = "pool-failed"
+    http_status = 503
+
+
+class ReadFailed(StoreError):
+    """The disk under the pool returned an error for a read."""
+
+    code = "read-failed"
+
+
+class ProtocolError(NbdstoreError):
+    """The peer broke a rule of NBD that leaves the byte stream without meaning: drop it."""
+
+    code = "protocol-error"
+
+
+class ControlError(NbdstoreError):
+    """The control API of a server cannot be reached, or its answer makes no sense."""
+
+    code = "control-error"
