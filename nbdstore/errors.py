@@ -14,6 +14,7 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- NoSpace            the pool, or the disk under it, is full   NBD ENOSPC
      |   +- PoolFailed         a sync failed; nothing is acknowledged until a restart
      |   +- ReadFailed         the disk returned an error for a read     NBD EIO
+     |   +- WriteFailed        the disk returned an error for a write    NBD EIO
      +- ProtocolError          the peer broke NBD's rules: the connection is dropped
      +- ControlError           the control API cannot be reached, or answered nonsense
 
@@ -119,6 +120,12 @@ class ReadFailed(StoreError):
     """The disk under the pool returned an error for a read."""
 
     code = "read-failed"
+
+
+class WriteFailed(StoreError):
+    """The disk under the pool returned an error for a write or a sync."""
+
+    code = "write-failed"
 
 
 class ProtocolError(NbdstoreError):
