@@ -1,0 +1,57 @@
+# nbdstore's two commands, and the pieces they are made of:
+#
+#   make serve         install, make a pool and a volume if there is none, serve on 127.0.0.1:10809
+#   make test          all that CI runs: packages, linters, types, every test
+#
+#   make lint types    the quick checks
+#   make tests         the tests alone; ARGS="tests/store -k journal" chooses
+#   make memory-test   100 volumes of 1 TiB with 1 GiB in each: 100 GiB of disk, a quarter of an hour
+#   make format        rewrite the code as ruff wants it
+#   make clean         remove what the others have made
+#
+# PYTHON=... chooses the interpreter (3.11 or newer); see scripts/make-venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
+ARGS ?=
+
+.PHONY: serve test lint types tests memory-test format packages clean
+.NOTPARALLEL:
+
+serve: $(VENV)/.ready
+	@$(BIN)/nbdstore serve --demo --listen 127.0.0.1:10809
+
+test: packages lint types tests
+
+packages:
+	@scripts/install-packages tests/debian-packages.txt
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-test
+	$(BIN)/mypy
+
+tests: $(VENV)/.ready-test
+	$(BIN)/pytest --numprocesses=$(TEST_PROCESSES) $(ARGS)
+
+memory-test: $(VENV)/.ready-test
+	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py
+
+format: $(VENV)/.ready-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.ready: setup.cfg pyproject.toml scripts/make-venv
+	@scripts/make-venv $(VENV)
+	@touch $@
+
+$(VENV)/.ready-test: setup.cfg pyproject.toml scripts/make-venv
+	@scripts/make-venv $(VENV) test
+	@touch $(VENV)/.ready $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find nbdstore tests -name __pycache__ -type d -prune -exec rm -rf {} +
