@@ -17,6 +17,7 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- WriteFailed        the disk returned an error for a write    NBD EIO
      +- ProtocolError          the peer broke NBD's rules: the connection is dropped
      +- ControlError           the control API cannot be reached, or answered nonsense
+         +- Unauthorized       the token is missing or wrong             exit 1, HTTP 401
 
 Every message says what was wrong, with the value, and what to do next; ``code`` is a stable
 word for machines (the control API's problem type), so a client can rebuild the exception.
@@ -138,3 +139,10 @@ class ControlError(NbdstoreError):
     """The control API of a server cannot be reached, or its answer makes no sense."""
 
     code = "control-error"
+
+
+class Unauthorized(ControlError):
+    """The control API wants a token that was not given, or another one."""
+
+    code = "unauthorized"
+    http_status = 401
