@@ -1,0 +1,89 @@
+"""``nbdstore capacity``: the capacity model in numbers."""
+
+from __future__ import annotations
+
+import click
+
+from nbdstore.commands import parameters
+from nbdstore.commands.output import json_option, print_facts, print_json
+from nbdstore.commands.session import Session, pass_session
+from nbdstore.control.capacity import CapacityReport
+from nbdstore.sizes import format_size
+
+DAY_S = 24 * 60 * 60
+
+
+@click.command(short_help="Show what fits, what was promised, what is stored, what is left.")
+@click.option(
+    "--containers", type=click.IntRange(min=0), default=0, help="Containers of the platform."
+)
+@click.option(
+    "--container-size",
+    type=parameters.size,
+    metavar="SIZE",
+    default="0",
+    help="Storage the platform gives to each, beside the pool.",
+)
+@json_option
+@pass_session
+def capacity(session: Session, containers: int, container_size: int, as_json: bool) -> None:
+    """Show what the pool can hold, what was promised, what is stored, what is left.
+
+    C_b is the capacity of the block storage, C_c that of the container platform, C_bc both
+    together, D the data stored. No container platform is asked yet: say with --containers and
+    --container-size what it has. Attached volumes live in C_b and are not counted twice.
+
+    \b
+    Examples:
+      nbdstore capacity
+      nbdstore capacity --containers 20 --container-size 10G --json
+    """
+    with session.service() as service:
+        report = service.capacity().with_containers(containers, container_size)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_facts(_facts(report))
+
+
+def _facts(report: CapacityReport) -> list[tuple[str, str]]:
+    def product(n: int, each: int, total: int) -> str:
+        return f"{format_size(total):<10}  {n} x {format_size(each)}"
+
+    return [
+        (
+            "block storage C_b",
+            product(report.n_blocks, report.block_size, report.block_capacity),
+        ),
+        (
+            "containers C_c",
+            product(report.n_containers, report.container_size, report.container_capacity),
+        ),
+        ("integrated C_bc", f"{format_size(report.integrated_capacity):<10}  C_b + C_c"),
+        ("data stored D", product(report.n_mapped, report.block_size, report.data)),
+        ("provisioned", f"{format_size(report.provisioned):<10}  {report.n_volumes} volumes"),
+        ("overcommit", f"{report.overcommit:<10.2f}  provisioned / C_b"),
+        ("fill", f"{report.fill:<10.1%}  {format_size(report.used)} used with the pool's maps"),
+        ("left", format_size(report.free)),
+        ("runs out", _forecast(report)),
+    ]
+
+
+def _forecast(report: CapacityReport) -> str:
+    rate, window_s = report.growth_bytes_per_s, report.growth_window_s
+    if rate is None or window_s is None:
+        return "unknown: a running server knows once it has watched for a minute"
+    seen = f"over the last {format_duration(window_s)}"
+    if report.exhausted_in_s is None:
+        return f"not in sight: no growth {seen}"
+    per_day = format_size(rate * DAY_S)
+    return f"in {format_duration(report.exhausted_in_s)}, at {per_day} a day as {seen}"
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration for a person, in one unit: ``12 days``, ``3 hours``, ``1 minute``."""
+    for unit, length_s in (("day", DAY_S), ("hour", 3600), ("minute", 60)):
+        if seconds >= length_s:
+            n = round(seconds / length_s)
+            return f"{n} {unit}{'s' if n != 1 else ''}"
+    return f"{seconds:.0f} seconds"

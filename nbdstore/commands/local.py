@@ -1,0 +1,115 @@
+"""A pool that no server holds, opened for one command.
+
+Owns an event loop for as long: the store is asynchronous, the commands are not. The rules are
+those of `nbdstore.control.operations`, as when a server is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nbdstore.control.capacity import CapacityReport
+from nbdstore.control.model import AttachmentInfo, PoolInfo, VolumeInfo
+from nbdstore.control.operations import Operations
+from nbdstore.control.service import Content
+from nbdstore.control.stream import Piece
+from nbdstore.store import Pool, PoolOptions
+
+T = TypeVar("T")
+
+
+class LocalService:
+    """A `VolumeService` on the pool in `directory`, locked until `close`.
+
+    Raises:
+        PoolLocked: another process has it open, and other StoreErrors of opening.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._runner = asyncio.Runner()
+        try:
+            # Nobody could make space while a command waits for it: a full pool is an error at once.
+            self._pool = self._run(Pool.open(directory, options=PoolOptions(on_full="error")))
+        except BaseException:
+            self._runner.close()
+            raise
+        self._operations = Operations(self._pool)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+    def close(self) -> None:
+        """Write what is left and unlock the pool."""
+        try:
+            self._run(self._pool.close())
+        finally:
+            self._runner.close()
+
+    def pool(self) -> PoolInfo:
+        return self._operations.pool()
+
+    def grow_pool(self, capacity: int) -> PoolInfo:
+        return self._run(self._operations.grow_pool(capacity))
+
+    def checkpoint(self) -> PoolInfo:
+        return self._run(self._operations.checkpoint())
+
+    def capacity(self) -> CapacityReport:
+        return self._operations.capacity()
+
+    def attachments(self) -> list[AttachmentInfo]:
+        return self._operations.attachments()
+
+    def volumes(self) -> list[VolumeInfo]:
+        return self._operations.volumes()
+
+    def volume(self, name: str) -> VolumeInfo:
+        return self._operations.volume(name)
+
+    def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
+        return self._run(self._operations.create_volume(name, size, allow))
+
+    def update_volume(
+        self,
+        name: str,
+        *,
+        size: int | None = None,
+        new_name: str | None = None,
+        allow: Sequence[str] | None = None,
+        force: bool = False,
+    ) -> VolumeInfo:
+        return self._run(
+            self._operations.update_volume(
+                name, size=size, new_name=new_name, allow=allow, force=force
+            )
+        )
+
+    def delete_volume(self, name: str) -> None:
+        self._run(self._operations.delete_volume(name))
+
+    def read_content(self, name: str) -> Content:
+        size, pieces = self._operations.read_content(name)
+        return Content(size, self._stepped(pieces))
+
+    def write_content(
+        self, name: str, size: int, pieces: Iterable[Piece], *, overwrite: bool = False
+    ) -> VolumeInfo:
+        return self._run(
+            self._operations.write_content(name, size, _as_async(pieces), overwrite=overwrite)
+        )
+
+    def _stepped(self, pieces: AsyncIterator[Piece]) -> Iterator[Piece]:
+        async def step() -> Piece | None:
+            return await anext(pieces, None)
+
+        while (piece := self._run(step())) is not None:
+            yield piece
+
+
+async def _as_async(pieces: Iterable[Piece]) -> AsyncIterator[Piece]:
+    """Yield from `pieces`, which may block: nothing else runs on the loop of one command."""
+    for piece in pieces:
+        yield piece

@@ -1,0 +1,29 @@
+"""Kinds of command line values that click does not know: sizes and addresses.
+
+Each is a function from the text to the value, given to click as ``type=``.
+"""
+
+from __future__ import annotations
+
+import click
+
+from nbdstore.errors import InvalidArgument
+from nbdstore.sizes import parse_size
+
+
+def size(text: str) -> int:
+    """Read ``10G``, ``512M``, ``1.5T``, ``4K`` or plain bytes."""
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """Read ``HOST:PORT``, with ``[...]`` around an IPv6 address."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise click.BadParameter(
+            f"'{text}' is not HOST:PORT, such as 127.0.0.1:10810 or [::1]:10810"
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)

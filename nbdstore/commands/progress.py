@@ -1,0 +1,62 @@
+"""A progress bar on standard error, for a person who waits; silent when none is there."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from nbdstore.sizes import format_size
+
+BAR_WIDTH = 24
+REDRAW_EVERY_S = 0.1
+
+
+class Progress:
+    """Show how far something of known or unknown length has come.
+
+    Arguments:
+        label: what is going on.
+        total: the length in bytes, None if nobody knows.
+
+    Use as a context manager: the bar is wiped at the end, so that the answer stands alone.
+    """
+
+    def __init__(self, label: str, total: int | None) -> None:
+        self._label = label
+        self._total = total
+        self._visible = sys.stderr.isatty()
+        self._started_s = time.monotonic()
+        self._drawn_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._visible and self._drawn_s:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def update(self, position: int, total: int | None = None) -> None:
+        """Say that `position` bytes are behind; `total` corrects the length."""
+        self._total = total if total is not None else self._total
+        now_s = time.monotonic()
+        if self._visible and now_s - self._drawn_s >= REDRAW_EVERY_S:
+            self._drawn_s = now_s
+            sys.stderr.write("\r\x1b[K" + self._line(position, now_s - self._started_s))
+            sys.stderr.flush()
+
+    def _line(self, position: int, elapsed_s: float) -> str:
+        rate = f"{format_size(position / elapsed_s)}/s" if elapsed_s > 0 else ""
+        if not self._total:
+            return f"{self._label}  {format_size(position)}  {rate}"
+        part = min(position / self._total, 1.0)
+        bar = ("#" * int(part * BAR_WIDTH)).ljust(BAR_WIDTH, "-")
+        amount = f"{format_size(position)} of {format_size(self._total)}"
+        return f"{self._label}  [{bar}] {part:4.0%}  {amount}  {rate}"

@@ -1,0 +1,108 @@
+"""What all commands share: which pool or server is meant, and the way to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nbdstore.control.client import ControlClient
+from nbdstore.control.service import VolumeService
+from nbdstore.errors import InvalidArgument, NbdstoreError, PoolLocked
+
+SOCKET_NAME = "control.sock"
+LOCK_PATIENCE_S = 5.0
+"""Another command holds the pool for a moment only, and a server opens its control socket soon
+after it locks the pool; whoever keeps the lock longer without answering is worth an error."""
+RETRY_EVERY_S = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """The global options, and the environment for those few who need it.
+
+    pool: the pool's directory. server: a control URL, which wins over `pool`.
+    """
+
+    pool: Path
+    server: str | None = None
+    token_file: Path | None = None
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @contextmanager
+    def service(self, *, patience_s: float = LOCK_PATIENCE_S) -> Iterator[VolumeService]:
+        """Reach the pool, through the server that holds it or by opening it for the moment."""
+        service = self._reach(patience_s)
+        try:
+            yield service
+        finally:
+            service.close()
+
+    def _reach(self, patience_s: float) -> VolumeService:
+        if self.server is not None:
+            token = read_token(self.token_file) if self.token_file else None
+            return ControlClient(self.server, token=token)
+        deadline_s = time.monotonic() + patience_s
+        client = ControlClient(f"unix:{self.pool / SOCKET_NAME}")
+        while not client.reachable():
+            try:
+                return self._open()
+            except PoolLocked as error:
+                if time.monotonic() >= deadline_s:
+                    raise PoolLocked(
+                        f"{error}; it does not answer at {self.pool / SOCKET_NAME}, so it may be "
+                        "starting, stopping or stuck: try again, or see that process"
+                    ) from error
+            time.sleep(RETRY_EVERY_S)
+        return client
+
+    def _open(self) -> VolumeService:
+        # Imported late: the store brings numpy, which a command that talks to a server never needs.
+        from nbdstore.commands.local import LocalService
+
+        return LocalService(self.pool)
+
+    def require_local(self, command: str) -> Path:
+        """Return the pool's directory for a command that works on it alone, without a server."""
+        if self.server is not None:
+            raise InvalidArgument(
+                f"'{command}' works on a pool of this machine: give --pool, not --server"
+            )
+        return self.pool
+
+
+pass_session: Callable[[Callable[..., Any]], Callable[..., Any]] = click.pass_obj
+
+
+def read_token(path: Path) -> str:
+    """Read a bearer token: the file's only line.
+
+    Raises:
+        InvalidArgument: the file cannot be read, or holds no token.
+    """
+    try:
+        lines = path.read_text(encoding="ascii").split()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not plain text"
+        raise InvalidArgument(f"cannot read the token file '{path}': {reason}") from error
+    if len(lines) != 1:
+        raise InvalidArgument(f"the token file '{path}' must hold one line, the token, and no more")
+    return lines[0]
+
+
+def complete_volume(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Offer the names of the pool's volumes to the shell; nothing rather than an error."""
+    options = ctx.find_root().params
+    session = Session(
+        options.get("pool") or Path(), options.get("server"), options.get("token_file")
+    )
+    try:
+        with session.service(patience_s=0) as service:
+            return [info.name for info in service.volumes() if info.name.startswith(incomplete)]
+    except (NbdstoreError, OSError):
+        return []

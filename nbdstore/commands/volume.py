@@ -1,0 +1,210 @@
+"""``nbdstore volume``: create, list, show, resize, rename, delete, allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from nbdstore.commands import parameters
+from nbdstore.commands.groups import OrderedGroup
+from nbdstore.commands.output import json_option, print_facts, print_json, print_table
+from nbdstore.commands.session import Session, complete_volume, pass_session
+from nbdstore.control.model import AttachmentInfo, VolumeInfo
+from nbdstore.sizes import format_size
+
+name_argument = click.argument("name", shell_complete=complete_volume)
+
+
+@click.group(cls=OrderedGroup)
+def volume() -> None:
+    """Create, list, change and delete volumes.
+
+    A volume is a thin disk: it takes space from the pool only for what is written to it. While a
+    server runs, new volumes and new sizes are there for the next client at once.
+    """
+
+
+@volume.command()
+@click.argument("name")
+@click.option(
+    "--size", type=parameters.size, required=True, metavar="SIZE", help="As in 10G, 512M, 1.5T."
+)
+@click.option("--allow", multiple=True, metavar="CERT", help="See 'nbdstore volume allow'.")
+@json_option
+@pass_session
+def create(session: Session, name: str, size: int, allow: Sequence[str], as_json: bool) -> None:
+    """Create an empty volume NAME.
+
+    \b
+    Examples:
+      nbdstore volume create db --size 10G
+    """
+    with session.service() as service:
+        info = service.create_volume(name, size, allow)
+    _print_done(info, as_json, f"created volume {info.name}, {format_size(info.size)}")
+
+
+@volume.command("list")
+@json_option
+@pass_session
+def list_(session: Session, as_json: bool) -> None:
+    """List the volumes: their size, what they hold, who is attached."""
+    with session.service() as service:
+        infos = service.volumes()
+    if as_json:
+        print_json([info.to_json() for info in infos])
+    elif not infos:
+        click.echo("no volumes yet: make one with `nbdstore volume create NAME --size SIZE`")
+    else:
+        print_table(
+            ("NAME", "SIZE", "MAPPED", "ATTACHED", "CREATED", "NOTES"),
+            [_row(info) for info in infos],
+            right="SIZE MAPPED ATTACHED",
+        )
+
+
+def _row(info: VolumeInfo) -> tuple[str, ...]:
+    notes = ["import not finished"] if info.importing else []
+    if info.allow:
+        notes.append(f"for {', '.join(info.allow)}")
+    return (
+        info.name,
+        format_size(info.size),
+        format_size(info.mapped),
+        str(info.attached or "-"),
+        info.created[:10],
+        "; ".join(notes),
+    )
+
+
+@volume.command()
+@name_argument
+@json_option
+@pass_session
+def show(session: Session, name: str, as_json: bool) -> None:
+    """Show volume NAME and who is attached to it."""
+    with session.service() as service:
+        info = service.volume(name)
+        attachments = [item for item in service.attachments() if item.export == name]
+    if as_json:
+        print_json(info.to_json() | {"attachments": [item.to_json() for item in attachments]})
+        return
+    print_facts(_facts(info))
+    if attachments:
+        click.echo()
+        print_table(
+            ("CLIENT", "SINCE", "MODE", "CERTIFICATE", "READ", "WRITTEN"),
+            [_attachment_row(item) for item in attachments],
+            right="READ WRITTEN",
+        )
+
+
+def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
+    mapped = f"{format_size(info.mapped)} ({info.mapped / info.size:.1%})" if info.size else "0 B"
+    facts = [
+        ("volume", info.name),
+        ("uuid", info.uuid),
+        ("size", f"{format_size(info.size)} ({info.size} bytes)"),
+        ("mapped", mapped),
+        ("reserved", format_size(info.reserved)),
+        ("created", info.created),
+        ("allowed", ", ".join(info.allow) or "anyone the server lets in"),
+        ("attached", f"{info.attached} connections" if info.attached else "no"),
+    ]
+    if info.importing:
+        facts.append(("import", "not finished: wait for it, import again, or delete the volume"))
+    return facts
+
+
+def _attachment_row(item: AttachmentInfo) -> tuple[str, ...]:
+    mode = "read-only" if item.read_only else "read-write"
+    return (
+        item.peer,
+        item.since,
+        mode,
+        item.tls_name or "-",
+        format_size(item.bytes_read),
+        format_size(item.bytes_written),
+    )
+
+
+@volume.command()
+@name_argument
+@click.argument("size", type=parameters.size, metavar="SIZE")
+@click.option("--force", is_flag=True, help="Shrink even below data that is mapped: it is lost.")
+@json_option
+@pass_session
+def resize(session: Session, name: str, size: int, force: bool, as_json: bool) -> None:
+    """Change the size of volume NAME to SIZE.
+
+    Growing works any time; a client sees the new size when it attaches next. Shrinking wants the
+    volume detached, and --force if data lies beyond the new end.
+
+    \b
+    Examples:
+      nbdstore volume resize db 20G
+    """
+    with session.service() as service:
+        info = service.update_volume(name, size=size, force=force)
+    _print_done(info, as_json, f"volume {info.name} has {format_size(info.size)} now")
+
+
+@volume.command()
+@name_argument
+@click.argument("new_name")
+@json_option
+@pass_session
+def rename(session: Session, name: str, new_name: str, as_json: bool) -> None:
+    """Rename volume NAME to NEW_NAME; clients that are attached stay so."""
+    with session.service() as service:
+        info = service.update_volume(name, new_name=new_name)
+    _print_done(info, as_json, f"volume {name} is called {info.name} now")
+
+
+@volume.command()
+@name_argument
+@pass_session
+def delete(session: Session, name: str) -> None:
+    """Delete volume NAME and all its data, for good. Refused while it is attached."""
+    with session.service() as service:
+        service.delete_volume(name)
+    click.echo(f"deleted volume {name}")
+
+
+@volume.command()
+@name_argument
+@click.argument("certificate", nargs=-1, metavar="[CERT]...")
+@click.option("--anyone", is_flag=True, help="Clear the list: anyone the server lets in.")
+@json_option
+@pass_session
+def allow(
+    session: Session, name: str, certificate: Sequence[str], anyone: bool, as_json: bool
+) -> None:
+    """Let only clients with certificates named CERT attach volume NAME.
+
+    The names replace those of before and hold for the next client; the server must demand client
+    certificates ('nbdstore serve --tls required --tls-verify-client'). Without CERT and --anyone,
+    shows who is allowed.
+
+    \b
+    Examples:
+      nbdstore volume allow db db1.example.org db2.example.org
+      nbdstore volume allow db --anyone
+    """
+    if anyone and certificate:
+        raise click.UsageError("give certificate names or --anyone, not both")
+    with session.service() as service:
+        if anyone or certificate:
+            info = service.update_volume(name, allow=certificate)
+        else:
+            info = service.volume(name)
+    who = ", ".join(info.allow) or "anyone the server lets in"
+    _print_done(info, as_json, f"volume {name} may be attached by: {who}")
+
+
+def _print_done(info: VolumeInfo, as_json: bool, text: str) -> None:
+    if as_json:
+        print_json(info.to_json())
+    else:
+        click.echo(text)

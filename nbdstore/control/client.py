@@ -1,0 +1,265 @@
+"""The client of the control API: a `VolumeService` that asks a server over HTTP.
+
+Owns the URLs (``unix:PATH``, ``http://HOST:PORT``, ``https://HOST:PORT``), the requests, and the
+way back from problems to exceptions. Needs nothing but the standard library and xxhash, and starts
+fast: agents on other hosts and every short command use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote, urlsplit
+
+from nbdstore.control import problems, stream, unix_socket
+from nbdstore.control.capacity import CapacityReport
+from nbdstore.control.model import AttachmentInfo, PoolInfo, VolumeInfo
+from nbdstore.control.service import Content
+from nbdstore.control.stream import Buffer, Piece, StreamReader, StreamWriter
+from nbdstore.errors import ControlError, InvalidArgument
+
+TIMEOUT_S = 120.0
+"""Seconds without a byte from the server after which a call is given up."""
+CONNECT_TIMEOUT_S = 10.0
+
+
+class ControlClient:
+    """Ask the server at `url`; one connection per call, so a client outlives server restarts.
+
+    Arguments:
+        url: ``unix:PATH``, ``http://HOST:PORT`` or ``https://HOST:PORT``.
+        token: the bearer token, for TCP.
+
+    Raises:
+        InvalidArgument: `url` is none of these forms.
+    """
+
+    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        self.url = url
+        self._timeout_s = timeout_s
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._path, self._host, self._port, self._tls = _split(url)
+
+    # VolumeService; see there
+
+    def pool(self) -> PoolInfo:
+        return PoolInfo.from_json(self._call("GET", "/v1/pool"))
+
+    def grow_pool(self, capacity: int) -> PoolInfo:
+        return PoolInfo.from_json(self._call("POST", "/v1/pool/grow", {"capacity": capacity}))
+
+    def checkpoint(self) -> PoolInfo:
+        return PoolInfo.from_json(self._call("POST", "/v1/pool/checkpoint", {}))
+
+    def capacity(self) -> CapacityReport:
+        return CapacityReport.from_json(self._call("GET", "/v1/capacity"))
+
+    def attachments(self) -> list[AttachmentInfo]:
+        listing = self._list("/v1/connections", "connections")
+        return [AttachmentInfo.from_json(item) for item in listing]
+
+    def volumes(self) -> list[VolumeInfo]:
+        return [VolumeInfo.from_json(item) for item in self._list("/v1/volumes", "volumes")]
+
+    def volume(self, name: str) -> VolumeInfo:
+        return VolumeInfo.from_json(self._call("GET", _volume_path(name)))
+
+    def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
+        body = {"name": name, "size": size, "allow": list(allow)}
+        return VolumeInfo.from_json(self._call("POST", "/v1/volumes", body))
+
+    def update_volume(
+        self,
+        name: str,
+        *,
+        size: int | None = None,
+        new_name: str | None = None,
+        allow: Sequence[str] | None = None,
+        force: bool = False,
+    ) -> VolumeInfo:
+        changes = {
+            "size": size,
+            "name": new_name,
+            "allow": None if allow is None else list(allow),
+            "force": force or None,
+        }
+        body = {key: value for key, value in changes.items() if value is not None}
+        return VolumeInfo.from_json(self._call("PATCH", _volume_path(name), body))
+
+    def delete_volume(self, name: str) -> None:
+        self._call("DELETE", _volume_path(name))
+
+    def read_content(self, name: str) -> Content:
+        connection = self._connect()
+        try:
+            response = self._send(connection, "GET", _volume_path(name) + "/data")
+            reader = StreamReader()
+            pieces = self._received(connection, response, reader)
+            first = next(pieces, None)
+        except BaseException:
+            connection.close()
+            raise
+        if reader.size is None:
+            raise ControlError(f"{self.url} sent no data stream")
+        return Content(reader.size, _resumed(first, pieces))
+
+    def write_content(
+        self, name: str, size: int, pieces: Iterable[Piece], *, overwrite: bool = False
+    ) -> VolumeInfo:
+        path = _volume_path(name) + "/data" + ("?overwrite=1" if overwrite else "")
+        with contextlib.closing(self._connect()) as connection:
+            response = self._send(connection, "PUT", path, _frames(size, pieces))
+            return VolumeInfo.from_json(_decode(response.read()))
+
+    def close(self) -> None:
+        """Nothing is kept open between calls."""
+
+    # HTTP
+
+    def reachable(self) -> bool:
+        """Return whether somebody accepts connections at the address now.
+
+        A socket that a killed server left behind refuses connections, as one that is gone does.
+
+        Raises:
+            ControlError: nobody can tell, such as when the socket is another user's.
+        """
+        try:
+            self._connect().close()
+        except ControlError as error:
+            if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+                return False
+            raise
+        return True
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        payload = None if body is None else json.dumps(body).encode()
+        with contextlib.closing(self._connect()) as connection:
+            response = self._send(connection, method, path, payload)
+            content = self._read(response)
+        return _decode(content) if content else None
+
+    def _list(self, path: str, member: str) -> list[Any]:
+        answer = self._call("GET", path)
+        if not isinstance(answer, dict) or not isinstance(answer.get(member), list):
+            raise ControlError(f"{self.url} sent no list of {member}")
+        return list(answer[member])
+
+    def _connect(self) -> http.client.HTTPConnection:
+        connection: http.client.HTTPConnection
+        try:
+            if self._path is not None:
+                connection = http.client.HTTPConnection("localhost")
+                connection.sock = unix_socket.connect(self._path, CONNECT_TIMEOUT_S)
+            else:
+                scheme = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
+                connection = scheme(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
+                connection.connect()
+        except OSError as error:
+            self._unreachable(error)
+        assert isinstance(connection.sock, socket.socket)
+        connection.sock.settimeout(self._timeout_s)
+        return connection
+
+    def _unreachable(self, error: OSError) -> NoReturn:
+        raise ControlError(
+            f"no server answers at {self.url} ({error.strerror or error}): "
+            "is it running, and is the address right?"
+        ) from error
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | Iterable[Buffer] | None = None,
+    ) -> http.client.HTTPResponse:
+        """Send a request and return the response if it is a success, else raise its problem."""
+        headers = dict(self._headers)
+        if body is not None:
+            headers["Content-Type"] = (
+                "application/json" if isinstance(body, bytes) else stream.CONTENT_TYPE
+            )
+        try:
+            # A server that refuses an import answers before it has read all of it.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, path, body, headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            self._broken(error)
+        if response.status >= 300:
+            raise problems.load(self._read(response), response.status)
+        return response
+
+    def _read(self, response: http.client.HTTPResponse, n_bytes: int | None = None) -> bytes:
+        try:
+            return response.read() if n_bytes is None else response.read1(n_bytes)
+        except (OSError, http.client.HTTPException) as error:
+            self._broken(error)
+
+    def _broken(self, error: Exception) -> NoReturn:
+        if isinstance(error, TimeoutError):
+            raise ControlError(
+                f"{self.url} gave no answer within {self._timeout_s:g} s: see the server's log"
+            ) from error
+        raise ControlError(
+            f"{self.url} went away before it answered ({str(error) or type(error).__name__}): "
+            "see whether the change was made, and try again"
+        ) from error
+
+    def _received(
+        self,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+        reader: StreamReader,
+    ) -> Iterator[Piece]:
+        with contextlib.closing(connection):
+            while chunk := self._read(response, stream.PIECE_BYTES):
+                yield from reader.feed(chunk)
+            reader.end()
+
+
+def _split(url: str) -> tuple[Path | None, str, int, bool]:
+    """Return (socket path or None, host, port, TLS)."""
+    if url.startswith("unix:"):
+        path = url.removeprefix("unix:").removeprefix("//")
+        if path:
+            return Path(path), "", 0, False
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/"):
+            tls = parts.scheme == "https"
+            return None, parts.hostname, parts.port or (443 if tls else 80), tls
+    raise InvalidArgument(
+        f"'{url}' is not a server's address: write it as unix:PATH or http://HOST:PORT"
+    )
+
+
+def _volume_path(name: str) -> str:
+    return "/v1/volumes/" + quote(name, safe="")
+
+
+def _decode(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise ControlError(f"the server answered {content[:80]!r} where JSON belongs") from None
+
+
+def _frames(size: int, pieces: Iterable[Piece]) -> Iterator[Buffer]:
+    writer = StreamWriter()
+    yield from writer.header(size)
+    for piece in pieces:
+        yield from writer.data(piece)
+    yield from writer.end()
+
+
+def _resumed(first: Piece | None, rest: Iterator[Piece]) -> Iterator[Piece]:
+    if first is not None:
+        yield first
+    yield from rest

@@ -1,0 +1,116 @@
+"""Where the control API listens: a unix socket in the pool's directory, and TCP if asked.
+
+The unix socket (`control.sock`, mode 0600) is how every command finds the server that holds a
+pool. It is there exactly while the server answers: whoever holds the pool's lock may replace one
+that a killed server left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from aiohttp import web
+
+from nbdstore.control import unix_socket
+from nbdstore.control.api import application
+from nbdstore.control.operations import Operations
+from nbdstore.errors import ControlError, InvalidArgument
+
+SOCKET_NAME = "control.sock"
+STOP_TIMEOUT_S = 5.0
+"""Seconds that calls under way get to finish when the server stops."""
+
+
+class Endpoint:
+    """The listeners of the control API, from `start` to `stop`.
+
+    Arguments:
+        operations: what callers may do.
+        directory: the pool's directory, whose lock the caller holds.
+        tcp: (host, port) to listen on besides; needs a token.
+        token: what callers over TCP must present.
+        sockets: listening sockets handed down by systemd; those over TCP need a token.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        directory: Path,
+        *,
+        tcp: tuple[str, int] | None = None,
+        token: str | None = None,
+        sockets: Sequence[socket.socket] = (),
+    ) -> None:
+        if token is None and (tcp or any(sock.family != socket.AF_UNIX for sock in sockets)):
+            raise InvalidArgument(
+                "the control API does not listen on TCP without a token: "
+                "give one with --control-token-file"
+            )
+        self._operations = operations
+        self._path = directory / SOCKET_NAME
+        self._tcp = tcp
+        self._token = token
+        self._sockets = list(sockets)
+        self._runners: list[web.AppRunner] = []
+        self.addresses: list[str] = []
+
+    async def start(self) -> None:
+        """Begin to answer on every listener; on a failure none is left behind."""
+        try:
+            sock = unix_socket.listen(self._path)
+        except OSError as error:
+            raise ControlError(f"cannot make {self._path}: {error.strerror}") from error
+        try:
+            await self._serve([sock, *self._family(unix=True)], token=None)
+            self.addresses.append(f"unix:{self._path}")
+            tcp = [*self._family(unix=False), *([_bind(*self._tcp)] if self._tcp else [])]
+            if tcp:
+                await self._serve(tcp, token=self._token)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Take the socket's name away, let calls finish, close."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        for runner in self._runners:
+            await runner.cleanup()
+        self._runners.clear()
+
+    def _family(self, *, unix: bool) -> list[socket.socket]:
+        return [sock for sock in self._sockets if (sock.family == socket.AF_UNIX) == unix]
+
+    async def _serve(self, sockets: list[socket.socket], *, token: str | None) -> None:
+        runner = web.AppRunner(
+            application(self._operations, token=token),
+            access_log=None,
+            shutdown_timeout=STOP_TIMEOUT_S,
+        )
+        await runner.setup()
+        self._runners.append(runner)
+        for sock in sockets:
+            await web.SockSite(runner, sock).start()
+            if sock.family != socket.AF_UNIX:
+                host, port = sock.getsockname()[:2]
+                self.addresses.append(
+                    f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+                )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        reason = error.strerror or os.strerror(error.errno or 0)
+        raise InvalidArgument(
+            f"the control API cannot listen on {host}:{port}: {reason.lower()}: "
+            "choose another address for --control"
+        ) from error

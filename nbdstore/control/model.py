@@ -1,0 +1,128 @@
+"""What the control API says: one frozen dataclass per JSON object.
+
+The same classes are built from a pool by `operations`, travel as JSON, are rebuilt by `client`,
+and are what the commands print, so ``--json`` on the command line and the API's answers are one
+and the same. Sizes are bytes, times are ISO 8601 with zone, and a reader ignores members it does
+not know: a client may be older than its server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from nbdstore.errors import ControlError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of the JSON objects: to and from plain dicts."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of plain JSON values; nested records become dicts too."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Rebuild a record from JSON; unknown members are ignored.
+
+        Raises:
+            ControlError: a member without a default is missing, or `value` is no object.
+        """
+        if not isinstance(value, Mapping):
+            raise ControlError(f"the server sent {value!r:.80} where a {cls.__name__} belongs")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [
+            name
+            for name, field in fields.items()
+            if name not in value and field.default is field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ControlError(f"the server sent a {cls.__name__} without {', '.join(missing)}")
+        return cls(**{name: value[name] for name in fields if name in value})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerInfo(Record):
+    """The server that holds a pool.
+
+    addresses: where it listens for NBD, as HOST:PORT or unix:PATH.
+    since: when it started.
+    """
+
+    version: str
+    pid: int
+    since: str
+    addresses: list[str]
+    read_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolInfo(Record):
+    """A pool and its space, in bytes.
+
+    fill: used / capacity, 0..1. state: "ok", "warning", "full" or "failed".
+    held_writes: writes that wait for space now. journal: {"size", "used"}.
+    server: who serves it; None when the pool was opened just for this look.
+    """
+
+    uuid: str
+    directory: str
+    format_version: int
+    block_size: int
+    capacity: int
+    used: int
+    reserved: int
+    free: int
+    fill: float
+    state: str
+    held_writes: int
+    volumes: int
+    provisioned: int
+    journal: dict[str, int]
+    server: ServerInfo | None = None
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        info = super().from_json(value)
+        if info.server is None:
+            return info
+        return dataclasses.replace(info, server=ServerInfo.from_json(info.server))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VolumeInfo(Record):
+    """A volume: `size` is what clients see, `mapped` the bytes that hold data.
+
+    allow: names of client certificates that may attach it; empty = anyone the server lets in.
+    attached: live NBD connections. importing: an import has not finished (or never did).
+    """
+
+    id: int
+    uuid: str
+    name: str
+    size: int
+    block_size: int
+    mapped: int
+    reserved: int
+    epoch: int
+    created: str
+    allow: list[str] = dataclasses.field(default_factory=list)
+    attached: int = 0
+    importing: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttachmentInfo(Record):
+    """One NBD connection: who reads and writes which export since when."""
+
+    id: int
+    peer: str
+    export: str
+    since: str
+    read_only: bool
+    tls_name: str | None
+    in_flight: int
+    bytes_read: int
+    bytes_written: int
