@@ -78,9 +78,7 @@ class MemoryVolume:
     async def flush(self) -> None:
         self.n_flushes += 1
 
-    async def extents(
-        self, offset: int, length: int, *, max_extents: int
-    ) -> list[MemoryExtent]:
+    async def extents(self, offset: int, length: int, *, max_extents: int) -> list[MemoryExtent]:
         found: list[MemoryExtent] = []
         for start in range(offset, offset + length, BLOCK):
             kind = "DATA" if start // BLOCK in self.blocks else "HOLE"

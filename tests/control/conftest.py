@@ -1,0 +1,50 @@
+"""A control API that answers: an Endpoint on a pool in memory, on a loop of its own thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdstore.control.client import ControlClient
+from nbdstore.control.endpoint import Endpoint
+from tests.control.memory_pool import Bench
+
+TOKEN = "s3cret"
+
+
+class Answering:
+    """An endpoint over a unix socket and TCP, with the bench behind it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.bench = Bench()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.endpoint = Endpoint(
+            self.bench.operations, directory, tcp=("127.0.0.1", 0), token=TOKEN
+        )
+        self.run(self.endpoint.start)
+        self.unix_url, self.http_url = self.endpoint.addresses
+        self.client = ControlClient(self.unix_url)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a coroutine function on the endpoint's loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(function(*args), self.loop).result(30)
+
+    def close(self) -> None:
+        self.run(self.endpoint.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[Answering]:
+    api = Answering(tmp_path)
+    yield api
+    api.close()

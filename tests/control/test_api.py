@@ -1,0 +1,197 @@
+"""The API as anybody may call it: plain HTTP, right and wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+from typing import Any
+
+import pytest
+
+from nbdstore.control import bodies, unix_socket
+from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
+from nbdstore.control.stream import Piece, StreamWriter
+from nbdstore.errors import InvalidArgument
+from tests.control.conftest import TOKEN, Answering
+from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
+
+VOLUME = {"name": "db", "size": 64 * BLOCK}
+
+
+def call(
+    answering: Answering,
+    method: str,
+    path: str,
+    body: bytes | dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+    *,
+    tcp: bool = False,
+) -> tuple[int, Any, http.client.HTTPMessage]:
+    """Call the API and return status, JSON (or None) and headers."""
+    if tcp:
+        connection = http.client.HTTPConnection(answering.http_url.removeprefix("http://"))
+    else:
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = unix_socket.connect(answering.endpoint._path, 30)
+    payload = json.dumps(body).encode() if isinstance(body, dict) else body
+    connection.request(method, path, payload, headers or {})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, json.loads(content) if content else None, response.headers
+
+
+class TestCalls:
+    def test_a_volume_s_life(self, answering: Answering) -> None:
+        status, volume, headers = call(answering, "POST", "/v1/volumes", VOLUME)
+        assert (status, volume["name"]) == (201, "db")
+        location = headers["Location"]
+        assert call(answering, "GET", location)[1] == volume
+        status, volume, _ = call(answering, "PATCH", location, {"name": "web", "allow": ["a"]})
+        assert (status, volume["name"], volume["allow"]) == (200, "web", ["a"])
+        assert call(answering, "GET", location)[0] == 404
+        assert call(answering, "GET", "/v1/volumes")[1] == {"volumes": [volume]}
+        assert call(answering, "DELETE", "/v1/volumes/web")[:2] == (204, None)
+        assert call(answering, "GET", "/v1/volumes")[1] == {"volumes": []}
+
+    def test_the_pool(self, answering: Answering) -> None:
+        assert call(answering, "GET", "/v1/pool")[1]["capacity"] == 1 << 30
+        assert (
+            call(answering, "POST", "/v1/pool/grow", {"capacity": 2 << 30})[1]["capacity"]
+            == 2 << 30
+        )
+        assert call(answering, "POST", "/v1/pool/checkpoint")[0] == 200
+        assert answering.bench.pool.n_checkpoints == 1
+
+    def test_capacity(self, answering: Answering) -> None:
+        assert call(answering, "GET", "/v1/capacity")[1]["n_blocks"] == (1 << 30) // BLOCK
+
+    def test_connections(self, answering: Answering) -> None:
+        answering.bench.server.connections.append(MemoryConnection("db"))
+        _, answer, _ = call(answering, "GET", "/v1/connections")
+        assert [item["peer"] for item in answer["connections"]] == ["192.0.2.7:4711"]
+
+    def test_health_follows_the_pool(self, answering: Answering) -> None:
+        assert call(answering, "GET", "/healthz")[0] == 200
+        answering.bench.pool.state = "failed"
+        status, answer, _ = call(answering, "GET", "/healthz")
+        assert (status, answer["state"]) == (503, "failed")
+
+
+MISTAKES = [
+    ("GET", "/v1/volumes/nope", None, 404, "not-found", "no volume 'nope'"),
+    ("GET", "/v1/nope", None, 404, "not-found", "no /v1/nope"),
+    ("GET", "/v1/volumes/../../etc/passwd", None, 404, "not-found", ""),
+    ("PUT", "/v1/pool", None, 405, "invalid-argument", "use GET"),
+    ("POST", "/v1/volumes", b"{", 400, "invalid-argument", "not JSON"),
+    ("POST", "/v1/volumes", {"name": "x"}, 400, "invalid-argument", "'size' is missing"),
+    ("POST", "/v1/volumes", VOLUME | {"sise": 1}, 400, "invalid-argument", "'sise'"),
+    ("POST", "/v1/volumes", VOLUME | {"size": 0}, 400, "invalid-argument", "0 bytes"),
+    ("POST", "/v1/volumes", VOLUME | {"name": "taken"}, 409, "already-exists", "'taken' exists"),
+    ("POST", "/v1/volumes", b"x" * (bodies.MAX_BODY + 1), 400, "invalid-argument", "over 65536"),
+    ("POST", "/v1/pool/grow", {"capacity": 1}, 400, "invalid-argument", "already"),
+    ("POST", "/v1/pool/checkpoint", {"now": True}, 400, "invalid-argument", "'now'"),
+    ("PATCH", "/v1/volumes/taken", {"size": "1G"}, 400, "invalid-argument", "number of bytes"),
+    ("PUT", "/v1/volumes/db/data", b"", 400, "invalid-argument", "cut off"),
+    (
+        "PUT",
+        "/v1/volumes/db/data",
+        b"raw bytes, many of them!",
+        400,
+        "invalid-argument",
+        "not a data",
+    ),
+    ("DELETE", "/v1/volumes/busy", None, 409, "busy", "192.0.2.7:4711"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code", "detail"),
+    MISTAKES,
+    ids=[f"{mistake[0]} {mistake[1]} {str(mistake[2])[:30]}" for mistake in MISTAKES],
+)
+def test_mistakes_are_problems(
+    answering: Answering,
+    method: str,
+    path: str,
+    body: bytes | dict[str, Any] | None,
+    status: int,
+    code: str,
+    detail: str,
+) -> None:
+    for name in ("taken", "busy"):
+        answering.run(answering.bench.operations.create_volume, name, 64 * BLOCK)
+    answering.bench.server.connections.append(MemoryConnection("busy"))
+    found, problem, headers = call(answering, method, path, body)
+    assert (found, problem["status"], problem["code"]) == (status, status, code)
+    assert detail in problem["detail"]
+    assert headers.get_content_type() == "application/problem+json"
+    assert set(answering.bench.pool.volumes) == {"taken", "busy"}
+
+
+class TestTcp:
+    @pytest.mark.parametrize(
+        "headers",
+        [{}, {"Authorization": TOKEN}, {"Authorization": "Bearer x"}, {"Authorization": "B\xe9"}],
+        ids=str,
+    )
+    def test_without_the_token_nothing_is_told(
+        self, answering: Answering, headers: dict[str, str]
+    ) -> None:
+        for path in ("/v1/pool", "/v1/nope", "/"):
+            status, problem, found = call(answering, "GET", path, None, headers, tcp=True)
+            assert (status, problem["code"]) == (401, "unauthorized")
+            assert found["WWW-Authenticate"] == "Bearer"
+
+    def test_with_the_token(self, answering: Answering) -> None:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        assert call(answering, "GET", "/v1/pool", None, headers, tcp=True)[0] == 200
+
+    def test_health_needs_none(self, answering: Answering) -> None:
+        assert call(answering, "GET", "/healthz", tcp=True)[0] == 200
+
+    def test_is_not_offered_without_a_token(self, tmp_path: Any) -> None:
+        with pytest.raises(InvalidArgument, match="--control-token-file"):
+            Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", 0))
+
+    async def test_a_port_in_use(self, tmp_path: Any) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            endpoint = Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", port), token="t")
+            with pytest.raises(InvalidArgument, match=f"127.0.0.1:{port}: address already in use"):
+                await endpoint.start()
+        assert not (tmp_path / SOCKET_NAME).exists()
+
+
+class TestImports:
+    def stream(self, *, end: bool) -> bytes:
+        writer = StreamWriter()
+        buffers = writer.header(VOLUME["size"]) + writer.data(Piece(0, b"x" * BLOCK))
+        return b"".join(buffers + (writer.end() if end else []))
+
+    def test_whole(self, answering: Answering) -> None:
+        status, volume, _ = call(answering, "PUT", "/v1/volumes/db/data", self.stream(end=True))
+        assert (status, volume["mapped"]) == (200, BLOCK)
+
+    def test_cut_off_leaves_no_volume(self, answering: Answering) -> None:
+        status, problem, _ = call(answering, "PUT", "/v1/volumes/db/data", self.stream(end=False))
+        assert (status, problem["code"]) == (400, "invalid-argument")
+        assert answering.bench.pool.volumes == {}
+
+    def test_a_client_that_leaves_leaves_no_volume(self, answering: Answering) -> None:
+        body = self.stream(end=False)
+        with unix_socket.connect(answering.endpoint._path, 30) as sock:
+            sock.sendall(
+                b"PUT /v1/volumes/db/data HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
+            )
+            sock.sendall(body)
+            answering.run(until, lambda: "db" in answering.bench.pool.volumes)
+        answering.run(until, lambda: "db" not in answering.bench.pool.volumes)
+
+
+async def until(condition: Any) -> None:
+    """Return when the condition holds; the test's own timeout ends what never comes true."""
+    while not condition():
+        await asyncio.sleep(0)

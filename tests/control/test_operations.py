@@ -1,0 +1,143 @@
+"""The rules of the operations: who is in the way, what an import leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from nbdstore.control.stream import Piece
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NbdstoreError, NotFound
+from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
+
+SIZE = 64 * BLOCK
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def pieces(*items: tuple[int, bytes]) -> AsyncIterator[Piece]:
+    for offset, data in items:
+        yield Piece(offset, data)
+
+
+async def failing_pieces() -> AsyncIterator[Piece]:
+    yield Piece(0, b"x" * BLOCK)
+    raise ConnectionResetError("the client left")
+
+
+async def content_of(bench: Bench, name: str) -> list[Piece]:
+    _, found = bench.operations.read_content(name)
+    return [piece async for piece in found]
+
+
+class TestAttachedVolumes:
+    @pytest.fixture
+    async def attached(self, bench: Bench) -> Bench:
+        await bench.operations.create_volume("db", SIZE)
+        bench.server.connections += [MemoryConnection("db"), MemoryConnection(None)]
+        return bench
+
+    async def test_deleting_says_who_is_attached(self, attached: Bench) -> None:
+        with pytest.raises(Busy, match=r"'db' is attached by 192\.0\.2\.7:4711 \(1 connection\)"):
+            await attached.operations.delete_volume("db")
+        assert "db" in attached.pool.volumes
+
+    async def test_shrinking_is_refused_and_growing_is_not(self, attached: Bench) -> None:
+        with pytest.raises(Busy):
+            await attached.operations.update_volume("db", size=SIZE - BLOCK, force=True)
+        info = await attached.operations.update_volume("db", size=SIZE * 2)
+        assert (info.size, info.attached) == (SIZE * 2, 1)
+
+    async def test_importing_is_refused(self, attached: Bench) -> None:
+        with pytest.raises(Busy, match="importing"):
+            await attached.operations.write_content("db", SIZE, pieces(), overwrite=True)
+
+    async def test_connections_without_an_export_are_not_listed(self, attached: Bench) -> None:
+        assert [item.export for item in attached.operations.attachments()] == ["db"]
+
+
+class TestChanges:
+    async def test_several_at_once(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE, ["alice"])
+        info = await bench.operations.update_volume(
+            "db", size=2 * SIZE, new_name="data", allow=["bob"]
+        )
+        assert (info.name, info.size, info.allow) == ("data", 2 * SIZE, ["bob"])
+
+    async def test_what_is_not_named_stays(self, bench: Bench) -> None:
+        created = await bench.operations.create_volume("db", SIZE, ["alice"])
+        assert await bench.operations.update_volume("db") == created
+
+    async def test_an_empty_list_lets_anyone_in(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE, ["alice"])
+        assert (await bench.operations.update_volume("db", allow=[])).allow == []
+
+    async def test_a_volume_that_is_not_there(self, bench: Bench) -> None:
+        with pytest.raises(NotFound, match="no volume 'db'"):
+            await bench.operations.update_volume("db", size=SIZE)
+
+
+class TestImport:
+    async def test_into_a_new_volume(self, bench: Bench) -> None:
+        data = b"x" * BLOCK
+        info = await bench.operations.write_content("db", SIZE, pieces((BLOCK, data)))
+        assert (info.size, info.mapped, info.importing) == (SIZE, BLOCK, False)
+        assert await content_of(bench, "db") == [Piece(BLOCK, data)]
+        assert bench.pool.volumes["db"].n_flushes == 1
+
+    async def test_that_fails_leaves_no_new_volume(self, bench: Bench) -> None:
+        with pytest.raises(ConnectionResetError):
+            await bench.operations.write_content("db", SIZE, failing_pieces())
+        assert bench.pool.volumes == {}
+
+    async def test_that_fails_leaves_an_old_volume_marked(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        with pytest.raises(ConnectionResetError):
+            await bench.operations.write_content("db", SIZE, failing_pieces())
+        assert bench.operations.volume("db").importing
+
+    async def test_a_marked_volume_may_be_imported_again(self, bench: Bench) -> None:
+        await self.test_that_fails_leaves_an_old_volume_marked(bench)
+        info = await bench.operations.write_content("db", SIZE, pieces((BLOCK, b"y")))
+        assert not info.importing
+        assert [piece.offset for piece in await content_of(bench, "db")] == [BLOCK]
+
+    async def test_into_a_volume_with_data_wants_overwrite(self, bench: Bench) -> None:
+        await bench.operations.write_content("db", SIZE, pieces((0, b"x" * BLOCK)))
+        with pytest.raises(AlreadyExists, match=r"holds 4 KiB of data.*--overwrite"):
+            await bench.operations.write_content("db", SIZE, pieces())
+
+    async def test_overwriting_leaves_nothing_of_before(self, bench: Bench) -> None:
+        await bench.operations.write_content("db", SIZE, pieces((0, b"x" * SIZE)))
+        await bench.operations.write_content(
+            "db", SIZE // 2, pieces((BLOCK, b"y" * BLOCK)), overwrite=True
+        )
+        assert await content_of(bench, "db") == [Piece(BLOCK, b"y" * BLOCK)]
+
+    async def test_what_does_not_fit_is_refused(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        with pytest.raises(InvalidArgument, match="do not fit into volume 'db'"):
+            await bench.operations.write_content("db", SIZE + BLOCK, pieces())
+
+    async def test_while_another_runs_is_busy(self, bench: Bench) -> None:
+        async def meanwhile() -> AsyncIterator[Piece]:
+            yield Piece(0, b"x" * BLOCK)
+            with pytest.raises(Busy, match="import into volume 'db' is running"):
+                await bench.operations.delete_volume("db")
+            with pytest.raises(Busy, match="import into volume 'db' is running"):
+                await bench.operations.write_content("db", SIZE, pieces())
+
+        await bench.operations.write_content("db", SIZE, meanwhile())
+
+
+class TestExport:
+    async def test_a_shrinking_volume_is_noticed(self, bench: Bench) -> None:
+        await bench.operations.write_content("db", 8 << 20, pieces((0, b"x"), (5 << 20, b"y")))
+        _, found = bench.operations.read_content("db")
+        await anext(found)
+        await bench.operations.update_volume("db", size=1 << 20, force=True)
+        with pytest.raises(NbdstoreError, match="shrunk"):
+            await anext(found)
