@@ -37,6 +37,7 @@ from nbdstore.protocol.constants import (
     ReplyFlag,
 )
 from nbdstore.protocol.options import clip_message
+from nbdstore.protocol.transmission import Request
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Segments: TypeAlias = Sequence[Buffer | int]
@@ -72,9 +73,9 @@ class SimpleReplies:
         out.append(_SUCCESS + cookie)
         return SIMPLE_REPLY.size
 
-    def all_done(self, out: list[Buffer], requests: Sequence[tuple[bytes, int]]) -> int:
-        """Acknowledge many commands at once, as one buffer: (cookie, offset) of each."""
-        out.append(b"".join([_SUCCESS + cookie for cookie, _ in requests]))
+    def all_done(self, out: list[Buffer], requests: Sequence[Request]) -> int:
+        """Acknowledge many commands without payload at once, as one buffer."""
+        out.append(b"".join([_SUCCESS + request[2] for request in requests]))
         return SIMPLE_REPLY.size * len(requests)
 
     def error(self, out: list[Buffer], cookie: bytes, offset: int, error: int, text: str) -> int:
@@ -227,17 +228,10 @@ class ExtendedReplies(StructuredReplies):
     def done(self, out: list[Buffer], cookie: bytes, offset: int) -> int:
         return self._none(out, cookie, offset)
 
-    def all_done(self, out: list[Buffer], requests: Sequence[tuple[bytes, int]]) -> int:
-        pack = EXTENDED_REPLY.pack
-        none = int(Chunk.NONE)
-        out.append(
-            b"".join(
-                [
-                    pack(EXTENDED_REPLY_MAGIC, _DONE, none, cookie, offset, 0)
-                    for cookie, offset in requests
-                ]
-            )
-        )
+    def all_done(self, out: list[Buffer], requests: Sequence[Request]) -> int:
+        pack, magic, none = EXTENDED_REPLY.pack, EXTENDED_REPLY_MAGIC, int(Chunk.NONE)
+        headers = [pack(magic, _DONE, none, request[2], request[3], 0) for request in requests]
+        out.append(b"".join(headers))
         return EXTENDED_REPLY.size * len(requests)
 
     def _status_head(self, context_id: int, n_extents: int) -> bytes:

@@ -1,0 +1,27 @@
+"""The NBD server: asyncio around `nbdstore.protocol`, serving the volumes of `nbdstore.store`.
+
+options      what a server is told: addresses, TLS, limits
+server       the whole: start, drain, who is connected
+listener     addresses and accepting
+connection   one connection's life
+session      one client's transmission phase; the hot path
+commands     the commands that may have to wait
+channel      sockets, plain and under TLS
+exports      which volumes a client may see
+tls          contexts and certificate names
+"""
+
+from nbdstore.protocol.agreement import TlsMode
+from nbdstore.server.connection import ConnectionInfo
+from nbdstore.server.options import DEFAULT_PORT, Limits, ServerOptions, TlsOptions
+from nbdstore.server.server import Server
+
+__all__ = [
+    "DEFAULT_PORT",
+    "ConnectionInfo",
+    "Limits",
+    "Server",
+    "ServerOptions",
+    "TlsMode",
+    "TlsOptions",
+]

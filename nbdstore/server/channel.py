@@ -1,0 +1,280 @@
+"""A connected socket, plain or under TLS: non-blocking, without a buffer of its own to receive.
+
+Owns the socket and its registration with the event loop; knows nothing of NBD. Two ways to use
+it, for the two phases of a connection:
+
+- coroutines (`receive`, `send_all`) for the handshake, where clarity counts;
+- callbacks (`watch_readable`, `recv_into`, `flush`) for the transmission phase, where one wake-up
+  should cost one recvmsg and one sendmsg and nothing else. Transports and streams of asyncio cost
+  a copy and several calls per direction more.
+
+A plain channel becomes a TLS one between two bytes: as nothing is received that was not asked for,
+no plaintext can be left in a buffer at that moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable
+
+from nbdstore.protocol.replies import Buffer
+
+IOV_MAX = 1024
+"""Buffers that one sendmsg takes (Linux, UIO_MAXIOV)."""
+
+TLS_SEND_BYTES = 64 << 10
+"""Small buffers are joined to this much before they are encrypted: records of 16 KiB instead of
+one per header."""
+
+HANDSHAKE_RECV_BYTES = 16 << 10
+
+
+class Outbox:
+    """Replies on their way out: buffers in order, and how many bytes they have together."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self.n_bytes = 0
+
+    def clear(self) -> None:
+        self.buffers.clear()
+        self.n_bytes = 0
+
+    def sent(self, n_bytes: int) -> None:
+        """Forget the first ``n_bytes``."""
+        self.n_bytes -= n_bytes
+        if not self.n_bytes:
+            self.buffers.clear()
+            return
+        n_whole = 0
+        for buffer in self.buffers:
+            if n_bytes < len(buffer):
+                break
+            n_bytes -= len(buffer)
+            n_whole += 1
+        del self.buffers[:n_whole]
+        if n_bytes:
+            self.buffers[0] = memoryview(self.buffers[0])[n_bytes:]
+
+    def take(self, max_bytes: int) -> bytes:
+        """Remove and return up to ``max_bytes``, joined."""
+        parts: list[Buffer] = []
+        room = max_bytes
+        for buffer in self.buffers:
+            parts.append(buffer if len(buffer) <= room else memoryview(buffer)[:room])
+            room -= len(parts[-1])
+            if not room:
+                break
+        self.sent(max_bytes - room)
+        return b"".join(parts)
+
+
+class Channel:
+    """A plain socket.
+
+    Arguments:
+        sock: connected; made non-blocking here. Owned from now on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._loop = asyncio.get_running_loop()
+
+    # --- Callbacks ---------------------------------------------------------------------------
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """Receive once; 0 = the peer sends no more. BlockingIOError if there is nothing."""
+        return self.sock.recv_into(buffer)
+
+    def flush(self, outbox: Outbox) -> bool:
+        """Send what the socket takes; return whether that was everything."""
+        while outbox.buffers:
+            buffers = outbox.buffers
+            try:
+                n_bytes = self.sock.sendmsg(
+                    buffers if len(buffers) <= IOV_MAX else buffers[:IOV_MAX]
+                )
+            except (BlockingIOError, InterruptedError):
+                return False
+            outbox.sent(n_bytes)
+        return True
+
+    def watch_readable(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever there is something to receive, until unwatched."""
+        self._loop.add_reader(self.sock, callback)
+
+    def unwatch_readable(self) -> None:
+        self._loop.remove_reader(self.sock)
+
+    def watch_writable(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever the socket takes more, until unwatched."""
+        self._loop.add_writer(self.sock, callback)
+
+    def unwatch_writable(self) -> None:
+        self._loop.remove_writer(self.sock)
+
+    # --- Coroutines --------------------------------------------------------------------------
+
+    async def readable(self) -> None:
+        """Wait until there is something to receive."""
+        ready = self._loop.create_future()
+        self._loop.add_reader(self.sock, _set_once, ready)
+        try:
+            await ready
+        finally:
+            self._loop.remove_reader(self.sock)
+
+    async def writable(self) -> None:
+        """Wait until the socket takes more."""
+        ready = self._loop.create_future()
+        self._loop.add_writer(self.sock, _set_once, ready)
+        try:
+            await ready
+        finally:
+            self._loop.remove_writer(self.sock)
+
+    async def receive(self) -> bytes:
+        """Receive some bytes, waiting for them; empty = the peer sends no more."""
+        buffer = bytearray(HANDSHAKE_RECV_BYTES)
+        while True:
+            try:
+                return bytes(buffer[: self.recv_into(memoryview(buffer))])
+            except BlockingIOError:
+                await self.readable()
+
+    async def send_all(self, data: bytes) -> None:
+        """Send ``data`` whole, by one write if the socket has room for it."""
+        outbox = Outbox()
+        outbox.buffers.append(data)
+        outbox.n_bytes = len(data)
+        while not self.flush(outbox):
+            await self.writable()
+
+    async def start_tls(self, context: ssl.SSLContext) -> TlsChannel:
+        """Do the server's side of a TLS handshake; this channel must not be used any more."""
+        channel = TlsChannel(self.sock, context)
+        try:
+            await channel.shake_hands()
+        except BaseException:
+            channel.abort()
+            raise
+        return channel
+
+    # --- Closing -----------------------------------------------------------------------------
+
+    async def close(self, linger_s: float) -> None:
+        """Close, but let the peer read what was sent.
+
+        Closing a socket with unread bytes resets the connection, which can destroy replies on
+        their way: so say that no more is sent, then read on until the peer closes, or in vain
+        for ``linger_s``.
+        """
+        try:
+            self._say_goodbye()
+            self.sock.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(linger_s):
+                while await self._discard():
+                    pass
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            self.abort()
+
+    async def _discard(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return bool(self.sock.recv(HANDSHAKE_RECV_BYTES))
+        await self.readable()
+        return True
+
+    def _say_goodbye(self) -> None:
+        """Send what the layer below NBD wants to be sent last."""
+
+    def abort(self) -> None:
+        """Close at once."""
+        with contextlib.suppress(OSError, ValueError):
+            self._loop.remove_reader(self.sock)
+            self._loop.remove_writer(self.sock)
+        self.sock.close()
+
+
+class TlsChannel(Channel):
+    """A socket under TLS."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        self.tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        super().__init__(self.tls)
+        self._callback: Callable[[], None] | None = None
+        self._unsent = memoryview(b"")
+
+    async def shake_hands(self) -> None:
+        """Do the server's side of the TLS handshake; ssl.SSLError if it fails."""
+        while True:
+            try:
+                return self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self.readable()
+            except ssl.SSLWantWriteError:
+                await self.writable()
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """Receive as many records as have arrived and fit."""
+        n_bytes = 0
+        try:
+            while n_bytes < len(buffer):
+                got = self.tls.recv_into(buffer[n_bytes:])
+                if not got:
+                    break
+                n_bytes += got
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if not n_bytes:
+                raise BlockingIOError from None
+        return n_bytes
+
+    def flush(self, outbox: Outbox) -> bool:
+        """Encrypt and send; what OpenSSL was given once must be given again until it is sent."""
+        try:
+            while self._unsent or outbox.buffers:
+                if not self._unsent:
+                    self._unsent = memoryview(outbox.take(TLS_SEND_BYTES))
+                self._unsent = self._unsent[self.tls.send(self._unsent) :]
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        return True
+
+    def watch_readable(self, callback: Callable[[], None]) -> None:
+        """As above; also calls for bytes that OpenSSL has taken from the socket already."""
+        self._callback = callback
+        self._loop.add_reader(self.sock, self._on_readable)
+        if self.tls.pending():
+            self._loop.call_soon(self._on_readable)
+
+    def unwatch_readable(self) -> None:
+        self._callback = None
+        super().unwatch_readable()
+
+    def _on_readable(self) -> None:
+        if self._callback is not None:
+            self._callback()
+        if self._callback is not None and self.tls.pending():
+            self._loop.call_soon(self._on_readable)
+
+    def _say_goodbye(self) -> None:
+        """Send close_notify; the peer's is not waited for (proto.md, "Termination")."""
+        with contextlib.suppress(ssl.SSLError):
+            self.tls.unwrap()
+
+    async def _discard(self) -> bool:
+        """Read past what the peer still sends, undecrypted."""
+        with contextlib.suppress(BlockingIOError):
+            return bool(socket.socket.recv(self.tls, HANDSHAKE_RECV_BYTES))
+        await self.readable()
+        return True
+
+
+def _set_once(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,194 @@
+"""The commands that may have to wait: one coroutine each.
+
+What the store does at once is answered by the session itself; everything else comes here. Owns
+the translation of the store's answers and errors into those of NBD, and knows nothing of
+connections.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from nbdstore.errors import Corruption, NoSpace, NotFound, ReadFailed, StoreError, WriteFailed
+from nbdstore.protocol.agreement import MetaContext
+from nbdstore.protocol.constants import (
+    EXTENDED_EXTENT,
+    U32,
+    Allocation,
+    Command,
+    CommandFlag,
+    Errno,
+)
+from nbdstore.protocol.replies import Buffer, Extents, SimpleReplies
+from nbdstore.protocol.transmission import Request
+from nbdstore.store import Extent, ExtentKind, Volume
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 32 << 20
+"""A CACHE is done in steps of this much, since it may ask for the whole export."""
+
+
+class Target:
+    """What requests are for, and how they are answered.
+
+    Arguments:
+        volume: the export's volume.
+        replies: the family of replies that was agreed on.
+        contexts: the metadata contexts that were agreed on.
+        max_extents: extents in one reply, per context.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        replies: SimpleReplies,
+        contexts: Sequence[MetaContext],
+        max_extents: int,
+    ) -> None:
+        self.volume = volume
+        self.replies = replies
+        self.contexts = contexts
+        self.max_extents = max_extents
+        self.max_status_bytes = max_extents * EXTENDED_EXTENT.size * len(contexts)
+        self.abandoned = False
+        """The client is gone: long commands should end early."""
+        self._reported: set[type[Exception]] = set()
+
+    def fail(self, request: Request, error: Exception, out: list[Buffer]) -> int:
+        """Answer a request that the store could not serve; log the first of each kind."""
+        command, _, cookie, offset, length, _, _ = request
+        level = logging.DEBUG if type(error) in self._reported else logging.WARNING
+        self._reported.add(type(error))
+        name = Command(command).name
+        log.log(level, "%s: %s of %d at %d: %s", self.volume.name, name, length, offset, error)
+        number, text = translate(error)
+        return self.replies.error(out, cookie, offset, number, text)
+
+
+async def perform(target: Target, request: Request, out: list[Buffer]) -> int:
+    """Perform one request, append its reply, and return the reply's length in bytes.
+
+    A store's error becomes an error reply here; anything else is a bug and passes.
+    """
+    try:
+        return await _COMMANDS[request[0]](target, request, out)
+    except (StoreError, NotFound) as error:
+        return target.fail(request, error, out)
+
+
+async def _read(target: Target, request: Request, out: list[Buffer]) -> int:
+    _, flags, cookie, offset, length, _, _ = request
+    segments = await target.volume.read(offset, length)
+    whole = bool(flags & CommandFlag.DF)
+    return target.replies.read(out, cookie, offset, length, segments, whole)
+
+
+async def _write(target: Target, request: Request, out: list[Buffer]) -> int:
+    _, flags, cookie, offset, _, payload, _ = request
+    assert payload is not None
+    if not target.volume.write_now([(offset, payload)]):
+        await target.volume.write(offset, payload)
+    if flags & CommandFlag.FUA:
+        await target.volume.flush()
+    return target.replies.done(out, cookie, offset)
+
+
+async def _flush(target: Target, request: Request, out: list[Buffer]) -> int:
+    await target.volume.flush()
+    return target.replies.done(out, request[2], request[3])
+
+
+async def _trim(target: Target, request: Request, out: list[Buffer]) -> int:
+    _, flags, cookie, offset, length, _, _ = request
+    await target.volume.trim(offset, length)
+    if flags & CommandFlag.FUA:
+        await target.volume.flush()
+    return target.replies.done(out, cookie, offset)
+
+
+async def _write_zeroes(target: Target, request: Request, out: list[Buffer]) -> int:
+    """Zero a range. FAST_ZERO needs nothing more: this never writes zeroes block by block."""
+    _, flags, cookie, offset, length, _, _ = request
+    no_hole = bool(flags & CommandFlag.NO_HOLE)
+    await target.volume.write_zeroes(offset, length, no_hole=no_hole)
+    if flags & CommandFlag.FUA:
+        await target.volume.flush()
+    return target.replies.done(out, cookie, offset)
+
+
+async def _cache(target: Target, request: Request, out: list[Buffer]) -> int:
+    _, _, cookie, offset, length, _, _ = request
+    for start in range(offset, offset + length, CACHE_BYTES):
+        if target.abandoned:
+            break
+        await target.volume.cache(start, min(CACHE_BYTES, offset + length - start))
+    return target.replies.done(out, cookie, offset)
+
+
+async def _block_status(target: Target, request: Request, out: list[Buffer]) -> int:
+    _, flags, cookie, offset, length, payload, _ = request
+    # REQ_ONE: one extent, not longer than the request; the first of a listing is that.
+    max_extents = 1 if flags & CommandFlag.REQ_ONE else target.max_extents
+    extents = await target.volume.extents(offset, length, max_extents=max_extents)
+    contexts = target.contexts
+    if payload is not None:
+        chosen = {context_id for (context_id,) in U32.iter_unpack(payload)}
+        contexts = [context for context in contexts if context.id in chosen]
+    status = [(context, describe(context, extents)) for context in contexts]
+    return target.replies.block_status(out, cookie, offset, status)
+
+
+# --- Translations --------------------------------------------------------------------------------
+
+_STATUS: dict[MetaContext, dict[ExtentKind, int]] = {
+    # A hole has no space promised to it, so a write to it may fail with ENOSPC, which is just
+    # what HOLE says; ZERO alone is provisioned (proto.md, "Metadata contexts").
+    MetaContext.BASE_ALLOCATION: {
+        ExtentKind.HOLE: Allocation.HOLE | Allocation.ZERO,
+        ExtentKind.ZERO: Allocation.ZERO,
+        ExtentKind.DATA: 0,
+    },
+    MetaContext.ALLOCATION_DEPTH: {ExtentKind.HOLE: 0, ExtentKind.ZERO: 1, ExtentKind.DATA: 1},
+}
+
+
+def describe(context: MetaContext, extents: Sequence[Extent]) -> Extents:
+    """Tell extents in the words of one metadata context, equal neighbours merged."""
+    status_of = _STATUS[context]
+    merged: list[tuple[int, int]] = []
+    for extent in extents:
+        status = status_of[extent.kind]
+        if merged and merged[-1][1] == status:
+            merged[-1] = (merged[-1][0] + extent.length, status)
+        else:
+            merged.append((extent.length, status))
+    return merged
+
+
+_ERRORS: tuple[tuple[type[Exception], Errno, str], ...] = (
+    (NoSpace, Errno.ENOSPC, "The pool is full."),
+    (NotFound, Errno.ESHUTDOWN, "The volume was deleted."),
+    (Corruption, Errno.EIO, "A block is damaged; see the server's log."),
+    (ReadFailed, Errno.EIO, "The disk under the pool failed to read; see the server's log."),
+    (WriteFailed, Errno.EIO, "The disk under the pool failed to write; see the server's log."),
+    (Exception, Errno.EIO, "The pool failed; see the server's log."),
+)
+"""Clients get no paths of the server: the error itself is for its log."""
+
+
+def translate(error: Exception) -> tuple[Errno, str]:
+    """Find the NBD error for a store's error, and a text for a person."""
+    return next((number, text) for kind, number, text in _ERRORS if isinstance(error, kind))
+
+
+_COMMANDS: dict[int, Callable[[Target, Request, list[Buffer]], Awaitable[int]]] = {
+    Command.READ: _read,
+    Command.WRITE: _write,
+    Command.FLUSH: _flush,
+    Command.TRIM: _trim,
+    Command.WRITE_ZEROES: _write_zeroes,
+    Command.CACHE: _cache,
+    Command.BLOCK_STATUS: _block_status,
+}

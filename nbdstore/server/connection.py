@@ -1,0 +1,225 @@
+"""One connection's life: handshake, perhaps TLS, a session, the end.
+
+Owns the channel from the accept to the close. The handshake is a coroutine with a deadline; the
+session works by callbacks and is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+import ssl
+import struct
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from nbdstore.errors import ProtocolError
+from nbdstore.protocol.agreement import Agreement, TlsMode
+from nbdstore.protocol.constants import TransmissionFlag
+from nbdstore.protocol.handshake import Handshake, HandshakeLimits, Phase
+from nbdstore.server.channel import Channel
+from nbdstore.server.exports import Exports, ExportsView
+from nbdstore.server.options import Limits
+from nbdstore.server.session import Session
+from nbdstore.server.tls import identify
+
+log = logging.getLogger(__name__)
+
+_ids = itertools.count(1)
+
+UNIX_CREDENTIALS = struct.Struct("3i")
+"""``struct ucred`` of unix(7): pid, uid, gid."""
+
+
+@dataclass(frozen=True)
+class ConnectionInfo:
+    """A connection as the control API shows it.
+
+    Arguments:
+        id: counts connections since the start of the process.
+        peer: ``ADDRESS:PORT``, or ``unix:pid=PID,uid=UID``.
+        export: canonical name; None before the end of the handshake.
+        since: time of the accept, ISO 8601.
+        tls_name: name in the client's certificate; None without.
+        in_flight: requests that wait for the disk or for space.
+        bytes_read, bytes_written: by the client, since it attached.
+    """
+
+    id: int
+    peer: str
+    export: str | None
+    since: str
+    read_only: bool
+    tls_name: str | None
+    in_flight: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all connections of a server share."""
+
+    exports: Exports
+    limits: Limits
+    tls_mode: TlsMode
+    tls_context: ssl.SSLContext | None
+
+
+class Connection:
+    """One client.
+
+    Arguments:
+        sock: connected; owned from now on.
+        settings: what all connections share.
+    """
+
+    def __init__(self, sock: socket.socket, settings: Settings) -> None:
+        tune(sock)
+        self.id = next(_ids)
+        self.peer = name_peer(sock)
+        self.session: Session | None = None
+        self._since = datetime.now(UTC)
+        self._settings = settings
+        self._channel = Channel(sock)
+        self._view = ExportsView(settings.exports)
+        self._agreement: Agreement | None = None
+
+    @property
+    def info(self) -> ConnectionInfo:
+        agreement, session = self._agreement, self.session
+        return ConnectionInfo(
+            id=self.id,
+            peer=self.peer,
+            export=session.volume.name if session else None,
+            since=self._since.isoformat(timespec="seconds"),
+            read_only=bool(agreement and agreement.flags & TransmissionFlag.READ_ONLY),
+            tls_name=self._view.identity.name,
+            in_flight=session.in_flight if session else 0,
+            bytes_read=session.bytes_read if session else 0,
+            bytes_written=session.bytes_written if session else 0,
+        )
+
+    async def run(self) -> None:
+        """Live to the end. Raises nothing but CancelledError: a client's faults are logged."""
+        linger_s = 0.0
+        try:
+            async with asyncio.timeout(self._settings.limits.handshake_timeout_s):
+                handshake = await self._shake_hands()
+            if handshake.agreement is not None:
+                await self._serve(handshake.agreement, handshake.unread())
+            linger_s = self._settings.limits.linger_s
+        except TimeoutError:
+            log.info("%s: closed, since its handshake took too long", self.peer)
+        except ProtocolError as fault:
+            log.warning("%s: closed, since it broke the protocol: %s", self.peer, fault)
+        except ssl.SSLError as fault:
+            log.warning("%s: TLS failed: %s", self.peer, fault.reason or fault)
+        except OSError as fault:
+            log.debug("%s: gone in the handshake: %s", self.peer, fault)
+        finally:
+            if linger_s:
+                await self._channel.close(linger_s)
+            self._channel.abort()
+
+    def drain(self) -> bool:
+        """Let the session end once it has answered; False if there is none yet."""
+        if self.session is not None:
+            self.session.drain()
+        return self.session is not None
+
+    # --- Handshake ---------------------------------------------------------------------------
+
+    async def _shake_hands(self) -> Handshake:
+        """Negotiate until the transmission phase, or until the client is done otherwise."""
+        limits = self._settings.limits
+        handshake = Handshake(
+            self._view,
+            tls=self._settings.tls_mode,
+            limits=HandshakeLimits(
+                max_options=limits.max_options + 4 * len(self._settings.exports)
+            ),
+        )
+        while True:
+            for reply in handshake.data_to_send():
+                await self._channel.send_all(reply)
+            if handshake.phase is Phase.STARTTLS:
+                await self._start_tls()
+                handshake.tls_established()
+            if handshake.phase in (Phase.TRANSMISSION, Phase.CLOSED):
+                log.debug("%s: %s", self.peer, handshake.reason or "handshake done")
+                return handshake
+            if not handshake.advance():
+                data = await self._channel.receive()
+                if not data:
+                    raise ConnectionResetError("closed by the client")
+                handshake.receive(data)
+
+    async def _start_tls(self) -> None:
+        context = self._settings.tls_context
+        assert context is not None
+        channel = await self._channel.start_tls(context)
+        self._channel = channel
+        self._view.identity = identify(channel.tls)
+
+    # --- Session -----------------------------------------------------------------------------
+
+    async def _serve(self, agreement: Agreement, first_bytes: bytes) -> None:
+        self._agreement = agreement
+        self.session = session = Session(self._channel, agreement, self._settings.limits)
+        name = session.volume.name
+        log.info(
+            "%s attached %s (%s%s)",
+            self.peer,
+            name,
+            "read-only" if agreement.flags & TransmissionFlag.READ_ONLY else "read-write",
+            f", TLS name {self._view.identity.name}" if self._view.identity.name else "",
+        )
+        try:
+            await session.serve(first_bytes)
+        finally:
+            log.info(
+                "%s detached %s: read %d bytes, wrote %d bytes%s",
+                self.peer,
+                name,
+                session.bytes_read,
+                session.bytes_written,
+                f"; {session.fault}" if session.fault else "",
+            )
+
+
+# --- Sockets -------------------------------------------------------------------------------------
+
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 60, 10, 6
+"""A host that vanished is noticed after two minutes, and its volumes can be deleted."""
+
+UNIX_SEND_BYTES = 1 << 20
+"""The default of 208 KiB makes a reply of 1 MiB take five wake-ups. TCP tunes itself."""
+
+
+def tune(sock: socket.socket) -> None:
+    """Set what a connection's socket should have."""
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
+        return
+    # proto.md, "TCP_NODELAY": both sides SHOULD set it.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def name_peer(sock: socket.socket) -> str:
+    """Name the other end for logs; on a unix socket, the process that connected."""
+    try:
+        if sock.family == socket.AF_UNIX:
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UNIX_CREDENTIALS.size)
+            pid, uid, _ = UNIX_CREDENTIALS.unpack(raw)
+            return f"unix:pid={pid},uid={uid}"
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "a client that is gone"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

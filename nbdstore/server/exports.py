@@ -1,0 +1,160 @@
+"""Exports: which volumes a client may see, under which names, and with which abilities.
+
+Joins the names of the protocol to the volumes of a pool, and is the only place that decides about
+access. Nothing is cached: a volume that is created, resized, renamed or deleted is seen by the
+next option. A connection keeps the size it negotiated.
+
+A volume's property ``allow`` lists the names (subject CN or DNS SAN) of client certificates that
+may attach it; empty means that everybody may whom the server lets in. A volume that is not
+allowed to a client is not listed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nbdstore.protocol.agreement import Offer, OptionRefused, TlsMode
+from nbdstore.protocol.constants import OptionReply, TransmissionFlag
+from nbdstore.server.options import ServerOptions
+from nbdstore.store import Pool, Volume
+
+READ_ONLY_FLAGS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.READ_ONLY
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.CAN_MULTI_CONN
+    | TransmissionFlag.SEND_CACHE
+)
+
+READ_WRITE_FLAGS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.CAN_MULTI_CONN
+    | TransmissionFlag.SEND_CACHE
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+"""CAN_MULTI_CONN is honest: all connections share one volume object, a read sees every write that
+was acknowledged on any of them, and a flush covers all of them. FAST_ZERO is, too: zeroing is an
+operation on the map."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a client has proved to be.
+
+    Arguments:
+        tls: whether the connection is under TLS.
+        names: subject CN and DNS SANs of its verified certificate.
+    """
+
+    tls: bool = False
+    names: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str | None:
+        """The name for logs."""
+        return self.names[0] if self.names else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeOffer(Offer):
+    """An offer that knows its volume."""
+
+    volume: Volume
+
+
+class Exports:
+    """The exports of one pool.
+
+    Arguments:
+        pool: its ``volumes`` is read anew for each question.
+        options: read_only, default_export and the TLS mode are used.
+    """
+
+    def __init__(self, pool: Pool, options: ServerOptions) -> None:
+        self._pool = pool
+        self._read_only = options.read_only
+        self._default = options.default_export
+        self._tls = options.tls.mode if options.tls else TlsMode.OFF
+
+    def __len__(self) -> int:
+        return len(self._pool.volumes)
+
+    def offers(self, identity: Identity) -> Iterator[Offer]:
+        """List what this client may attach, by name."""
+        for _, volume in sorted(self._pool.volumes.items()):
+            if self._refusal(volume, identity) is None:
+                yield self._offer(volume)
+
+    def find(self, name: str, identity: Identity) -> Offer:
+        """Look up an export for a client; OptionRefused says why it cannot have it."""
+        volume = self._pool.volumes.get(name) if name else self._default_volume()
+        if volume is None:
+            raise OptionRefused(OptionReply.ERR_UNKNOWN, self._unknown(name))
+        refusal = self._refusal(volume, identity)
+        if refusal is not None:
+            raise refusal
+        return self._offer(volume)
+
+    def _default_volume(self) -> Volume | None:
+        volumes = self._pool.volumes
+        if self._default is not None:
+            return volumes.get(self._default)
+        return next(iter(volumes.values())) if len(volumes) == 1 else None
+
+    def _unknown(self, name: str) -> str:
+        if name:
+            return f"There is no export {name!r} here."
+        if self._default is not None:
+            return f"The default export {self._default!r} does not exist."
+        return "There is no default export here: name the one you want."
+
+    def _refusal(self, volume: Volume, identity: Identity) -> OptionRefused | None:
+        """Say why a client may not have a volume; None if it may."""
+        allowed = volume.properties.get("allow")
+        if not allowed or set(identity.names).intersection(allowed):
+            return None
+        if identity.tls:
+            who = " or ".join(repr(name) for name in identity.names) or "without a name"
+            return OptionRefused(
+                OptionReply.ERR_POLICY,
+                f"The export {volume.name!r} is not allowed to a client certificate {who}.",
+            )
+        if self._tls is TlsMode.OFF:
+            # ERR_TLS_REQD would send the client to a STARTTLS that is refused.
+            return OptionRefused(
+                OptionReply.ERR_POLICY,
+                f"The export {volume.name!r} is for TLS clients, and TLS is off on this server.",
+            )
+        return OptionRefused(
+            OptionReply.ERR_TLS_REQD, f"The export {volume.name!r} requires TLS: send STARTTLS."
+        )
+
+    def _offer(self, volume: Volume) -> VolumeOffer:
+        return VolumeOffer(
+            name=volume.name,
+            size=volume.size,
+            flags=READ_ONLY_FLAGS if self._read_only else READ_WRITE_FLAGS,
+            description=str(volume.properties.get("description", "")),
+            preferred_block=max(512, volume.block_size),
+            volume=volume,
+        )
+
+
+class ExportsView:
+    """The exports as one client sees them; becomes wider once TLS has shown who it is."""
+
+    def __init__(self, exports: Exports) -> None:
+        self._exports = exports
+        self.identity = Identity()
+
+    def offers(self) -> Iterator[Offer]:
+        return self._exports.offers(self.identity)
+
+    def find(self, name: str) -> Offer:
+        return self._exports.find(name, self.identity)

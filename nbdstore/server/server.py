@@ -1,0 +1,122 @@
+"""The server: listeners, connections, and the way down.
+
+Composes the parts of this package for one open pool. It neither opens nor closes the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+from nbdstore.protocol.agreement import TlsMode
+from nbdstore.server.connection import Connection, ConnectionInfo, Settings
+from nbdstore.server.exports import Exports
+from nbdstore.server.listener import Listener
+from nbdstore.server.options import ServerOptions
+from nbdstore.server.tls import make_context
+from nbdstore.store import Pool, Volume
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """Serves the volumes of one pool.
+
+    Arguments:
+        pool: open; must stay open until `drain` has returned.
+        options: see ServerOptions.
+
+    Errors:
+        InvalidArgument: the TLS files cannot be used.
+    """
+
+    def __init__(self, pool: Pool, options: ServerOptions) -> None:
+        self._options = options
+        tls = options.tls if options.tls and options.tls.mode is not TlsMode.OFF else None
+        self._settings = Settings(
+            exports=Exports(pool, options),
+            limits=options.limits,
+            tls_mode=tls.mode if tls else TlsMode.OFF,
+            tls_context=make_context(tls) if tls else None,
+        )
+        self._listener: Listener | None = None
+        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._crowded = False
+
+    async def start(self) -> None:
+        """Bind all addresses and begin to serve.
+
+        Errors:
+            InvalidArgument: an address makes no sense, or cannot be had; none is bound then.
+        """
+        self._listener = Listener(self._options.listen, self._options.sockets, self._on_connect)
+        self._listener.start()
+        log.info("serving on %s", ", ".join(self.addresses) or "no address")
+
+    async def serve_socket(self, sock: socket.socket) -> None:
+        """Serve one connected socket; return when its client has left."""
+        await asyncio.wait([self._begin(sock)])
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop: accept nobody, answer what was received, close.
+
+        Connections that are not done after ``timeout_s`` are cut off, and their requests in
+        flight cancelled; none of these was acknowledged.
+        """
+        if self._listener is not None:
+            self._listener.close()
+        for connection, task in self._connections.items():
+            if not connection.drain():
+                task.cancel()
+        tasks = list(self._connections.values())
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        if late:
+            log.warning("cutting off %d connections that did not end in %g s", len(late), timeout_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    # --- What there is -----------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where clients can connect: ``127.0.0.1:10809``, ``unix:/run/x.sock``."""
+        return self._listener.addresses if self._listener else []
+
+    @property
+    def connections(self) -> list[ConnectionInfo]:
+        """All connections, those in their handshake included."""
+        return [connection.info for connection in self._connections]
+
+    def attached(self, volume: Volume) -> int:
+        """Count the connections that have a volume attached."""
+        sessions = [connection.session for connection in self._connections]
+        return sum(session is not None and session.volume is volume for session in sessions)
+
+    # --- Connections -------------------------------------------------------------------------
+
+    def _on_connect(self, sock: socket.socket) -> None:
+        """Take a new connection, or close it at once if there are too many."""
+        limit = self._options.limits.max_connections
+        crowded = len(self._connections) >= limit
+        if crowded and not self._crowded:
+            log.warning("refusing connections: there are %d, which is the limit", limit)
+        self._crowded = crowded
+        if crowded:
+            sock.close()
+            return
+        try:
+            self._begin(sock)
+        except OSError as error:
+            log.debug("a client was gone before it was served: %s", error)
+            sock.close()
+
+    def _begin(self, sock: socket.socket) -> asyncio.Task[None]:
+        connection = Connection(sock, self._settings)
+        task = asyncio.get_running_loop().create_task(connection.run())
+        self._connections[connection] = task
+        task.add_done_callback(lambda _: self._connections.pop(connection))
+        return task

@@ -1,0 +1,349 @@
+"""One client's transmission phase: the hot path of the server.
+
+Joins the request parser, a volume and a channel. A round is what one wake-up costs: receive once,
+parse everything that is complete, walk it, hand all plain writes to the store at once, send all
+replies by one system call. There is no task, future or coroutine per request in it.
+
+A request leaves the round for a task of its own when the store would have to wait (a cold read, a
+full pool), or when its command always does (FLUSH, FUA, TRIM, ...). Its reply is queued when it is
+done: NBD replies may come in any order, and so may the effects of requests in flight ("Ordering of
+messages and writes"), which is why all writes of a round can go to the store together.
+
+What bounds memory: payloads in flight and replies not yet sent count as held, and requests are
+read only while there is room for more, so a client that never reads its replies stops being read
+from. Requests that were parsed but find no room wait in ``_backlog``, their payloads still in the
+receive buffer, which is not touched before they are served.
+
+    state          reads requests   leaves it when
+    ------------   --------------   ----------------------------------------------------
+    serving        while room       DISC, end of stream or drain -> ending; fault -> lost
+    ending         no               everything is answered and sent -> done
+    lost           no               no task is left -> done (their replies are dropped)
+
+Concurrency: everything runs on the loop's thread. Callbacks do not await; between two awaits of a
+task the session may end up lost, so a task looks again before it queues its reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import cast
+
+from nbdstore.errors import NotFound, ProtocolError, StoreError
+from nbdstore.protocol.agreement import Agreement
+from nbdstore.protocol.constants import Command, CommandFlag, Errno
+from nbdstore.protocol.replies import Buffer, make_replies
+from nbdstore.protocol.rules import Rules
+from nbdstore.protocol.transmission import Request, RequestParser
+from nbdstore.server.channel import Channel, Outbox
+from nbdstore.server.commands import Target, perform
+from nbdstore.server.exports import VolumeOffer
+from nbdstore.server.options import Limits
+
+log = logging.getLogger(__name__)
+
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+_DISC = int(Command.DISC)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
+_DF = int(CommandFlag.DF)
+
+_TEXTS: dict[int, str] = {
+    Errno.EPERM: "The export is read-only.",
+    Errno.EINVAL: "The request makes no sense here: its command, its flags or its range.",
+    Errno.ENOSPC: "The range ends beyond the export.",
+    Errno.EOVERFLOW: "The read is longer than the maximum payload.",
+}
+
+
+class Session:
+    """One client's transmission phase.
+
+    Arguments:
+        channel: receives and sends; closed by the caller after `done`.
+        agreement: what the handshake ended in; its offer is a VolumeOffer.
+        limits: see Limits.
+    """
+
+    def __init__(self, channel: Channel, agreement: Agreement, limits: Limits) -> None:
+        assert isinstance(agreement.offer, VolumeOffer)
+        self.volume = agreement.offer.volume
+        self.fault: Exception | None = None
+        """Why the client was lost; None if it left properly."""
+        self.in_flight = 0
+        """Requests that a task serves."""
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+        self._loop = asyncio.get_running_loop()
+        self._channel = channel
+        self._limits = limits
+        self._parser = RequestParser(Rules(agreement))
+        self._replies = make_replies(agreement.mode)
+        self._target = Target(self.volume, self._replies, agreement.contexts, limits.max_extents)
+        self._outbox = Outbox()
+        self._backlog: list[Request] = []
+        self._bytes_in_flight = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._ending = False
+        self._lost = False
+        self._reading = False
+        self._blocked = False
+        self._run_scheduled = False
+        self._send_scheduled = False
+
+    # --- Life --------------------------------------------------------------------------------
+
+    async def serve(self, first_bytes: bytes) -> None:
+        """Serve the client to its end, beginning with the bytes behind the handshake."""
+        try:
+            self._guard(self._take_first, first_bytes)
+            await self._done
+        finally:
+            self.lose(ConnectionAbortedError("the server gave the connection up"))
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _take_first(self, data: bytes) -> None:
+        if data:
+            self._parser.get_buffer()[: len(data)] = data
+            self._run(self._parser.received(len(data)))
+        self._settle()
+
+    def drain(self) -> None:
+        """Answer what has been received, then end.
+
+        New requests are left unread, rather than answered with ESHUTDOWN: Linux turns every
+        error into EIO for the filesystem above, but repeats requests that got no reply as soon
+        as it is connected again. proto.md, "Terminating the transmission phase", allows both.
+        """
+        self._ending = True
+        self._settle()
+
+    def lose(self, fault: Exception) -> None:
+        """Give the client up: drop its replies, and let the tasks come to their ends."""
+        if self._lost:
+            return
+        self._lost = self._ending = self._target.abandoned = True
+        if not self._done.done():
+            self.fault = fault
+        self._backlog = []
+        self._outbox.clear()
+        if self._blocked:
+            self._blocked = False
+            self._channel.unwatch_writable()
+        self._settle()
+
+    def _guard(self, step: Callable[..., None], *args: object) -> None:
+        """Run one step of this session; what goes wrong in it ends this session only."""
+        if self._lost:
+            return
+        try:
+            step(*args)
+        except (OSError, ProtocolError) as fault:
+            self.lose(fault)
+        except Exception as fault:
+            log.exception("bug: a session on %s broke", self.volume.name)
+            self.lose(fault)
+
+    def _settle(self) -> None:
+        """Bring reading, the backlog and the end in line with the state; after every event."""
+        if self._backlog:
+            self._watch(False)
+            if not self._run_scheduled and self._fits(self._backlog[0]):
+                # Not at once: other connections come first.
+                self._run_scheduled = True
+                self._loop.call_soon(self._guard, self._run_backlog)
+        elif not self._ending:
+            self._watch(self._held() < self._limits.max_held_bytes and self._has_slot())
+        else:
+            self._watch(False)
+            if not (self.in_flight or self._outbox.n_bytes or self._blocked or self._done.done()):
+                self._done.set_result(None)
+
+    def _watch(self, reading: bool) -> None:
+        if reading is not self._reading:
+            self._reading = reading
+            if reading:
+                self._channel.watch_readable(self._on_readable)
+            else:
+                self._channel.unwatch_readable()
+
+    # --- Room --------------------------------------------------------------------------------
+
+    def _held(self) -> int:
+        return self._bytes_in_flight + self._outbox.n_bytes
+
+    def _has_slot(self) -> bool:
+        return self.in_flight < self._limits.max_in_flight
+
+    def _weigh(self, request: Request) -> int:
+        """Bytes that a request makes the server hold until its reply is sent."""
+        if request[0] in (_READ, _WRITE):
+            return request[4]
+        return self._target.max_status_bytes if request[0] == _BLOCK_STATUS else 0
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there is room for a request; alone, every request fits."""
+        held = self._held()
+        if not held and not self.in_flight:
+            return True
+        return held + self._weigh(request) <= self._limits.max_held_bytes and self._has_slot()
+
+    # --- Rounds ------------------------------------------------------------------------------
+
+    def _on_readable(self) -> None:
+        self._guard(self._receive)
+
+    def _receive(self) -> None:
+        try:
+            n_bytes = self._channel.recv_into(self._parser.get_buffer())
+        except BlockingIOError:
+            return
+        if n_bytes:
+            requests = self._parser.received(n_bytes)
+            if requests:
+                self._run(requests)
+            return
+        # Leaving without DISC is usual (fio's probe does), unless a request is cut off.
+        if not self._parser.is_between_requests:
+            raise ProtocolError("the client left in the middle of a request")
+        self._ending = True
+        self._settle()
+
+    def _run_backlog(self) -> None:
+        self._run_scheduled = False
+        backlog, self._backlog = self._backlog, []
+        self._run(backlog)
+
+    def _run(self, requests: list[Request]) -> None:
+        """Walk one round of requests, then send all replies at once."""
+        out, replies, read_now = self._outbox.buffers, self._replies, self.volume.read_now
+        writes: list[Request] = []
+        room = self._limits.max_held_bytes - self._held()
+        left_in_round = self._limits.max_round_bytes
+        n_out = 0
+        for position, request in enumerate(requests):
+            command, flags, cookie, offset, length, _, verdict = request
+            if verdict:
+                n_out += self._answer(request, out)
+            elif command == _WRITE and not flags:
+                writes.append(request)
+            elif command == _DISC:
+                self._ending = True
+            else:
+                weight = length if command == _READ else self._weigh(request)
+                if (weight > room and (n_out or not self._fits(request))) or left_in_round <= 0:
+                    self._backlog = requests[position:]
+                    break
+                room -= weight
+                left_in_round -= weight
+                segments = None
+                if command == _READ:
+                    try:
+                        segments = read_now(offset, length)
+                    except (StoreError, NotFound) as error:
+                        n_out += self._target.fail(request, error, out)
+                        continue
+                if segments is None:
+                    self._start_task(request, weight)
+                    if not self._has_slot():
+                        self._backlog = requests[position + 1 :]
+                        break
+                else:
+                    n_out += replies.read(out, cookie, offset, length, segments, flags == _DF)
+                    self.bytes_read += length
+        if writes:
+            n_out += self._write(writes, out)
+        self._outbox.n_bytes += n_out
+        self._send()
+
+    def _answer(self, request: Request, out: list[Buffer]) -> int:
+        """Answer a request that the rules have settled: an error, or nothing to do."""
+        command, _, cookie, offset, _, _, verdict = request
+        if verdict > 0:
+            return self._replies.error(out, cookie, offset, verdict, _TEXTS[verdict])
+        if command == _READ:
+            return self._replies.read(out, cookie, offset, 0, ())
+        return self._replies.done(out, cookie, offset)
+
+    def _write(self, writes: list[Request], out: list[Buffer]) -> int:
+        """Hand all plain writes of a round to the store, or each to a task."""
+        data = [(write[3], write[5]) for write in writes]
+        try:
+            applied = self.volume.write_now(cast("list[tuple[int, memoryview]]", data))
+        except (StoreError, NotFound):
+            applied = False  # nothing was done; each gets its own error, or waits
+        if applied:
+            self.bytes_written += sum([write[4] for write in writes])
+            return self._replies.all_done(out, writes)
+        for write in writes:
+            self._start_task(write, write[4])
+        return 0
+
+    def _send(self) -> None:
+        """Send what the socket takes; the rest when it takes more."""
+        if not self._blocked and self._outbox.n_bytes and not self._channel.flush(self._outbox):
+            self._blocked = True
+            self._channel.watch_writable(self._on_writable)
+        self._settle()
+
+    def _on_writable(self) -> None:
+        self._guard(self._send_more)
+
+    def _send_more(self) -> None:
+        if self._channel.flush(self._outbox):
+            self._blocked = False
+            self._channel.unwatch_writable()
+        self._settle()
+
+    # --- Tasks -------------------------------------------------------------------------------
+
+    def _start_task(self, request: Request, weight: int) -> None:
+        """Serve a request by a task, which outlives the receive buffer's content."""
+        command, flags, cookie, offset, length, payload, verdict = request
+        if payload is not None:
+            payload = self._parser.keep(payload)
+        kept = (command, flags, cookie, offset, length, payload, verdict)
+        self.in_flight += 1
+        self._bytes_in_flight += weight
+        task = self._loop.create_task(self._serve_one(kept, weight))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve_one(self, request: Request, weight: int) -> None:
+        out: list[Buffer] = []
+        try:
+            n_bytes = await perform(self._target, request, out)
+            self._account(request)
+            if not self._lost:
+                self._outbox.buffers += out
+                self._outbox.n_bytes += n_bytes
+                self._send_soon()
+        except Exception as fault:
+            log.exception("bug: a request on %s broke", self.volume.name)
+            self.lose(fault)
+        finally:
+            self.in_flight -= 1
+            self._bytes_in_flight -= weight
+            self._settle()
+
+    def _account(self, request: Request) -> None:
+        if request[0] == _READ:
+            self.bytes_read += request[4]
+        elif request[0] == _WRITE:
+            self.bytes_written += request[4]
+
+    def _send_soon(self) -> None:
+        """Send after all tasks that are ready now: one group commit ends many at once."""
+        if not self._send_scheduled:
+            self._send_scheduled = True
+            self._loop.call_soon(self._guard, self._send_scheduled_replies)
+
+    def _send_scheduled_replies(self) -> None:
+        self._send_scheduled = False
+        self._send()
