@@ -61,7 +61,7 @@ def _facts(report: CapacityReport) -> list[tuple[str, str]]:
         ),
         ("integrated C_bc", f"{format_size(report.integrated_capacity):<10}  C_b + C_c"),
         ("data stored D", product(report.n_mapped, report.block_size, report.data)),
-        ("provisioned", f"{format_size(report.provisioned):<10}  {report.n_volumes} volumes"),
+        ("provisioned", f"{format_size(report.provisioned):<10}  volumes: {report.n_volumes}"),
         ("overcommit", f"{report.overcommit:<10.2f}  provisioned / C_b"),
         ("fill", f"{report.fill:<10.1%}  {format_size(report.used)} used with the pool's maps"),
         ("left", format_size(report.free)),

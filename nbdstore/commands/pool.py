@@ -80,9 +80,11 @@ def show(session: Session, as_json: bool) -> None:
 
 
 def _facts(info: PoolInfo) -> list[tuple[str, str]]:
-    state = info.state
+    state = info.state + (f": {info.failure}" if info.failure else "")
     if info.held_writes:
         state += f", {info.held_writes} writes wait for space"
+    if info.corruptions:
+        state += f", {info.corruptions} damaged blocks found: run 'nbdstore check'"
     return [
         ("pool", info.directory),
         ("uuid", info.uuid),
@@ -91,7 +93,15 @@ def _facts(info: PoolInfo) -> list[tuple[str, str]]:
         ("used", f"{format_size(info.used)} ({info.fill:.1%})"),
         ("reserved", format_size(info.reserved)),
         ("free", format_size(info.free)),
-        ("volumes", f"{info.volumes}, {format_size(info.provisioned)} provisioned"),
+        (
+            "volumes",
+            f"{info.volumes}, {format_size(info.provisioned)} provisioned, "
+            f"{format_size(info.mapped)} mapped",
+        ),
+        (
+            "on disk",
+            f"{format_size(info.allocated_on_host)}, {format_size(info.free_on_host)} free there",
+        ),
         ("block size", format_size(info.block_size)),
         ("journal", f"{format_size(info.journal['used'])} of {format_size(info.journal['size'])}"),
         ("format", f"version {info.format_version}"),

@@ -62,8 +62,12 @@ class ServerInfo(Record):
 class PoolInfo(Record):
     """A pool and its space, in bytes.
 
-    fill: used / capacity, 0..1. state: "ok", "warning", "full" or "failed".
-    held_writes: writes that wait for space now. journal: {"size", "used"}.
+    used: blocks that hold data or the pool's own maps. reserved: set aside, by volumes and for
+    trim and delete in a full pool. reclaimable: freed, and usable again after the next sync.
+    fill: share of the capacity that is taken, 0..1. state: "ok", "warning", "full" or "failed", and
+    why in failure. held_writes: writes that wait for space now. provisioned: sizes of all volumes;
+    mapped: what they hold. corruptions: blocks found damaged since the pool was opened.
+    allocated_on_host, free_on_host: of the filesystem below. journal: {"size", "used", "syncs"}.
     server: who serves it; None when the pool was opened just for this look.
     """
 
@@ -74,12 +78,18 @@ class PoolInfo(Record):
     capacity: int
     used: int
     reserved: int
+    reclaimable: int
     free: int
     fill: float
     state: str
+    failure: str | None
     held_writes: int
+    corruptions: int
     volumes: int
     provisioned: int
+    mapped: int
+    allocated_on_host: int
+    free_on_host: int
     journal: dict[str, int]
     server: ServerInfo | None = None
 

@@ -71,7 +71,7 @@ class Operations:
             capacity=pool.capacity,
             used=pool.used,
             free=pool.free,
-            mapped=sum(volume.mapped for volume in self.volumes()),
+            mapped=pool.mapped,
             sizes=[volume.size for volume in self._pool.volumes.values()],
             growth=self._growth.growth() if self._growth else None,
         )
@@ -107,10 +107,8 @@ class Operations:
 
     async def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
         """Create a thin volume of `size` bytes, durably; `allow` as in `VolumeInfo`."""
-        volume = await self._pool.create_volume(name, size)
-        if allow:
-            await self._set(volume, allow=list(allow))
-        return self._describe(volume)
+        properties = {"allow": list(allow)} if allow else {}
+        return self._describe(await self._pool.create_volume(name, size, properties))
 
     async def update_volume(
         self,
@@ -159,12 +157,12 @@ class Operations:
         """
         created = name not in self._pool.volumes
         if created:
-            volume = await self._pool.create_volume(name, size)
+            volume = await self._pool.create_volume(name, size, {"importing": True})
         else:
             volume = self._importable(name, size, overwrite)
+            await self._set(volume, importing=True)
         self._imports.add(name)
         try:
-            await self._set(volume, importing=True)
             await content.write_pieces(volume, pieces, erase=not created)
             await volume.flush()
             await self._set(volume, importing=False)

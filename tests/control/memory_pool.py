@@ -111,33 +111,42 @@ class MemoryPool:
             "capacity": self.capacity,
             "used": used,
             "reserved": 0,
+            "reclaimable": 0,
             "free": self.capacity - used,
             "fill": used / self.capacity,
             "state": self.state,
+            "failure": None,
             "held_writes": 0,
+            "corruptions": 0,
+            "mapped": used,
+            "allocated_on_host": used,
+            "free_on_host": 0,
             "volumes": len(self.volumes),
             "provisioned": sum(volume.size for volume in self.volumes.values()),
             "journal": {"size": 1 << 20, "used": 0},
         }
 
-    async def create_volume(self, name: str, size: int) -> MemoryVolume:
+    async def create_volume(
+        self, name: str, size: int, properties: dict[str, Any] | None = None
+    ) -> MemoryVolume:
         if name in self.volumes:
             raise AlreadyExists(f"volume '{name}' exists")
         if not 0 < size <= MAX_SIZE:
             raise InvalidArgument(f"a volume cannot have {size} bytes")
-        self.volumes[name] = MemoryVolume(len(self.volumes) + 1, name, size)
-        return self.volumes[name]
+        volume = MemoryVolume(len(self.volumes) + 1, name, size, properties=properties or {})
+        self.volumes[name] = volume
+        return volume
 
     async def resize_volume(self, volume: Any, size: int, *, force: bool = False) -> None:
         if not force and any(index * BLOCK >= size for index in volume.blocks):
             raise InvalidArgument(f"volume '{volume.name}' holds data beyond {size}")
         volume.size = size
 
-    async def rename_volume(self, volume: Any, new_name: str) -> None:
-        if new_name in self.volumes:
-            raise AlreadyExists(f"volume '{new_name}' exists")
-        self.volumes[new_name] = self.volumes.pop(volume.name)
-        volume.name = new_name
+    async def rename_volume(self, volume: Any, name: str) -> None:
+        if name in self.volumes:
+            raise AlreadyExists(f"volume '{name}' exists")
+        self.volumes[name] = self.volumes.pop(volume.name)
+        volume.name = name
 
     async def delete_volume(self, volume: Any) -> None:
         del self.volumes[volume.name]
