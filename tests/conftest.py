@@ -2,6 +2,7 @@
 
 - ``children`` starts programs for one test. Each is killed when the test ends, however it ends;
   what a program logged is shown when the test fails or times out.
+- ``guest`` is a virtual machine, for tests that need a kernel with nbd; see tests/guest/guest.py.
 - ``@pytest.mark.requires("qemu-io", "/dev/fuse", "root")`` names what a machine must have. A test
   whose machine lacks it does not run, and the end of the report says which and why; with CI=true
   such a test makes the whole run fail.
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from tests.children import Children
+from tests.guest.guest import Guest
+from tests.guest.kernel import KernelError, fetch_kernel
 
 PACKAGES_FILE = Path(__file__).parent / "debian-packages.txt"
 # Programs for the administrator lie here, and are not in every user's PATH.
@@ -102,6 +105,17 @@ def children(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Childre
     with Children(tmp_path) as children:
         request.node.stash[LOGS] = children
         yield children
+
+
+@pytest.fixture
+def guest(children: Children, tmp_path: Path) -> Iterator[Guest]:
+    """A booted guest of this test's own; see tests.guest.guest."""
+    try:
+        fetch_kernel()
+    except KernelError as error:
+        pytest.skip(f"no kernel for the guest: {error}")
+    with Guest(children, tmp_path) as guest:
+        yield guest
 
 
 @pytest.hookimpl(wrapper=True)
