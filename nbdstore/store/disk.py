@@ -1,0 +1,282 @@
+"""The only module of the store that talks to the operating system.
+
+Owns files, locks, syncs and the threads that wait for disks; knows nothing of what the bytes
+mean.  Everything above asks a :class:`Disk` for files, so that another implementation can stand
+in for it (one that loses, tears and fails on demand).
+
+Errors leave here as the store's own: ENOSPC, EDQUOT and EFBIG as :class:`NoSpace`, every other
+error of a write or sync as :class:`WriteFailed`, of a read as :class:`ReadFailed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
+
+from nbdstore.errors import NoSpace, PoolLocked, ReadFailed, StoreError, WriteFailed
+
+Buffer = bytes | bytearray | memoryview
+
+IOV_MAX: Final = 1024
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_KEEP_SIZE: Final = 0x01  # FALLOC_FL_KEEP_SIZE, fallocate(2)
+_PUNCH_HOLE: Final = 0x02  # FALLOC_FL_PUNCH_HOLE
+_N_THREADS: Final = 8  # reads that miss the page cache at once, plus two syncs
+_DIRECT_ALIGNMENT: Final = 4096
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _write_error(name: str, what: str, error: OSError) -> StoreError:
+    if error.errno in _NO_SPACE:
+        return NoSpace(f"{name}: {error.strerror} while {what}: free space on that filesystem")
+    return WriteFailed(f"{name}: {error.strerror} while {what}: see the kernel log for the device")
+
+
+class File:
+    """One open file of a pool."""
+
+    def __init__(self, name: str, fd: int, directory_fd: int) -> None:
+        self.name = name
+        self._fd = fd
+        self._directory_fd = directory_fd
+        self._nowait_flag = os.RWF_NOWAIT
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return os.fstat(self._fd).st_size
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the host's filesystem that the file holds; less than `size` if sparse."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all of `buffers` at byte `offset`, into the page cache."""
+        try:
+            if len(buffers) <= IOV_MAX:
+                expected = sum(map(len, buffers)) if len(buffers) > 1 else len(buffers[0])
+                if os.pwritev(self._fd, buffers, offset) == expected:
+                    return
+            self._write_pieces(buffers, offset)
+        except OSError as error:
+            raise _write_error(self.name, f"writing at byte {offset}", error) from error
+
+    def _write_pieces(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write in pieces: more buffers than the kernel takes at once, or after a short write."""
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while view:
+                done = os.pwrite(self._fd, view, offset)
+                offset += done
+                view = view[done:]
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read up to `length` bytes, fewer at the end of the file; may wait for the disk."""
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise self._read_error(offset, error) from error
+
+    def preadv(self, buffer: Buffer, offset: int) -> int:
+        """Fill `buffer` as far as the file goes; may wait for the disk.  Returns the bytes read."""
+        view = memoryview(buffer)
+        total = 0
+        try:
+            while total < len(view):
+                done = os.preadv(self._fd, [view[total:]], offset + total)
+                if done == 0:
+                    break
+                total += done
+        except OSError as error:
+            raise self._read_error(offset + total, error) from error
+        return total
+
+    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
+        """Fill `buffer` from the page cache; False if that would wait (RWF_NOWAIT, preadv2(2))."""
+        try:
+            return os.preadv(self._fd, [buffer], offset, self._nowait_flag) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # tmpfs, 9p: then every read goes by a thread
+                return False
+            raise self._read_error(offset, error) from error
+
+    def pread_direct(self, length: int, offset: int) -> bytes:
+        """Read past the page cache; `offset` and `length` are multiples of 4096."""
+        try:
+            fd = os.open(self.name, os.O_RDONLY | os.O_DIRECT, dir_fd=self._directory_fd)
+        except OSError:  # a filesystem without O_DIRECT: the best it can give is a second read
+            return self.pread(length, offset)
+        try:
+            with mmap.mmap(-1, length) as buffer:
+                done = os.preadv(fd, [buffer], offset)
+                return buffer[:done]
+        except OSError as error:
+            raise self._read_error(offset, error) from error
+        finally:
+            os.close(fd)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Tell the kernel to start reading `[offset, offset + length)`."""
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def fdatasync(self) -> None:
+        """Make everything written so far durable.  A failure is final: see the pool."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise WriteFailed(f"{self.name}: {error.strerror} while syncing") from error
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give `[offset, offset + length)` back to the filesystem; False if it cannot."""
+        libc = _libc()
+        mode = _KEEP_SIZE | _PUNCH_HOLE
+        if libc.fallocate(self._fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise _write_error(
+            self.name, f"punching at byte {offset}", OSError(code, os.strerror(code))
+        )
+
+    def truncate(self, size: int) -> None:
+        """Set the length to `size` bytes."""
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise _write_error(self.name, f"setting the size to {size}", error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _read_error(self, offset: int, error: OSError) -> ReadFailed:
+        return ReadFailed(
+            f"{self.name}: {error.strerror} while reading at byte {offset}: "
+            "see the kernel log for the device"
+        )
+
+
+class Disk:
+    """A directory with the files of one pool, locked by this process while it is open."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open `directory`, which must exist.
+
+        Raises:
+            StoreError: it does not exist, is no directory, or may not be entered.
+        """
+        self.directory = directory
+        try:
+            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise StoreError(f"pool directory {directory}: {error.strerror}") from error
+        self._lock_fd: int | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def lock(self) -> None:
+        """Become the one process that uses the pool.
+
+        Raises:
+            PoolLocked: another one does; the message names its pid.
+        """
+        try:
+            fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        except OSError as error:
+            raise _write_error(f"{self.directory}/lock", "opening it", error) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise PoolLocked(
+                f"pool {self.directory} is in use by another process (pid {holder}): "
+                "stop it first, or talk to it through its control socket"
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._lock_fd = fd
+
+    def open(self, name: str, *, create: bool = False) -> File:
+        """Open file `name`; with `create` it must not exist yet.
+
+        Raises:
+            StoreError: it is missing, or cannot be opened.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        try:
+            return File(name, os.open(name, flags, 0o600, dir_fd=self._fd), self._fd)
+        except OSError as error:
+            raise StoreError(f"{self.directory / name}: {error.strerror}") from error
+
+    def exists(self, name: str) -> bool:
+        """Tell whether file `name` exists."""
+        try:
+            os.stat(name, dir_fd=self._fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove file `name`."""
+        os.unlink(name, dir_fd=self._fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file; durable after :meth:`sync`."""
+        os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def sync(self) -> None:
+        """Make creations, removals and renames in the directory durable."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _write_error(str(self.directory), "syncing the directory", error) from error
+
+    def free_bytes(self) -> int:
+        """Bytes the filesystem under the pool has left for this process."""
+        stat = os.fstatvfs(self._fd)
+        return stat.f_bavail * stat.f_frsize
+
+    def total_bytes(self) -> int:
+        """Size of the filesystem under the pool, in bytes."""
+        stat = os.fstatvfs(self._fd)
+        return stat.f_blocks * stat.f_frsize
+
+    async def offload(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a call that waits for the disk, such as a read or a sync, beside the event loop."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="nbdstore-disk")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
+
+    def close(self) -> None:
+        """Wait for the threads, release the lock and close the directory."""
+        if self._threads is not None:
+            self._threads.shutdown()
+        if self._lock_fd is not None:
+            os.ftruncate(self._lock_fd, 0)
+            os.close(self._lock_fd)
+        os.close(self._fd)
+
+
+def _libc() -> ctypes.CDLL:
+    global _LIBC
+    if _LIBC is None:
+        _LIBC = ctypes.CDLL(None, use_errno=True)
+    return _LIBC
+
+
+_LIBC: ctypes.CDLL | None = None

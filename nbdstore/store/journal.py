@@ -1,0 +1,235 @@
+"""The journal: a ring of sealed records, and what of it is durable.
+
+Owns the file ``journal``: where records go, how they are sealed and found again.  What a record
+says is records.py's.
+
+Format: the file is a ring of `size` bytes, written full of zeros when the pool is made (a sync
+into recycled space costs half of one into space that the filesystem must still map).  Offsets
+count on over the laps; byte offset o lies at ``o % size``.  A record starts at a multiple of 64
+and does not wrap: where it does not fit before the ring's end, it starts at the next lap.  After
+every sync the next record starts at a multiple of 4096, so that nothing durable is ever rewritten.
+A record is a header of 64 bytes and the payload, padded to 64:
+
+=====  ===========  =======================================================================
+bytes  field        meaning
+=====  ===========  =======================================================================
+8      magic        ``NBDSJRNL``
+8      pool         first 8 bytes of the pool's uuid
+8      seq          counts records, from 1, without a gap
+8      durable_seq  all records up to this one, and the data they map, were durable when
+                     this record was written
+4      length       of the payload in bytes, without padding
+20     zero
+8      checksum     xxh3_64 of the 56 bytes before and the payload
+=====  ===========  =======================================================================
+
+Reading back, the record after one that ends at e starts at e rounded up to 64, or to 4096, or at
+the next lap.  Where none of these holds the next seq, the log ends - unless a valid record with a
+higher seq, which says that the missing one was durable, lies further on: that is damage.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xxhash
+
+from nbdstore.store.disk import Disk, File
+from nbdstore.store.layout import JOURNAL_PAGE
+
+MAGIC: Final = b"NBDSJRNL"
+ALIGNMENT: Final = 64
+_HEADER: Final = struct.Struct("<8sQQQI20x")
+_CHECKSUM: Final = struct.Struct("<Q")
+HEADER_SIZE: Final = _HEADER.size + _CHECKSUM.size
+assert HEADER_SIZE == ALIGNMENT
+_SCAN_BYTES: Final = 8 << 20
+
+
+def align(offset: int, to: int) -> int:
+    """Round `offset` up to a multiple of `to`."""
+    return offset + -offset % to
+
+
+@dataclass(frozen=True)
+class Record:
+    """A valid record: its place `[offset, end)`, sequence numbers and payload."""
+
+    offset: int
+    end: int
+    seq: int
+    durable_seq: int
+    payload: memoryview
+
+
+class Journal:
+    """The writing end of the ring.
+
+    Attributes:
+        seq: the last record written (to the page cache).
+        durable_seq: all records up to it, with the data they map, are durable; goes into headers.
+        tail: offset from which recovery would start: what lies before may be overwritten.
+        head: offset where the next record goes.
+        n_syncs: syncs so far.
+    """
+
+    def __init__(
+        self, file: File, size: int, pool: uuid.UUID, *, seq: int, tail: int, head: int
+    ) -> None:
+        self._file = file
+        self.size = size
+        self._pool = pool_tag(pool)
+        self.seq = seq
+        self.durable_seq = seq
+        self.carried_durable_seq = 0
+        self.tail = tail
+        self.head = head
+        self.n_syncs = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes between tail and head."""
+        return self.head - self.tail
+
+    def room_for(self, payload_bytes: int, spare: int = 0) -> bool:
+        """Tell whether a record of `payload_bytes` fits, leaving `spare` bytes of the ring."""
+        start = self._place(align(HEADER_SIZE + payload_bytes, ALIGNMENT))
+        return start + HEADER_SIZE + payload_bytes + spare + JOURNAL_PAGE <= self.tail + self.size
+
+    def append(self, *groups: bytes) -> int:
+        """Write one record of `groups` to the page cache and return its seq.
+
+        The caller has made sure of the room.
+
+        Raises:
+            WriteFailed: the pool must stop: what the ring holds now is not known.
+        """
+        payload = groups[0] if len(groups) == 1 else b"".join(groups)
+        length = len(payload)
+        total = align(HEADER_SIZE + length, ALIGNMENT)
+        offset = self._place(total)
+        seq = self.seq + 1
+        record = bytearray(total)
+        _HEADER.pack_into(record, 0, MAGIC, self._pool, seq, self.durable_seq, length)
+        record[HEADER_SIZE : HEADER_SIZE + length] = payload
+        _CHECKSUM.pack_into(record, _HEADER.size, _checksum(record, length))
+        self._file.pwritev([record], offset % self.size)
+        self.seq = seq
+        self.head = offset + total
+        self.carried_durable_seq = self.durable_seq
+        return seq
+
+    def seal(self) -> int:
+        """Before a sync: keep what it will cover from being rewritten.
+
+        Returns the durable_seq that the newest record carries: once this sync is done, recovery
+        is sure to learn of it.
+        """
+        self.head = align(self.head, JOURNAL_PAGE)
+        return self.carried_durable_seq
+
+    async def sync(self, disk: Disk) -> None:
+        """Make everything up to the seal durable (fdatasync(2))."""
+        self.n_syncs += 1
+        await disk.offload(self._file.fdatasync)
+
+    def release(self, tail: int) -> None:
+        """Let the ring overwrite what lies before `tail`: a checkpoint has made it dispensable."""
+        assert self.tail <= tail <= self.head
+        self.tail = tail
+
+    def _place(self, total: int) -> int:
+        """Where a record of `total` bytes goes: at the head, or on the next lap."""
+        left = self.size - self.head % self.size
+        return self.head if total <= left else self.head + left
+
+
+def pool_tag(pool: uuid.UUID) -> int:
+    """The first 8 bytes of the pool's uuid, as they stand in every record."""
+    return int.from_bytes(pool.bytes[:8], "little")
+
+
+def _checksum(record: bytearray | memoryview, length: int) -> int:
+    digest = xxhash.xxh3_64(memoryview(record)[: _HEADER.size])
+    digest.update(memoryview(record)[HEADER_SIZE : HEADER_SIZE + length])
+    return digest.intdigest()
+
+
+def format_ring(file: File, size: int) -> None:
+    """Write a new ring full of zeros; the caller syncs."""
+    zeros = bytes(1 << 20)
+    for offset in range(0, size, len(zeros)):
+        file.pwritev([zeros[: min(len(zeros), size - offset)]], offset)
+
+
+class Reader:
+    """The reading end: the records from a known place on, in order."""
+
+    def __init__(self, file: File, size: int, pool: uuid.UUID) -> None:
+        self._file = file
+        self._size = size
+        self._pool = pool_tag(pool)
+
+    def records(self, offset: int, seq: int) -> Iterator[Record]:
+        """Yield the valid records from `offset` on, the first of which has `seq`."""
+        while (record := self._find(offset, seq)) is not None:
+            yield record
+            offset, seq = record.end, seq + 1
+
+    def damage_after(self, offset: int, seq: int) -> Record | None:
+        """Return a valid record that says that the missing record `seq` had been durable.
+
+        Arguments:
+            offset: where the log ended; the lap from there on is searched.
+            seq: the first record that was not found.
+        """
+        for at in self._magics(offset):
+            record = self._parse(at)
+            if record is not None and record.seq > seq and record.durable_seq >= seq:
+                return record
+        return None
+
+    def _find(self, offset: int, seq: int) -> Record | None:
+        lap_end = offset + -offset % self._size
+        for at in dict.fromkeys((offset, align(offset, JOURNAL_PAGE), lap_end)):
+            record = self._parse(at)
+            if record is not None and record.seq == seq:
+                return record
+        return None
+
+    def _parse(self, offset: int) -> Record | None:
+        """Return the record at `offset`, or None if there is no valid one."""
+        place = offset % self._size
+        raw = self._file.pread(HEADER_SIZE, place)
+        if len(raw) < HEADER_SIZE or not raw.startswith(MAGIC):
+            return None
+        _, pool, seq, durable_seq, length = _HEADER.unpack_from(raw)
+        if pool != self._pool or length > self._size - place - HEADER_SIZE:
+            return None
+        whole = memoryview(raw + self._file.pread(length, place + HEADER_SIZE))
+        (expected,) = _CHECKSUM.unpack_from(whole, _HEADER.size)
+        if len(whole) < HEADER_SIZE + length or _checksum(whole, length) != expected:
+            return None
+        end = offset + align(HEADER_SIZE + length, ALIGNMENT)
+        return Record(offset, end, seq, durable_seq, whole[HEADER_SIZE:])
+
+    def _magics(self, offset: int) -> Iterator[int]:
+        """Yield the offsets, one lap from `offset` on, where a record seems to start."""
+        word = np.frombuffer(MAGIC, "<u8")[0]
+        start = align(offset, ALIGNMENT)
+        at = start
+        while at < start + self._size:
+            place = at % self._size
+            raw = self._file.pread(min(_SCAN_BYTES, self._size - place), place)
+            whole = len(raw) - len(raw) % ALIGNMENT
+            if not whole:
+                return
+            words = np.frombuffer(raw, "<u8", whole // 8)[:: ALIGNMENT // 8]
+            for index in np.flatnonzero(words == word).tolist():
+                yield at + index * ALIGNMENT
+            at += whole

@@ -1,0 +1,105 @@
+"""What the bytes of a pool mean: files, numbers and the location word.
+
+Owns every number of the on-disk format that more than one module needs; does no I/O.
+
+A pool is a directory::
+
+    lock           held (flock) by the one process that serves the pool; holds its pid
+    super          two superblocks, 4 KiB each, written alternately   (superblock.py)
+    journal        a ring of records, written full of zeros when made (journal.py, records.py)
+    data           slots of one block each, sparse; slot s is at byte s * block_size
+    control.sock   the control API of the server that holds the pool  (not the store's)
+
+Everything but the first three files lies in slots of ``data``: the blocks of volumes, the nodes
+of their maps, the free map and the catalogue of volumes.  A pointer to a slot is an **entry** of
+two little-endian u64: a **location** and the xxh3_64 checksum of the whole block it points to, so
+a damaged block cannot vouch for itself.  A location packs
+
+    bits 63..40   birth epoch: the volume's epoch when the block was written (24 bits)
+    bits 39..0    slot; 0 = HOLE (slot 0 is never handed out), all ones = PROVISIONED
+
+HOLE reads as zeros and holds no space.  PROVISIONED reads as zeros and has space set aside: a
+later write to it finds a slot whatever else fills the pool.  A HOLE's location is the word 0 and
+its checksum 0; a PROVISIONED location carries its birth epoch and checksum 0.  In a node above
+the leaves both mean that of everything below.
+
+Versions: FORMAT_VERSION changes only if nothing older could even say what it sees.  Everything
+else is a feature flag: a pool with an unknown bit in ``incompatible`` is not opened, one with an
+unknown bit in ``readonly_compatible`` is opened for reading only, ``compatible`` bits are ignored
+by those who do not know them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
+Bools = npt.NDArray[np.bool_]
+
+FORMAT_VERSION: Final = 1
+FEATURES_COMPATIBLE: Final = 0
+FEATURES_READONLY_COMPATIBLE: Final = 0
+FEATURES_INCOMPATIBLE: Final = 0
+
+MIN_BLOCK_SIZE: Final = 4096  # a leaf of the map is then a page of memory, evicted by itself
+MAX_BLOCK_SIZE: Final = 65536
+ENTRY_SIZE: Final = 16
+
+SLOT_BITS: Final = 40
+SLOT_MASK: Final = (1 << SLOT_BITS) - 1
+MAX_EPOCH: Final = (1 << 24) - 1
+HOLE: Final = 0
+PROVISIONED: Final = SLOT_MASK
+MAX_SLOTS: Final = SLOT_MASK - 1
+
+NP_SLOT_MASK: Final = np.uint64(SLOT_MASK)
+NP_SLOT_BITS: Final = np.uint64(SLOT_BITS)
+
+MIN_CAPACITY: Final = 16 << 20
+MIN_JOURNAL_SIZE: Final = 1 << 20
+MAX_JOURNAL_SIZE: Final = 64 << 30
+DEFAULT_JOURNAL_SIZE: Final = 128 << 20
+
+SECTOR: Final = 512
+MAX_VOLUME_SIZE: Final = 256 << 40  # 1 TiB of address space for the map at 4 KiB blocks
+
+JOURNAL_PAGE: Final = 4096  # what a sync has covered is never rewritten within one of these
+
+
+def slots_of(locations: U64) -> I64:
+    """Return the slots of `locations` (uint64, any shape) as int64, fit for indexing."""
+    return (locations & NP_SLOT_MASK).view(np.int64)
+
+
+def pack_location(slot: int, epoch: int) -> int:
+    """Return the location of `slot` born in `epoch`."""
+    return epoch << SLOT_BITS | slot
+
+
+def holds_slot(locations: U64) -> Bools:
+    """Tell for each location whether it names a slot (it is neither HOLE nor PROVISIONED)."""
+    slots = locations & NP_SLOT_MASK
+    held: Bools = (slots != 0) & (slots != NP_SLOT_MASK)
+    return held
+
+
+def is_provisioned(locations: U64) -> Bools:
+    """Tell for each location whether it is PROVISIONED, of whatever epoch."""
+    found: Bools = (locations & NP_SLOT_MASK) == NP_SLOT_MASK
+    return found
+
+
+def runs(slots: I64) -> list[tuple[int, int]]:
+    """Return the runs `[start, stop)` of indices over which `slots` counts up by one."""
+    n = len(slots)
+    if n == 0:
+        return []
+    if int(slots[-1]) - int(slots[0]) == n - 1 and (n < 3 or bool((np.diff(slots) == 1).all())):
+        return [(0, n)]
+    cuts = (np.flatnonzero(np.diff(slots) != 1) + 1).tolist()
+    return list(zip([0, *cuts], [*cuts, n], strict=True))

@@ -1,0 +1,363 @@
+"""Which slots are free: the free map, who gets one, and when a freed one may be used again.
+
+Owns the bitmap of slots, the count of space set aside, and the quarantine; does no I/O.
+
+States of a slot, and what moves it on::
+
+    free --allocate--> used --free_later(seq)--> quarantined --release(horizon)--> free
+                       used --give_back--------> free      (it was never reachable)
+
+A slot that record `seq` freed stays in quarantine until (1) a record that is durable says that
+`seq` and the data that replaced it are durable, so that recovery can neither need the slot nor
+check it, and (2) no read that was planned before `seq` is in flight.  Quarantined slots count as
+used in the bitmap of this process and as free in the one that a checkpoint writes, because the
+checkpoint is what makes the freeing durable.
+
+Allocation goes region by region (a region is what one block of the bitmap covers: 128 MiB at
+4 KiB blocks): the emptiest region that has held data before, so that runs are long and pages of
+the host's cache and filesystem are recycled, and a fresh region only when no used one is at
+least an eighth free.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import numpy as np
+
+from nbdstore.store.layout import I64, U8
+from nbdstore.store.lazyarray import LazyArray
+
+_BIT: Final = np.left_shift(1, np.arange(8)).astype(np.uint8)
+_NOT_BIT: Final = ~_BIT
+_RECYCLE_SHARE: Final = 8  # a used region is taken before a fresh one if 1/8 of it is free
+_EMPTY: Final = np.empty(0, np.int64)
+
+
+class Slots:
+    """The slots of one pool.
+
+    Attributes:
+        n_slots: capacity.  Slot 0 and slots beyond the capacity count as used for ever.
+        n_free: slots that can be allocated now.
+        n_set_aside: free slots promised to PROVISIONED blocks.
+        n_quarantined: freed, but not to be used again yet.
+    """
+
+    def __init__(self, n_slots: int, block_size: int) -> None:
+        self.region_slots = block_size * 8
+        self._region_shift = self.region_slots.bit_length() - 1
+        self._block_size = block_size
+        self._quarantine: deque[tuple[int, I64]] = deque()
+        self._window = _EMPTY
+        self._window_at = 0
+        self._readers: dict[int, int] = {}
+        self._frozen: FrozenBitmap | None = None
+        self._on_replay_free: Callable[[I64], None] | None = None
+        self.n_set_aside = 0
+        self.n_quarantined = 0
+        self.n_slots = 0
+        self.n_free = 0
+        self.n_used_regions = 0
+        self._bitmap: U8 = np.empty(0, np.uint8)
+        self._ever_used: U8 = self._bitmap
+        self._free_in_region = _EMPTY
+        self._dirty = np.empty(0, np.bool_)
+        self._resize(n_slots)
+        self._mark(np.zeros(1, np.int64))
+
+    # -- capacity ---------------------------------------------------------------------------
+
+    @property
+    def n_regions(self) -> int:
+        """Regions, and so blocks of the bitmap."""
+        return len(self._free_in_region)
+
+    def grow(self, n_slots: int) -> None:
+        """Raise the capacity to `n_slots`."""
+        assert n_slots >= self.n_slots
+        self._resize(n_slots)
+
+    def _resize(self, n_slots: int) -> None:
+        old_slots, old_regions = self.n_slots, self.n_regions
+        n_regions = -(-n_slots // self.region_slots)
+        bitmap = LazyArray((n_regions * self._block_size,), np.uint8).array
+        bitmap[: len(self._bitmap)] = self._bitmap
+        free = np.full(n_regions, self.region_slots, np.int64)
+        free[:old_regions] = self._free_in_region
+        dirty = np.zeros(n_regions, np.bool_)
+        dirty[:old_regions] = self._dirty
+        self._bitmap, self._free_in_region, self._dirty = bitmap, free, dirty
+        if old_slots:  # the last old region had slots beyond the old capacity
+            self._unmark(np.arange(old_slots, old_regions * self.region_slots))
+        self.n_slots = n_slots
+        self.n_free += (n_regions - old_regions) * self.region_slots
+        self._mark(np.arange(n_slots, n_regions * self.region_slots))
+
+    # -- the bitmap -------------------------------------------------------------------------
+
+    def _mark(self, slots: I64) -> None:
+        if len(slots):
+            self._count(slots, -1)
+            np.bitwise_or.at(self._bitmap, slots >> 3, _BIT[slots & 7])
+
+    def _unmark(self, slots: I64) -> None:
+        if len(slots):
+            self._count(slots, 1)
+            np.bitwise_and.at(self._bitmap, slots >> 3, _NOT_BIT[slots & 7])
+
+    def _count(self, slots: I64, sign: int) -> None:
+        """Account `slots`, about to be freed (sign 1) or used (sign -1)."""
+        regions = slots >> self._region_shift
+        first = int(regions[0])
+        if bool((regions == first).all()):
+            if self._frozen is not None:
+                self._frozen.keep([first])
+            self._free_in_region[first] += sign * len(slots)
+            self._dirty[first] = True
+        else:
+            regions, counts = np.unique(regions, return_counts=True)
+            if self._frozen is not None:
+                self._frozen.keep(regions.tolist())
+            self._free_in_region[regions] += sign * counts
+            self._dirty[regions] = True
+        self.n_free += sign * len(slots)
+
+    def is_used(self, slots: I64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Tell for each of `slots` (int64, below the bitmap's end) whether it is not free."""
+        used: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
+            self._bitmap[slots >> 3] & _BIT[slots & 7]
+        ) != 0
+        return used
+
+    # -- allocation -------------------------------------------------------------------------
+
+    def allocate(self, n: int, floor: int) -> I64 | None:
+        """Take `n` slots, leaving at least `floor` free; None if there are not that many.
+
+        Returns int64, shape (n,), ascending as far as one region goes, in runs as long as the
+        free space has them.
+        """
+        if self.n_free - n < floor:
+            return None
+        at = self._window_at
+        if at + n <= len(self._window):
+            self._window_at = at + n
+            taken = self._window[at : at + n]
+            self._mark(taken)
+            return taken
+        parts: list[I64] = []
+        while n:
+            if self._window_at == len(self._window):
+                self._open_window()
+            part = self._window[self._window_at : self._window_at + n]
+            self._window_at += len(part)
+            self._mark(part)
+            n -= len(part)
+            parts.append(part)
+        return np.concatenate(parts)
+
+    def _open_window(self) -> None:
+        """Make the free slots of the best region the window that allocation takes from."""
+        fresh = self.n_used_regions
+        region = int(self._free_in_region[:fresh].argmax()) if fresh else 0
+        n_free = int(self._free_in_region[region])
+        if fresh < self.n_regions and (fresh == 0 or n_free * _RECYCLE_SHARE < self.region_slots):
+            region = fresh
+            self.n_used_regions += 1
+        base = region << self._region_shift
+        bits = self._bitmap[region * self._block_size : (region + 1) * self._block_size]
+        self._window = np.flatnonzero(np.unpackbits(bits, bitorder="little") == 0) + base
+        self._window_at = 0
+
+    def give_back(self, slots: I64) -> None:
+        """Free slots that nothing ever pointed to, at once."""
+        self._unmark(slots)
+
+    # -- freeing ----------------------------------------------------------------------------
+
+    def free_later(self, slots: I64, seq: int) -> None:
+        """Put `slots`, which record `seq` freed, into quarantine."""
+        if self._on_replay_free is not None:
+            self._unmark(slots[self.is_used(slots)])
+            self._on_replay_free(slots)
+        elif len(slots):
+            self._quarantine.append((seq, slots))
+            self.n_quarantined += len(slots)
+
+    def release(self, horizon: int) -> int:
+        """Free what records up to `horizon` freed, as far as readers allow; return how many."""
+        horizon = min(horizon, min(self._readers, default=horizon))
+        parts: list[I64] = []
+        while self._quarantine and self._quarantine[0][0] <= horizon:
+            parts.append(self._quarantine.popleft()[1])
+        if not parts:
+            return 0
+        slots = np.concatenate(parts)
+        self._unmark(slots)
+        self.n_quarantined -= len(slots)
+        return len(slots)
+
+    @contextmanager
+    def pinned(self, seq: int) -> Iterator[None]:
+        """While this lasts, what records after `seq`, the newest now, free is not used again."""
+        self._readers[seq] = self._readers.get(seq, 0) + 1
+        try:
+            yield
+        finally:
+            self._readers[seq] -= 1
+            if not self._readers[seq]:
+                del self._readers[seq]
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def freeze(self) -> FrozenBitmap:
+        """Begin a checkpoint: return the free map of this moment, to be written by it.
+
+        Its dirty blocks are those that changed since the last freeze, and those with slots in
+        quarantine, which the checkpoint's file counts as free.
+        """
+        assert self._frozen is None
+        regions = np.flatnonzero(self._dirty)
+        self._dirty[regions] = False
+        self._frozen = FrozenBitmap(self._block_size, regions, self._bitmap)
+        self._frozen.clear(np.concatenate([_EMPTY, *(slots for _, slots in self._quarantine)]))
+        return self._frozen
+
+    def thaw(self, *, written: bool) -> None:
+        """End a checkpoint; if its free map was not `written`, those blocks are dirty again."""
+        assert self._frozen is not None
+        if not written:
+            self._dirty[list(self._frozen.blocks)] = True
+        self._frozen = None
+
+    # -- opening a pool ---------------------------------------------------------------------
+
+    def load(self, region: int, block: bytes) -> None:
+        """Take over block `region` of the stored bitmap."""
+        start = region * self._block_size
+        bits = self._bitmap[start : start + self._block_size]
+        bits |= np.frombuffer(block, np.uint8)
+        free = self.region_slots - int(np.bitwise_count(bits).sum())
+        self.n_free += free - int(self._free_in_region[region])
+        self._free_in_region[region] = free
+
+    def begin_replay(self, on_free: Callable[[I64], None]) -> None:
+        """All blocks are loaded; what follows is the journal's changes, in order.
+
+        Until :meth:`end_replay`, :meth:`free_later` frees at once, and tells `on_free`.
+        """
+        self._ever_used = self._bitmap.copy()
+        self._on_replay_free = on_free
+
+    def replay_used(self, slots: I64) -> None:
+        """A record, or a node that a superblock reaches, uses `slots` (distinct)."""
+        self._mark(slots[~self.is_used(slots)])
+        np.bitwise_or.at(self._ever_used, slots >> 3, _BIT[slots & 7])
+
+    def end_replay(self, seq: int) -> None:
+        """Quarantine, as freed by record `seq`, whatever the checkpoint or a record ever used.
+
+        Until the checkpoint that ends recovery is durable, a crash makes recovery read the same
+        journal again, and check those slots against it.
+        """
+        self._on_replay_free = None
+        ever = self._ever_used & ~self._bitmap
+        held = np.flatnonzero(np.unpackbits(ever, bitorder="little"))
+        self._ever_used = np.empty(0, np.uint8)
+        self._mark(held)
+        self.free_later(held, seq)
+        used = np.flatnonzero(self._free_in_region < self.region_slots)
+        full = self.n_slots >> self._region_shift
+        # The last region has slots beyond the capacity, which count as used from the start.
+        touched = [r for r in used.tolist() if r < full or self._used_in_last_region()]
+        self.n_used_regions = max(touched, default=0) + 1
+        self._window, self._window_at = _EMPTY, 0
+
+    def _used_in_last_region(self) -> bool:
+        inside = self.n_slots - ((self.n_regions - 1) << self._region_shift)
+        return int(self._free_in_region[-1]) < inside
+
+    def bitmap_block(self, region: int) -> bytes:
+        """Block `region` of the bitmap of this process."""
+        return self._bitmap[region * self._block_size : (region + 1) * self._block_size].tobytes()
+
+    # -- checking ---------------------------------------------------------------------------
+
+    def without_quarantine(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Whether each slot of the bitmap is used, quarantined ones not counted."""
+        used = np.unpackbits(self._bitmap, bitorder="little").view(np.bool_)
+        for _, slots in self._quarantine:
+            used[slots] = False
+        return used
+
+    def correct(self, lost: I64, leaked: I64) -> None:
+        """Count `lost` as used and `leaked` as free: a check has found them so."""
+        held = np.concatenate([_EMPTY, *(slots for _, slots in self._quarantine)])
+        self._mark(lost[~np.isin(lost, held)])
+        kept = [(seq, slots[~np.isin(slots, lost)]) for seq, slots in self._quarantine]
+        self._quarantine = deque(kept)
+        self.n_quarantined = sum(len(slots) for _, slots in kept)
+        self._unmark(leaked)
+
+    # -- giving back ------------------------------------------------------------------------
+
+    def free_runs(self, min_slots: int, region: int) -> list[tuple[int, int]]:
+        """The runs `[start, stop)` of at least `min_slots` free slots in `region`."""
+        bits = self._bitmap[region * self._block_size : (region + 1) * self._block_size]
+        used = np.unpackbits(bits, bitorder="little")
+        edges = np.flatnonzero(np.diff(np.concatenate(([1], used, [1])).astype(np.int8)))
+        base = region * self.region_slots
+        return [
+            (base + a, base + b) for a, b in edges.reshape(-1, 2).tolist() if b - a >= min_slots
+        ]
+
+
+class FrozenBitmap:
+    """The blocks of the free map that a checkpoint writes, apart from the live ones.
+
+    Attributes:
+        blocks: by region, the bytes of the bitmap's block; changed by set and clear only.
+    """
+
+    def __init__(self, block_size: int, regions: I64, bitmap: U8) -> None:
+        self._block_size = block_size
+        self._region_slots = block_size * 8
+        self._live = bitmap
+        self._kept: dict[int, U8] = {}
+        self.blocks: dict[int, U8] = {r: self._copy(r) for r in regions.tolist()}
+
+    def _copy(self, region: int) -> U8:
+        return self._live[region * self._block_size : (region + 1) * self._block_size].copy()
+
+    def keep(self, regions: list[int]) -> None:
+        """The live bitmap is about to change in `regions`: remember what it was."""
+        for region in regions:
+            if region not in self.blocks and region not in self._kept:
+                self._kept[region] = self._copy(region)
+
+    def set(self, slots: I64) -> None:
+        """Count `slots` as used."""
+        for region, bits in self._split(slots):
+            np.bitwise_or.at(self._block(region), bits >> 3, _BIT[bits & 7])
+
+    def clear(self, slots: I64) -> None:
+        """Count `slots` as free."""
+        for region, bits in self._split(slots):
+            np.bitwise_and.at(self._block(region), bits >> 3, _NOT_BIT[bits & 7])
+
+    def _block(self, region: int) -> U8:
+        if region not in self.blocks:
+            kept = self._kept.pop(region, None)
+            self.blocks[region] = self._copy(region) if kept is None else kept
+        return self.blocks[region]
+
+    def _split(self, slots: I64) -> list[tuple[int, I64]]:
+        regions = slots // self._region_slots
+        return [
+            (region, slots[regions == region] % self._region_slots)
+            for region in np.unique(regions).tolist()
+        ]
