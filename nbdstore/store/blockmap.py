@@ -1,0 +1,342 @@
+"""The map of one volume in memory: block -> (location, checksum), and which of it is where.
+
+Owns the arrays of one radix tree and the state of its leaves; does no I/O: it says which nodes
+it misses and takes them when somebody has read them.
+
+The tree: level 0 is the entries of the volume's blocks; level k >= 1 has one entry per node of
+level k - 1, a node being `fanout = block_size / 16` consecutive entries, one block.  The top
+level has one entry, the root.  All levels are flat arrays over lazily touched memory, so that an
+array index is a block number (or a node number) and one numpy expression serves a whole batch.
+Levels >= 1 are always resident (16 bytes per MiB of volume that was ever written, at 4 KiB
+blocks) and change only by checkpoints; level 0 comes and goes a leaf at a time.
+
+A leaf has a kind and two flags, in one byte:
+
+===========  ==================================================================================
+HOLE         all entries are 0; the memory is untouched
+STORED       on disk at level 1's entry, not in memory
+RESIDENT     in memory
+UNIFORM      all entries are PROVISIONED, of one epoch; the memory is untouched
+| DIRTY      differs from what level 1's entry points to
+| FROZEN     belongs to a checkpoint that has not written it yet: before the leaf changes, what it
+             was goes to `frozen`
+===========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from nbdstore.store import layout
+from nbdstore.store.layout import ENTRY_SIZE, I64, U64
+from nbdstore.store.lazyarray import LazyArray
+from nbdstore.store.superblock import Pointer
+
+HOLE: Final = 0
+STORED: Final = 1
+RESIDENT: Final = 2
+UNIFORM: Final = 3
+KIND: Final = 3
+DIRTY: Final = 4
+FROZEN: Final = 8
+_WRITABLE: Final = RESIDENT | DIRTY
+
+FrozenLeaf = bytes | int
+"""What a frozen leaf was: the bytes of its node, or the location of all its entries."""
+
+Leaves = npt.NDArray[np.int64]
+
+
+def level_sizes(n_blocks: int, fanout: int) -> list[int]:
+    """Return the number of entries of each level, from the blocks up to the root's 1."""
+    sizes = [n_blocks]
+    while sizes[-1] > 1 or len(sizes) == 1:
+        sizes.append(-(-sizes[-1] // fanout))
+    return sizes
+
+
+class BlockMap:
+    """The map of one volume.
+
+    Attributes:
+        n_blocks: blocks of the volume; `n_leaves` of them, the last one padded with holes.
+        entries: uint64, shape (n_leaves * fanout, 2): location and checksum; 0 = hole.
+        words: the same as a memoryview of u64, for scalars: `words[2 * block]` is the location.
+        states: uint8, shape (n_leaves,): kind and flags; `state_bytes` the same as a memoryview.
+        levels: levels 1 to the root, uint64, shape (entries of the level, 2), padded to nodes.
+        n_resident, n_dirty: leaves in memory, and leaves a checkpoint has to write.
+        frozen: leaves that changed after they were frozen, as they were.
+    """
+
+    def __init__(self, n_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.fanout = block_size // ENTRY_SIZE
+        self.leaf_shift = self.fanout.bit_length() - 1
+        self.n_blocks = n_blocks
+        sizes = level_sizes(n_blocks, self.fanout)
+        self.n_leaves = sizes[1]
+        self._leaf_memory = LazyArray((self.n_leaves * self.fanout, 2), "<u8")
+        self.entries: U64 = self._leaf_memory.array
+        self.words = self._leaf_memory.memory.cast("Q")
+        state = LazyArray((self.n_leaves,), np.uint8)
+        self.states = state.array
+        self.state_bytes = state.memory
+        self.levels: list[U64] = [self._level(n) for n in sizes[1:]]
+        self.dirty_nodes: list[set[int]] = [set() for _ in self.levels]
+        self._uniform_epochs = LazyArray((self.n_leaves,), np.uint32).array
+        self.n_resident = 0
+        self.n_dirty = 0
+        self.frozen: dict[int, FrozenLeaf] = {}
+        self._clock = 0
+
+    def _level(self, n_entries: int) -> U64:
+        padded = n_entries + (-n_entries % self.fanout if n_entries > 1 else 0)
+        return LazyArray((padded, 2), "<u8").array
+
+    @property
+    def root(self) -> Pointer:
+        """The entry of the topmost node."""
+        location, checksum = self.levels[-1][0].tolist()
+        return location, checksum
+
+    # -- opening ----------------------------------------------------------------------------
+
+    def load_levels(self, root: Pointer, read_node: Callable[[int, int, str], bytes]) -> None:
+        """Fill levels >= 1 from disk, from the root down; leaves become STORED.
+
+        Arguments:
+            read_node: called with location, checksum and a name; returns the verified block.
+        """
+        self.levels[-1][0] = root
+        for depth in range(len(self.levels) - 1, 0, -1):
+            upper, lower = self.levels[depth], self.levels[depth - 1]
+            for node in np.flatnonzero(upper[:, 0]).tolist():
+                location, checksum = upper[node].tolist()
+                below = lower[node * self.fanout : (node + 1) * self.fanout]
+                if location & layout.SLOT_MASK == layout.PROVISIONED:
+                    n = min(self._n_nodes(depth - 1) - node * self.fanout, self.fanout)
+                    below[:n, 0] = location
+                else:
+                    raw = read_node(location, checksum, f"node {node} of level {depth}")
+                    below[:] = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)[: len(below)]
+        pointers = self.levels[0][: self.n_leaves, 0]
+        self.states[layout.holds_slot(pointers)] = STORED
+        self.states[layout.is_provisioned(pointers)] = UNIFORM
+
+    def _n_nodes(self, level: int) -> int:
+        """Entries of `levels[level]` that stand for something."""
+        n = self.n_leaves
+        for _ in range(level):
+            n = -(-n // self.fanout)
+        return n
+
+    def node_slots(self) -> I64:
+        """The slots of all nodes that levels >= 1 point to, int64."""
+        found = [level[:, 0][layout.holds_slot(level[:, 0])] for level in self.levels]
+        return layout.slots_of(np.concatenate(found))
+
+    # -- leaves -----------------------------------------------------------------------------
+
+    def leaf_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The leaves `[first, last + 1)` that hold blocks `[start, stop)`, not empty."""
+        return start >> self.leaf_shift, ((stop - 1) >> self.leaf_shift) + 1
+
+    def missing(self, start: int, stop: int) -> Leaves:
+        """The STORED leaves that hold entries of blocks `[start, stop)`."""
+        first, last = self.leaf_range(start, stop)
+        return np.flatnonzero(self.states[first:last] & KIND == STORED) + first
+
+    def missing_of(self, blocks: I64) -> Leaves:
+        """The STORED leaves that hold entries of `blocks`."""
+        leaves = np.unique(blocks >> self.leaf_shift)
+        found: Leaves = leaves[self.states[leaves] & KIND == STORED]
+        return found
+
+    def leaf_pointer(self, leaf: int) -> Pointer:
+        """Level 1's entry of `leaf`: where it is on disk."""
+        location, checksum = self.levels[0][leaf].tolist()
+        return location, checksum
+
+    def install(self, leaf: int, node: bytes) -> None:
+        """Make a STORED leaf RESIDENT, with the bytes of its node."""
+        assert self.states[leaf] & KIND == STORED
+        self._leaf_entries(leaf)[:] = np.frombuffer(node, "<u8").reshape(self.fanout, 2)
+        self.states[leaf] += RESIDENT - STORED
+        self.n_resident += 1
+
+    def _leaf_entries(self, leaf: int) -> U64:
+        return self.entries[leaf << self.leaf_shift : (leaf + 1) << self.leaf_shift]
+
+    def _uniform_location(self, leaf: int) -> int:
+        if self.state_bytes[leaf] & DIRTY:
+            return layout.pack_location(layout.PROVISIONED, int(self._uniform_epochs[leaf]))
+        return int(self.levels[0][leaf, 0])
+
+    def locations(self, start: int, stop: int) -> U64:
+        """The locations of blocks `[start, stop)`, of which no leaf is STORED: a copy."""
+        found: U64 = self.entries[start:stop, 0].copy()
+        first, last = self.leaf_range(start, stop)
+        for leaf in (np.flatnonzero(self.states[first:last] & KIND == UNIFORM) + first).tolist():
+            low = max((leaf << self.leaf_shift) - start, 0)
+            found[low : ((leaf + 1) << self.leaf_shift) - start] = self._uniform_location(leaf)
+        return found
+
+    # -- changes ----------------------------------------------------------------------------
+
+    def make_writable(self, blocks: I64) -> None:
+        """Before entries of `blocks` change: their leaves become RESIDENT | DIRTY.
+
+        None of them may be STORED.
+        """
+        leaves = blocks >> self.leaf_shift
+        if bool((self.states[leaves] == _WRITABLE).all()):
+            return
+        for leaf in dict.fromkeys(leaves.tolist()):
+            if self.state_bytes[leaf] != _WRITABLE:
+                self._make_leaf_writable(leaf)
+
+    def _make_leaf_writable(self, leaf: int) -> None:
+        state = self.state_bytes[leaf]
+        assert state & KIND != STORED
+        if state & FROZEN:
+            self._keep_frozen(leaf)
+        if state & KIND == UNIFORM:
+            location = self._uniform_location(leaf)
+            self._leaf_entries(leaf)[: self._blocks_in(leaf), 0] = location
+        if state & KIND != RESIDENT:
+            self.n_resident += 1
+        if not state & DIRTY:
+            self.n_dirty += 1
+        self.state_bytes[leaf] = _WRITABLE
+
+    def _blocks_in(self, leaf: int) -> int:
+        return min(self.n_blocks - (leaf << self.leaf_shift), self.fanout)
+
+    def set_hole(self, leaves: Leaves) -> None:
+        """Make all entries of `leaves` (none STORED) holes."""
+        self._set_uniform(leaves, HOLE)
+
+    def set_provisioned(self, leaves: Leaves, epoch: int) -> None:
+        """Make all entries of `leaves` (none STORED) PROVISIONED, born in `epoch`."""
+        self._set_uniform(leaves, UNIFORM)
+        self._uniform_epochs[leaves] = epoch
+
+    def _set_uniform(self, leaves: Leaves, kind: int) -> None:
+        states = self.states[leaves]
+        assert not (states & KIND == STORED).any()
+        for leaf in leaves[states & FROZEN != 0].tolist():
+            self._keep_frozen(leaf)
+        self._forget(leaves[states & KIND == RESIDENT].tolist())
+        self.n_dirty += int(np.count_nonzero(states & DIRTY == 0))
+        self.states[leaves] = kind | DIRTY
+
+    def _forget(self, leaves: list[int]) -> None:
+        """Give back the memory of RESIDENT leaves."""
+        size = self.block_size
+        at = 0
+        while at < len(leaves):
+            stop = at + 1
+            while stop < len(leaves) and leaves[stop] == leaves[stop - 1] + 1:
+                stop += 1
+            self._leaf_memory.forget(leaves[at] * size, (leaves[stop - 1] + 1) * size)
+            at = stop
+        self.n_resident -= len(leaves)
+
+    def evict(self, n_leaves: int) -> int:
+        """Give back the memory of up to `n_leaves` clean leaves; return how many.
+
+        Goes round the leaves like a clock's hand, so that all take their turn.
+        """
+        clean = np.flatnonzero(self.states == RESIDENT)
+        if not len(clean):
+            return 0
+        at = int(np.searchsorted(clean, self._clock))
+        chosen = np.sort(np.roll(clean, -at)[:n_leaves])
+        self._clock = int(clean[(at + len(chosen)) % len(clean)])
+        self._evict(chosen)
+        return len(chosen)
+
+    def evict_leaf(self, leaf: int) -> None:
+        """Give back the memory of one clean RESIDENT leaf."""
+        self._evict(np.array([leaf], np.int64))
+
+    def _evict(self, leaves: Leaves) -> None:
+        self._forget(leaves.tolist())
+        self.states[leaves] = STORED
+        hollow = leaves[self.levels[0][leaves, 0] == 0]  # a checkpoint found only holes in it
+        self.states[hollow] = HOLE
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def freeze(self) -> Leaves:
+        """Begin a checkpoint: return the leaves it has to write, each as it is now."""
+        assert not self.frozen
+        dirty = np.flatnonzero(self.states & DIRTY)
+        self.states[dirty] |= FROZEN
+        return dirty
+
+    def _keep_frozen(self, leaf: int) -> None:
+        self.frozen[leaf] = self._frozen_now(leaf)
+
+    def _frozen_now(self, leaf: int) -> FrozenLeaf:
+        kind = self.state_bytes[leaf] & KIND
+        if kind == HOLE:
+            return 0
+        if kind == UNIFORM:
+            return self._uniform_location(leaf)
+        entries = self._leaf_entries(leaf)
+        return entries.tobytes() if entries[:, 0].any() else 0
+
+    def frozen_leaf(self, leaf: int) -> FrozenLeaf:
+        """What `leaf` was when it was frozen: its node's bytes, or its uniform location."""
+        if leaf in self.frozen:
+            return self.frozen[leaf]
+        return self._frozen_now(leaf)
+
+    def leaf_written(self, leaf: int, pointer: Pointer) -> int:
+        """The checkpoint has written `leaf`: level 1 points there; return the old location."""
+        old = int(self.levels[0][leaf, 0])
+        self.levels[0][leaf] = pointer
+        self.dirty_nodes[0].add(leaf >> self.leaf_shift)
+        if self.frozen.pop(leaf, None) is None:
+            self.state_bytes[leaf] &= KIND
+            self.n_dirty -= 1
+        return old
+
+    def node_bytes(self, level: int, node: int) -> bytes:
+        """The bytes of the node of `levels[level]`'s entries `[node * fanout, ...)`."""
+        entries = self.levels[level][node * self.fanout : (node + 1) * self.fanout]
+        return entries.tobytes().ljust(self.block_size, b"\0")
+
+    def abandon_freeze(self, leaves: Leaves) -> None:
+        """A checkpoint failed: those of `leaves` that it has not written are dirty again."""
+        self.frozen.clear()
+        self.states[leaves] &= KIND | DIRTY
+
+    # -- resizing ---------------------------------------------------------------------------
+
+    def resized(self, n_blocks: int) -> BlockMap:
+        """Return this map with `n_blocks`; blocks beyond that must be holes, none frozen."""
+        new = BlockMap(n_blocks, self.block_size)
+        n = min(self.n_leaves, new.n_leaves)
+        new.states[:n] = self.states[:n]
+        resident = np.flatnonzero(self.states[:n] & KIND == RESIDENT)
+        shape = (-1, self.fanout, 2)
+        new.entries.reshape(shape)[resident] = self.entries.reshape(shape)[resident]
+        new._uniform_epochs[:n] = self._uniform_epochs[:n]
+        new.n_resident = len(resident)
+        for depth, level in enumerate(self.levels[: len(new.levels)]):
+            n_entries = min(len(level), len(new.levels[depth]))
+            new.levels[depth][:n_entries] = level[:n_entries]
+        new._mark_all_nodes_dirty()
+        new.n_dirty = int(np.count_nonzero(new.states & DIRTY))
+        return new
+
+    def _mark_all_nodes_dirty(self) -> None:
+        for depth in range(len(self.levels) - 1):
+            used = np.flatnonzero(self.levels[depth][:, 0])
+            self.dirty_nodes[depth] = set((used >> self.leaf_shift).tolist())

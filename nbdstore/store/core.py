@@ -1,0 +1,207 @@
+"""What all parts of one open pool share: its files, slots and journal, and its last word.
+
+Owns the decision that the pool has failed, the reserve, and verified reads of single blocks;
+knows nothing of volumes.
+
+Concurrency: one event loop, one thread.  Maps, slots and journal change only on the loop, and
+only between awaits; threads get buffers and file offsets, never maps.  What an await may change
+is said where it stands.  The rule that makes it safe everywhere: after an await, look again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+import xxhash
+
+from nbdstore.errors import Corruption, InvalidArgument, NoSpace, PoolFailed, StoreError
+from nbdstore.store import layout
+from nbdstore.store.disk import Disk, File
+from nbdstore.store.journal import Journal
+from nbdstore.store.layout import I64
+from nbdstore.store.slots import Slots
+
+log = logging.getLogger("nbdstore.store")
+
+_RESERVE_SHARE: Final = 100
+_RESERVE_BYTES: Final = 64 << 20
+_RESERVE_MOST_SHARE: Final = 16  # of a small pool
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How an open pool behaves.
+
+    Attributes:
+        on_full: "wait": hold writes that find no space; "error": fail them with NoSpace at once.
+        full_timeout_s: how long a write is held before it fails; 0 = for ever.
+        map_memory: bytes of map leaves kept in memory; at least 16 MiB.
+        sync_interval_s: how old unsynced data may get before it is synced unasked.
+        checkpoint_interval_s: how old changes may get before a checkpoint writes the trees.
+    """
+
+    on_full: str = "wait"
+    full_timeout_s: float = 60.0
+    map_memory: int = 512 << 20
+    sync_interval_s: float = 5.0
+    checkpoint_interval_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.on_full not in ("wait", "error"):
+            raise InvalidArgument(f"on_full {self.on_full!r}: choose 'wait' or 'error'")
+        if self.map_memory < 16 << 20:
+            raise InvalidArgument(f"map memory {self.map_memory}: give at least 16M")
+        if self.full_timeout_s < 0:
+            raise InvalidArgument(f"full timeout {self.full_timeout_s}: give 0 (for ever) or more")
+
+
+class Core:
+    """The shared state of an open pool.
+
+    Attributes:
+        failed: why the pool stopped acknowledging, or None.
+        n_held: writes that wait for space now.
+        n_corruptions: damaged blocks met by reads so far.
+        reserve: slots that only overwriting, checkpoints and freeing may use.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        data: File,
+        journal: Journal,
+        slots: Slots,
+        block_size: int,
+        options: PoolOptions,
+    ) -> None:
+        self.disk = disk
+        self.data = data
+        self.journal = journal
+        self.slots = slots
+        self.block_size = block_size
+        self.options = options
+        self.failed: str | None = None
+        self.n_held = 0
+        self.n_corruptions = 0
+        self.host_full = False
+        self._space = asyncio.Event()
+
+    @property
+    def reserve(self) -> int:
+        n_slots = self.slots.n_slots
+        wanted = max(n_slots // _RESERVE_SHARE, _RESERVE_BYTES // self.block_size)
+        return min(wanted, n_slots // _RESERVE_MOST_SHARE)
+
+    # -- failure ----------------------------------------------------------------------------
+
+    def fail(self, why: str) -> None:
+        """Stop acknowledging: what is on disk is no longer known (fsync(2), "EIO")."""
+        if self.failed is None:
+            self.failed = why
+            log.critical("pool %s failed: %s; restart to recover", self.disk.directory, why)
+        self.space_changed()
+
+    def check_alive(self) -> None:
+        """Raise PoolFailed if the pool has failed."""
+        if self.failed is not None:
+            raise PoolFailed(f"the pool stopped: {self.failed}; restart the server to recover")
+
+    # -- the journal ------------------------------------------------------------------------
+
+    def append(self, *groups: bytes) -> int:
+        """Write a journal record; a failure fails the pool."""
+        self.check_alive()
+        try:
+            return self.journal.append(*groups)
+        except StoreError as error:
+            self.fail(str(error))
+            raise PoolFailed(f"the pool stopped: {error}; restart the server to recover") from error
+
+    # -- space ------------------------------------------------------------------------------
+
+    def take_slots(self, n: int, n_holes: int) -> I64 | None:
+        """Take `n` slots for a write that fills `n_holes` holes; None if it must wait.
+
+        Filling holes leaves the reserve and what is promised to PROVISIONED blocks; overwriting,
+        which gives as much back with the next sync, may use half of the reserve.
+        """
+        floor = self.reserve + self.slots.n_set_aside if n_holes else self.reserve // 2
+        return self.slots.allocate(n, floor)
+
+    def may_set_aside(self, n: int) -> bool:
+        """Tell whether `n` more slots can be promised."""
+        slots = self.slots
+        return slots.n_free - slots.n_set_aside - n >= self.reserve
+
+    def space_changed(self) -> None:
+        """Wake those who wait for slots, for room in the journal, or for the pool's end."""
+        self._space.set()
+        self._space = asyncio.Event()
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Wait until :meth:`space_changed`, at most `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._space.wait(), timeout_s)
+        except TimeoutError:
+            pass  # the caller looks again either way
+
+    def begin_hold(self) -> None:
+        """One more request is held for want of space."""
+        if not self.n_held:
+            log.warning("writes are held: %s", self.no_space())
+        self.n_held += 1
+
+    def end_hold(self) -> None:
+        """A held request went on, or failed."""
+        self.n_held -= 1
+        if not self.n_held:
+            log.warning("no write is held any more")
+
+    def no_space(self) -> NoSpace:
+        """The error for a request that found no space."""
+        if self.host_full:
+            return NoSpace(f"the filesystem under {self.disk.directory} is full: free space there")
+        return NoSpace(
+            f"the pool is full ({self.slots.n_slots * self.block_size} bytes): trim or delete "
+            "volumes, or enlarge it with 'nbdstore pool grow'"
+        )
+
+    # -- single blocks ----------------------------------------------------------------------
+
+    def read_block(self, location: int, checksum: int, what: str) -> bytes:
+        """Return the block an entry points to, verified; may wait for the disk.
+
+        Raises:
+            Corruption: it is not what was written, even when read past the page cache.
+        """
+        slot = location & layout.SLOT_MASK
+        raw = self.data.pread(self.block_size, slot * self.block_size)
+        if len(raw) == self.block_size and xxhash.xxh3_64_intdigest(raw) == checksum:
+            return raw
+        return self.reread_block(slot, checksum, what)
+
+    def reread_block(self, slot: int, checksum: int, what: str) -> bytes:
+        """Read a block that did not match past the page cache; Corruption if it never does."""
+        raw = self.data.pread_direct(self.block_size, slot * self.block_size)
+        found = xxhash.xxh3_64_intdigest(raw)
+        if len(raw) == self.block_size and found == checksum:
+            log.warning("%s: damaged in the page cache, intact on disk (slot %d)", what, slot)
+            return raw
+        self.n_corruptions += 1
+        shown = f"checksum {found:016x}" if len(raw) == self.block_size else f"{len(raw)} bytes"
+        error = Corruption(
+            f"{what} (slot {slot}, byte {slot * self.block_size} of {self.data.name})",
+            f"checksum {checksum:016x}",
+            shown,
+            "run 'nbdstore check', and restore that range from a backup",
+        )
+        log.error("%s", error)
+        raise error
+
+    def write_slots(self, slots: I64, blocks: list[bytes]) -> None:
+        """Write `blocks[i]` to `slots[i]`, one call per run."""
+        for start, stop in layout.runs(slots):
+            self.data.pwritev(blocks[start:stop], int(slots[start]) * self.block_size)
