@@ -1,0 +1,362 @@
+"""Checkpoints: write the trees as they were at one moment, and let the journal forget.
+
+Owns the writing of dirty leaves, nodes, the catalogue and the free map, and the flip of the
+superblock; how a frozen leaf is kept from changing is the map's (blockmap.py, slots.py).
+
+A checkpoint of seq S holds exactly what records 1..S did, whatever is written while it runs:
+
+1. freeze (no await): remember S and the journal's head, mark dirty leaves and the free map frozen;
+2. write, in slices with the loop let in between: frozen leaves, then the nodes above them, then
+   the catalogue with the new roots, then the free map, all into free slots;
+3. sync the data file;
+4. write the superblock's older copy, sync it: from here on this checkpoint is what recovery reads;
+5. release the journal up to S and the slots of what was replaced.
+
+A crash before 4 leaves the checkpoint before, and the journal from there.  A failure before 4
+(no space) leaves the pool running: what was written is what the maps point to now, the rest is
+dirty still, and the slots that the old superblock needs stay in `_replaced` until a later flip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.errors import NoSpace, StoreError
+from nbdstore.store import catalogue, layout, superblock
+from nbdstore.store.blockmap import BlockMap, Leaves
+from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.core import Core
+from nbdstore.store.disk import File
+from nbdstore.store.durability import Committer
+from nbdstore.store.layout import I64, U64
+from nbdstore.store.slots import FrozenBitmap
+from nbdstore.store.superblock import NULL, Pointer, Superblock
+
+if TYPE_CHECKING:
+    from nbdstore.store.volume import Volume
+
+log = logging.getLogger("nbdstore.store")
+
+_SLICE_NODES: Final = 128  # written between two turns of the loop: about 1 ms
+
+
+@dataclass
+class _Frozen:
+    """What one checkpoint writes: the state at `seq`.
+
+    Attributes:
+        own: slots taken for the pool's own trees, given back if the checkpoint fails.
+    """
+
+    seq: int
+    journal_offset: int
+    volumes: list[tuple[Volume, VolumeInfo, Leaves]]
+    next_id: int
+    bitmap: FrozenBitmap
+    own: list[I64] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The trees that belong to the pool itself, as the last superblock has them.
+
+    Attributes:
+        catalogue_slots: all slots of the catalogue, nodes included.
+        free_map: entries of the free map's blocks, uint64, shape (n_regions, 2).
+        free_map_nodes: slots of the nodes above them.
+    """
+
+    catalogue_slots: I64
+    free_map: U64
+    free_map_nodes: I64
+
+    def all_slots(self) -> I64:
+        """The slots of everything in these trees."""
+        blocks = self.free_map[:, 0]
+        slots = layout.slots_of(blocks[blocks != layout.HOLE])
+        return np.concatenate([self.catalogue_slots, slots, self.free_map_nodes])
+
+
+class Checkpointer:
+    """Writes the checkpoints of one pool.
+
+    Attributes:
+        lock: held while a checkpoint runs, and by whoever changes a volume's shape.
+        seq: the newest record that the last checkpoint covers.
+        superblock: as it is on disk.
+        n_checkpoints: written so far.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        committer: Committer,
+        super_file: File,
+        current: Superblock,
+        roots: Roots,
+        volumes: dict[int, Volume],
+        next_id: int,
+    ) -> None:
+        self._core = core
+        self._committer = committer
+        self._super_file = super_file
+        self._roots = roots
+        self._volumes = volumes
+        self._replaced: list[I64] = []
+        self._running: asyncio.Task[None] | None = None
+        self.superblock = current
+        self.next_id = next_id
+        self.lock = asyncio.Lock()
+        self.seq = current.journal_seq - 1
+        self.done_at = time.monotonic()
+        self.n_checkpoints = 0
+
+    async def join(self) -> None:
+        """Return at the end of a checkpoint: the one that runs, or else a new one."""
+        if self._running is None:
+            self._running = asyncio.create_task(self.run())
+            self._running.add_done_callback(self._ended)
+        await asyncio.shield(self._running)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running = None
+        if not task.cancelled():
+            task.exception()  # those who joined have it; without any, run() has logged it
+
+    async def run(self) -> None:
+        """Write a checkpoint of the present.
+
+        Raises:
+            NoSpace: there is no space for it; the pool goes on, the journal keeps what it has.
+            PoolFailed: a write or sync failed; the pool has stopped.
+        """
+        async with self.lock:
+            await self.run_locked()
+
+    async def run_locked(self) -> None:
+        """Like :meth:`run`, for the holder of `lock`."""
+        self._core.check_alive()
+        frozen = self._freeze()
+        flipped = False
+        try:
+            await self._write(frozen)
+            flipped = True
+        except NoSpace as error:
+            log.warning("checkpoint postponed: %s", error)
+            raise
+        except StoreError as error:
+            self._core.fail(f"checkpoint: {error}")
+            self._core.check_alive()
+        finally:
+            self._core.slots.thaw(written=flipped)
+            for volume, _, leaves in frozen.volumes:
+                if not flipped:
+                    volume.map.abandon_freeze(leaves)
+            if not flipped:
+                for slots in frozen.own:
+                    self._core.slots.give_back(slots)
+        self._release(frozen)
+
+    def drop(self, slots: I64) -> None:
+        """Slots of nodes that the next checkpoint does not need any more."""
+        self._replaced.append(slots)
+
+    # -- 1. freeze --------------------------------------------------------------------------
+
+    def _freeze(self) -> _Frozen:
+        journal = self._core.journal
+        return _Frozen(
+            seq=journal.seq,
+            journal_offset=journal.head,
+            volumes=[
+                (volume, replace(volume.info), volume.map.freeze())
+                for volume in self._volumes.values()
+            ],
+            next_id=self.next_id,
+            bitmap=self._core.slots.freeze(),
+        )
+
+    # -- 2. write ---------------------------------------------------------------------------
+
+    async def _write(self, frozen: _Frozen) -> None:
+        for volume, info, leaves in frozen.volumes:
+            await self._write_leaves(volume.map, leaves, info.epoch, frozen)
+            await self._write_nodes(volume.map, info.epoch, frozen)
+            info.root = volume.info.root = volume.map.root
+        raw = catalogue.encode(frozen.next_id, [info for _, info, _ in frozen.volumes])
+        catalogue_root = self._write_catalogue(raw, frozen)
+        catalogue_slots = np.concatenate(frozen.own)
+        free_map_root, free_map, free_map_nodes, doomed = self._write_free_map(frozen)
+        await self._core.disk.offload(self._core.data.fdatasync)
+        new = self.superblock.next(
+            n_slots=self._core.slots.n_slots,
+            journal_offset=frozen.journal_offset,
+            journal_seq=frozen.seq + 1,
+            catalogue=catalogue_root,
+            catalogue_bytes=len(raw),
+            free_map=free_map_root,
+        )
+        superblock.write(self._super_file, new)
+        await self._core.disk.offload(self._super_file.fdatasync)
+        self.superblock = new
+        self._roots = Roots(catalogue_slots, free_map, free_map_nodes)
+        self._replaced = doomed
+
+    async def _write_leaves(
+        self, blocks: BlockMap, leaves: Leaves, epoch: int, frozen: _Frozen
+    ) -> None:
+        for at in range(0, len(leaves), _SLICE_NODES):
+            part = leaves[at : at + _SLICE_NODES].tolist()
+            nodes = [blocks.frozen_leaf(leaf) for leaf in part]
+            stored = [node for node in nodes if isinstance(node, bytes)]
+            places = iter(self._store(stored, epoch, frozen))
+            old = [
+                blocks.leaf_written(leaf, next(places) if isinstance(node, bytes) else (node, 0))
+                for leaf, node in zip(part, nodes, strict=True)
+            ]
+            self._replace(old)
+            await asyncio.sleep(0)
+
+    async def _write_nodes(self, blocks: BlockMap, epoch: int, frozen: _Frozen) -> None:
+        for level in range(len(blocks.levels) - 1):
+            dirty = sorted(blocks.dirty_nodes[level])
+            for at in range(0, len(dirty), _SLICE_NODES):
+                part = dirty[at : at + _SLICE_NODES]
+                nodes = [blocks.node_bytes(level, node) for node in part]
+                pointers = self._store_or_null(nodes, epoch, frozen)
+                upper = blocks.levels[level + 1]
+                self._replace(upper[part, 0].tolist())
+                upper[part] = pointers
+                blocks.dirty_nodes[level].difference_update(part)
+                blocks.dirty_nodes[level + 1].update(n >> blocks.leaf_shift for n in part)
+                await asyncio.sleep(0)
+        blocks.dirty_nodes[-1].clear()
+
+    def _store_or_null(self, nodes: list[bytes], epoch: int, frozen: _Frozen) -> list[Pointer]:
+        """Store nodes; one full of holes is a hole itself."""
+        zeros = bytes(self._core.block_size)
+        places = iter(self._store([n for n in nodes if n != zeros], epoch, frozen))
+        return [NULL if node == zeros else next(places) for node in nodes]
+
+    def _store(self, blocks: Sequence[bytes], epoch: int, frozen: _Frozen) -> list[Pointer]:
+        """Write blocks to free slots and return their entries."""
+        if not blocks:
+            return []
+        slots = self._take(len(blocks))
+        frozen.bitmap.set(slots)
+        self._core.write_slots(slots, list(blocks))
+        return [
+            (layout.pack_location(slot, epoch), xxh3_64_intdigest(block))
+            for slot, block in zip(slots.tolist(), blocks, strict=True)
+        ]
+
+    def _take(self, n: int) -> I64:
+        """Free slots for a checkpoint, which may use all of the reserve."""
+        slots = self._core.slots.allocate(n, 0)
+        if slots is None:
+            raise self._core.no_space()
+        return slots
+
+    def _replace(self, locations: Sequence[int]) -> None:
+        slots = layout.slots_of(np.array(locations, np.uint64))
+        self._replaced.append(slots[(slots != layout.HOLE) & (slots != layout.PROVISIONED)])
+
+    # -- the pool's own trees: written whole, or given back ----------------------------------
+
+    def _take_own(self, n: int, frozen: _Frozen) -> I64:
+        slots = self._take(n)
+        frozen.own.append(slots)
+        frozen.bitmap.set(slots)
+        return slots
+
+    def _write_own(self, blocks: list[bytes], slots: I64) -> U64:
+        """Write `blocks` to `slots`; return their entries, uint64, shape (n, 2)."""
+        self._core.write_slots(slots, blocks)
+        entries = np.empty((len(blocks), 2), np.uint64)
+        entries[:, 0] = slots
+        entries[:, 1] = [*map(xxh3_64_intdigest, blocks)]
+        return entries
+
+    def _nodes_of(self, entries: U64) -> list[bytes]:
+        size = self._core.block_size
+        fanout = size // layout.ENTRY_SIZE
+        return [
+            entries[at : at + fanout].tobytes().ljust(size, b"\0")
+            for at in range(0, len(entries), fanout)
+        ]
+
+    def _write_above(self, entries: U64, slots: I64) -> Pointer:
+        """Write all nodes above `entries` to `slots`, as many as :func:`_n_above` says."""
+        while True:
+            nodes = self._nodes_of(entries)
+            entries = self._write_own(nodes, slots[: len(nodes)])
+            slots = slots[len(nodes) :]
+            if len(entries) == 1:
+                location, checksum = entries[0].tolist()
+                return location, checksum
+
+    def _write_catalogue(self, raw: bytes, frozen: _Frozen) -> Pointer:
+        size = self._core.block_size
+        blocks = [raw[at : at + size].ljust(size, b"\0") for at in range(0, len(raw), size)]
+        entries = self._write_own(blocks, self._take_own(len(blocks), frozen))
+        return self._write_above(entries, self._take_own(_n_above(len(blocks), size), frozen))
+
+    def _write_free_map(self, frozen: _Frozen) -> tuple[Pointer, U64, I64, list[I64]]:
+        """Write the changed blocks of the free map, which say what is used, themselves included.
+
+        A slot for a block of the bitmap changes the bitmap: so first take slots until no block
+        changes that has none, and then write.
+
+        Returns the root, the entries of the blocks, the slots of the nodes above, and all slots
+        that the new superblock does not need.
+        """
+        bitmap, core = frozen.bitmap, self._core
+        entries = np.zeros((core.slots.n_regions, 2), np.uint64)
+        entries[: len(self._roots.free_map)] = self._roots.free_map
+        doomed = [*self._replaced, self._roots.catalogue_slots, self._roots.free_map_nodes]
+        bitmap.clear(np.concatenate(doomed))
+        nodes = self._take_own(_n_above(len(entries), core.block_size), frozen)
+        places: dict[int, int] = {}
+        while missing := [region for region in bitmap.blocks if region not in places]:
+            slots = self._take_own(len(missing), frozen)
+            places.update(zip(missing, slots.tolist(), strict=True))
+            old = entries[missing, 0]
+            doomed.append(layout.slots_of(old[old != layout.HOLE]))
+            bitmap.clear(doomed[-1])
+        blocks = [bitmap.blocks[region].tobytes() for region in places]
+        entries[list(places)] = self._write_own(blocks, np.array([*places.values()], np.int64))
+        return self._write_above(entries, nodes), entries, nodes, doomed
+
+    # -- 5. release -------------------------------------------------------------------------
+
+    def _release(self, frozen: _Frozen) -> None:
+        core = self._core
+        core.journal.release(frozen.journal_offset)
+        core.journal.durable_seq = max(core.journal.durable_seq, frozen.seq)
+        # A read planned before now may still be using what was replaced: it is freed as if by
+        # the record to come.
+        for slots in self._replaced:
+            core.slots.free_later(slots, core.journal.seq + 1)
+        self._replaced = []
+        self.seq = frozen.seq
+        self.done_at = time.monotonic()
+        self.n_checkpoints += 1
+        self._committer.raise_horizon(frozen.seq)
+        core.space_changed()
+
+
+def _n_above(n_entries: int, block_size: int) -> int:
+    """How many nodes all levels above `n_entries` entries have together, the one root included."""
+    fanout = block_size // layout.ENTRY_SIZE
+    sizes = [-(-n_entries // fanout)]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // fanout))
+    return sum(sizes)

@@ -1,0 +1,204 @@
+"""Group commit: what makes an acknowledged write durable, for how little.
+
+Owns the rounds of syncs and the knowledge of what is durable; knows volumes only as owners of
+unsynced data.
+
+A round covers everything written before it began, for all who wait then; those who come while it
+runs share the next one.  It comes in two kinds:
+
+- *small*: what the waiting volumes have unsynced fits into 64 KiB.  Its blocks go inline into one
+  DATA record, and only the journal is synced: one fdatasync into recycled space.  Other volumes'
+  dirty data is not waited for.
+- *full*: the data file and the journal are synced, side by side.  Their order does not matter:
+  a record whose data did not make it is found by its checksums.
+
+``journal.durable_seq`` is the seq up to which records *and the data they map* are durable, in
+every volume; it travels in the header of each record.  Slots freed by record f may be used again
+once a *durable* record carries a durable_seq >= f, so that recovery knows that it need not check
+what stood in them; or once a checkpoint that includes f is durable.  A failed sync is final: the
+kernel has dropped the dirty pages and a second sync would lie (fsync(2)); the pool fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.errors import ReadFailed, StoreError
+from nbdstore.store import records
+from nbdstore.store.core import Core
+from nbdstore.store.layout import I64
+
+INLINE_BYTES: Final = 64 << 10
+
+
+class Unsynced:
+    """Data of one volume that is in the page cache only.
+
+    Attributes:
+        first_seq: the first record that maps some of it; 0 if there is none.
+        n_bytes: how much.
+        slots, checksums: where it lies and what it is, while it is little enough to go inline.
+    """
+
+    __slots__ = ("checksums", "first_seq", "n_bytes", "slots")
+
+    def __init__(self) -> None:
+        self.first_seq = 0
+        self.n_bytes = 0
+        self.slots: list[I64] = []
+        self.checksums: list[int] = []
+
+    def add(self, seq: int, slots: I64, checksums: list[int], n_bytes: int) -> None:
+        """Note that record `seq` mapped `slots`, `n_bytes` in all."""
+        if not self.first_seq:
+            self.first_seq = seq
+        self.n_bytes += n_bytes
+        if self.n_bytes <= INLINE_BYTES:
+            self.slots.append(slots)
+            self.checksums += checksums
+
+
+class Syncable(Protocol):
+    """What a round needs of a volume: its newest and its newest durable record."""
+
+    last_seq: int
+    durable_seq: int
+    unsynced: Unsynced
+
+
+class Committer:
+    """Runs the rounds of one pool.
+
+    Attributes:
+        horizon: what records up to it freed may be used again, as far as readers allow.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._volumes: list[Syncable] = []
+        self._waiting: set[Syncable] = set()
+        self._everything = False
+        self._next: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.horizon = 0
+
+    def register(self, volume: Syncable) -> None:
+        """Include `volume` in full rounds."""
+        self._volumes.append(volume)
+
+    def unregister(self, volume: Syncable) -> None:
+        """Forget `volume`: it was removed."""
+        self._volumes.remove(volume)
+
+    @property
+    def n_unsynced_bytes(self) -> int:
+        """Data in the page cache only, in bytes."""
+        return sum(v.unsynced.n_bytes for v in self._volumes)
+
+    async def commit(self, volume: Syncable) -> None:
+        """Return when all records of `volume` written so far are durable, with their data.
+
+        Raises:
+            PoolFailed: the sync failed, now or before.
+        """
+        target = volume.last_seq
+        while volume.durable_seq < target:
+            self._core.check_alive()
+            self._waiting.add(volume)
+            await self._round()
+
+    async def commit_all(self) -> None:
+        """Return when everything written so far is durable."""
+        self._core.check_alive()
+        self._everything = True
+        await self._round()
+
+    async def settle(self) -> None:
+        """Make durable that everything is durable: what is freed by now can be used again."""
+        await self.commit_all()
+        if self._core.slots.n_quarantined:
+            if self._core.journal.room_for(0):
+                self._core.append(b"")
+            await self.commit_all()
+
+    async def _round(self) -> None:
+        """Wait for the end of the next round to begin."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        waiter = self._next
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        await asyncio.shield(waiter)
+
+    async def _run(self) -> None:
+        while self._next is not None:
+            done, self._next = self._next, None
+            waiting, self._waiting = self._waiting, set()
+            everything, self._everything = self._everything, False
+            try:
+                await self._sync(waiting, everything)
+            except StoreError as error:
+                self._core.fail(str(error))
+            done.set_result(None)  # waiters look at what is durable, and at the pool's health
+        self._task = None
+
+    async def _sync(self, waiting: set[Syncable], everything: bool) -> None:
+        core = self._core
+        core.check_alive()
+        small = not everything and self._write_inline(waiting)
+        covered = list(waiting) if small else self._volumes
+        seq = core.journal.seq
+        taken = [(volume, volume.unsynced) for volume in covered]
+        for volume, _ in taken:
+            volume.unsynced = Unsynced()
+        carried = core.journal.seal()
+        # While this waits, new records and unsynced data may come; they belong to a later round.
+        if small:
+            await core.journal.sync(core.disk)
+        else:
+            data = core.disk.offload(core.data.fdatasync)
+            await asyncio.gather(data, core.journal.sync(core.disk))
+        for volume, _ in taken:
+            volume.durable_seq = max(volume.durable_seq, seq)
+        self._advance(seq, carried)
+
+    def _advance(self, seq: int, carried: int) -> None:
+        """Everything up to `seq` that is not unsynced still is durable now."""
+        core = self._core
+        firsts = [v.unsynced.first_seq for v in self._volumes if v.unsynced.first_seq]
+        durable = min([seq, *(first - 1 for first in firsts)])
+        core.journal.durable_seq = max(core.journal.durable_seq, durable)
+        self.raise_horizon(carried)
+
+    def raise_horizon(self, seq: int) -> None:
+        """What records up to `seq` freed may be used again."""
+        self.horizon = max(self.horizon, seq)
+        if self._core.slots.release(self.horizon):
+            self._core.space_changed()
+
+    def _write_inline(self, waiting: set[Syncable]) -> bool:
+        """Journal the unsynced blocks of `waiting`; False if that is too much of them."""
+        core = self._core
+        if sum(v.unsynced.n_bytes for v in waiting) > INLINE_BYTES:
+            return False
+        parts = [slots for v in waiting for slots in v.unsynced.slots]
+        if not parts:
+            return True
+        slots = np.concatenate(parts)
+        if not core.journal.room_for(len(slots) * (8 + core.block_size) + 64):
+            return False
+        size = core.block_size
+        # Just written: these reads find the page cache.  If they do not find what was written,
+        # the kernel has failed to write it back: then the data file's sync must tell.
+        try:
+            blocks = [core.data.pread(size, slot * size) for slot in slots.tolist()]
+        except ReadFailed:
+            return False
+        if [*map(xxh3_64_intdigest, blocks)] != [c for v in waiting for c in v.unsynced.checksums]:
+            return False
+        core.append(records.data_group(slots, blocks))
+        return True

@@ -1,0 +1,290 @@
+"""Operations on ranges of any length: trim, write_zeroes, and what a range holds.
+
+Owns these; their cost goes with the leaves of the map that hold something, not with blocks: a
+stretch of untouched leaves is one numpy expression, whatever its length.  Long ranges are done in
+slices, each a journal record of its own, with the event loop let in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from nbdstore.store import layout, records
+from nbdstore.store.blockmap import HOLE, KIND, UNIFORM
+from nbdstore.store.records import Op
+from nbdstore.store.writing import Hold
+
+if TYPE_CHECKING:
+    from nbdstore.store.volume import Volume
+
+_SLICE_LEAVES: Final = 64  # with entries to look at: 16384 of them, about 1 ms
+_SCAN_LEAVES: Final = 1 << 18  # of one uniform kind: 256 GiB at 4 KiB blocks, about 1 ms
+_RECORD_BYTES: Final = 64
+
+
+class ExtentKind(enum.Enum):
+    """What a stretch of a volume is."""
+
+    HOLE = "hole"
+    ZERO = "zero"
+    DATA = "data"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of `length` bytes of one kind."""
+
+    length: int
+    kind: ExtentKind
+
+
+_KINDS: Final = (ExtentKind.HOLE, ExtentKind.ZERO, ExtentKind.DATA)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Blocks `[start, stop)`: `uniform` says that whole leaves are HOLE or UNIFORM; else None."""
+
+    start: int
+    stop: int
+    uniform: int | None
+
+
+class Ranges:
+    """The range operations of one volume."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._core = volume.core
+        self._size = volume.block_size
+        self._shift = self._size.bit_length() - 1
+
+    # -- slicing ----------------------------------------------------------------------------
+
+    def _next_slice(self, start: int, stop: int) -> _Slice:
+        """Return the first slice of blocks `[start, stop)`."""
+        blocks = self._volume.map
+        shift, fanout = blocks.leaf_shift, blocks.fanout
+        leaf = start >> shift
+        last = min(((stop - 1) >> shift) + 1, leaf + _SCAN_LEAVES)
+        kinds = blocks.states[leaf:last] & KIND
+        kind = int(kinds[0])
+        whole = start % fanout == 0 and (start + fanout <= stop or stop == blocks.n_blocks)
+        if kind in (HOLE, UNIFORM) and whole:
+            other = np.flatnonzero(kinds != kind)
+            n = int(other[0]) if len(other) else len(kinds)
+            end = (leaf + n) << shift
+            if end > stop and stop != blocks.n_blocks:
+                end = (leaf + n - 1) << shift  # the last leaf belongs to the range only in part
+            return _Slice(start, min(end, stop), kind)
+        plain = (kinds == HOLE) | (kinds == UNIFORM)
+        plain[0] = False
+        cut = np.flatnonzero(plain[:_SLICE_LEAVES])
+        n = int(cut[0]) if len(cut) else min(len(kinds), _SLICE_LEAVES)
+        return _Slice(start, min((leaf + n) << shift, stop), None)
+
+    async def _slices(self, start: int, stop: int) -> AsyncIterator[_Slice]:
+        """Yield the slices of blocks `[start, stop)`, with their leaves in memory."""
+        while start < stop:
+            part = self._next_slice(start, stop)
+            if part.uniform is None:
+                await self._volume.load(part.start, part.stop)
+            yield part
+            start = part.stop
+            if start < stop:
+                await asyncio.sleep(0)
+
+    # -- trim and write_zeroes --------------------------------------------------------------
+
+    async def trim(self, offset: int, length: int) -> None:
+        """See Volume.trim."""
+        start = -(-offset // self._size)
+        end = offset + length
+        stop = self._volume.map.n_blocks if end == self._volume.size else end // self._size
+        if start < stop:
+            await self.clear(start, stop)
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """See Volume.write_zeroes."""
+        end = offset + length
+        start = -(-offset // self._size)
+        stop = self._volume.map.n_blocks if end == self._volume.size else end // self._size
+        if start >= stop:
+            return await self._zero_part(offset, length, no_hole)
+        if offset < start * self._size:
+            await self._zero_part(offset, start * self._size - offset, no_hole)
+        if stop * self._size < end:
+            await self._zero_part(stop * self._size, end - stop * self._size, no_hole)
+        if no_hole:
+            await self._provision(start, stop)
+        else:
+            await self.clear(start, stop)
+
+    async def _zero_part(self, offset: int, length: int, no_hole: bool) -> None:
+        """Zero less than two blocks by merging; nothing to do where they hold nothing."""
+        while length:
+            part = min(length, self._size - offset % self._size)
+            block = offset >> self._shift
+            await self._volume.load(block, block + 1)
+            location = int(self._volume.map.locations(block, block + 1)[0])
+            if location & layout.SLOT_MASK not in (layout.HOLE, layout.PROVISIONED):
+                await self._volume.writing.write(offset, bytes(part))
+            elif location == layout.HOLE and no_hole:
+                await self._provision(block, block + 1)
+            offset += part
+            length -= part
+
+    async def clear(self, start: int, stop: int) -> None:
+        """Make holes of blocks `[start, stop)`."""
+        async for part in self._slices(start, stop):
+            if part.uniform == HOLE:
+                continue
+            await self._wait_for_journal()
+            # The wait may have let others in, but it never unloads: see _change.
+            while not self._change(part.start, part.stop, Op.CLEAR):
+                await self._volume.load(part.start, part.stop)
+
+    async def _provision(self, start: int, stop: int) -> None:
+        """Make blocks `[start, stop)` read as zeros, with space set aside."""
+        async for part in self._slices(start, stop):
+            if part.uniform == UNIFORM:
+                continue
+            hold = Hold(self._volume)
+            try:
+                await self._wait_for_journal()
+                while not self._core.may_set_aside(part.stop - part.start):
+                    await hold.wait_for_slots()
+                while not self._change(part.start, part.stop, Op.PROVISION):
+                    await self._volume.load(part.start, part.stop)
+            finally:
+                hold.end()
+
+    async def _wait_for_journal(self) -> None:
+        hold = Hold(self._volume)
+        try:
+            while not self._core.journal.room_for(_RECORD_BYTES):
+                await hold.wait_for_journal()
+        finally:
+            hold.end()
+
+    def _change(self, start: int, stop: int, op: Op) -> bool:
+        """Journal and do one slice; False, having done nothing, if a leaf is not in memory."""
+        volume = self._volume
+        if len(volume.map.missing(start, stop)):
+            return False
+        if change_needed(volume, start, stop, op):
+            seq = self._core.append(records.range_group(op, volume.id, [(start, stop)]))
+            volume.last_seq = seq
+            apply_range(volume, start, stop, op, seq)
+        return True
+
+    # -- what a range holds -----------------------------------------------------------------
+
+    async def extents(self, offset: int, length: int, max_extents: int) -> list[Extent]:
+        """See Volume.extents."""
+        if not length:
+            return []
+        end = offset + length
+        found: list[list[int]] = []  # [kind, first byte, last byte + 1]
+        start, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
+        async for part in self._slices(start, stop):
+            for kind, first, last in self._kinds_of(part):
+                low, high = max(first << self._shift, offset), min(last << self._shift, end)
+                if found and found[-1][0] == kind:
+                    found[-1][2] = high
+                else:
+                    found.append([kind, low, high])
+            if len(found) > max_extents:
+                break
+        return [Extent(high - low, _KINDS[kind]) for kind, low, high in found[:max_extents]]
+
+    def _kinds_of(self, part: _Slice) -> list[tuple[int, int, int]]:
+        """The stretches (kind, start, stop) in blocks of one slice, as indices of _KINDS."""
+        if part.uniform is not None:
+            return [(0 if part.uniform == HOLE else 1, part.start, part.stop)]
+        locations = self._volume.map.locations(part.start, part.stop)
+        kinds = layout.holds_slot(locations) * 2 + layout.is_provisioned(locations)
+        cuts = (np.flatnonzero(np.diff(kinds)) + 1).tolist()
+        edges = [0, *cuts, len(kinds)]
+        return [
+            (int(kinds[a]), part.start + a, part.start + b) for a, b in itertools.pairwise(edges)
+        ]
+
+
+def change_needed(volume: Volume, start: int, stop: int, op: Op) -> bool:
+    """Tell whether CLEAR or PROVISION of blocks `[start, stop)` would change anything."""
+    first, last = volume.map.leaf_range(start, stop)
+    wanted = HOLE if op is Op.CLEAR else UNIFORM
+    return bool((volume.map.states[first:last] & KIND != wanted).any())
+
+
+def apply_range(volume: Volume, start: int, stop: int, op: Op, seq: int) -> None:
+    """Switch the map of blocks `[start, stop)`, none STORED, as record `seq` says.
+
+    Recovery does the same with the same record.
+    """
+    blocks = volume.map
+    fanout, shift = blocks.fanout, blocks.leaf_shift
+    first_whole = -(-start // fanout)
+    last_whole = stop // fanout if stop != blocks.n_blocks else blocks.n_leaves
+    if first_whole > last_whole:  # both ends lie within one leaf
+        _apply_part(volume, start, stop, op, seq)
+        return
+    if start < first_whole << shift:
+        _apply_part(volume, start, first_whole << shift, op, seq)
+    if last_whole << shift < stop:
+        _apply_part(volume, last_whole << shift, stop, op, seq)
+    _apply_leaves(volume, first_whole, last_whole, op, seq)
+
+
+def _apply_part(volume: Volume, start: int, stop: int, op: Op, seq: int) -> None:
+    """Change blocks within one leaf, entry by entry."""
+    blocks = volume.map
+    blocks.make_writable(np.array([start], np.int64))
+    old = blocks.entries[start:stop, 0].copy()
+    blocks.entries[start:stop, 1] = 0
+    if op is Op.CLEAR:
+        blocks.entries[start:stop, 0] = 0
+        volume.release(old, seq)
+    else:
+        blocks.entries[start:stop, 0] = layout.pack_location(layout.PROVISIONED, volume.info.epoch)
+        volume.release(old, seq, n_provisioned=stop - start)
+
+
+def _apply_leaves(volume: Volume, first: int, last: int, op: Op, seq: int) -> None:
+    """Change leaves `[first, last)` as a whole; uniform ones cost nothing each."""
+    blocks = volume.map
+    wanted = HOLE if op is Op.CLEAR else UNIFORM
+    kinds = blocks.states[first:last] & KIND
+    leaves = np.flatnonzero(kinds != wanted) + first
+    if not len(leaves):
+        return
+    n_after = 0 if op is Op.CLEAR else _blocks_in(volume, leaves)
+    resident = leaves[(kinds[leaves - first] != HOLE) & (kinds[leaves - first] != UNIFORM)]
+    uniform = leaves[kinds[leaves - first] == UNIFORM]
+    old = blocks.entries.reshape(-1, blocks.fanout, 2)[resident, :, 0].reshape(-1)
+    volume.release(old, seq, n_provisioned=n_after)
+    n_promised = _blocks_in(volume, uniform)
+    volume.info.n_provisioned -= n_promised
+    volume.core.slots.n_set_aside -= n_promised
+    if op is Op.CLEAR:
+        blocks.set_hole(leaves)
+    else:
+        blocks.set_provisioned(leaves, volume.info.epoch)
+
+
+def _blocks_in(volume: Volume, leaves: np.ndarray[tuple[int], np.dtype[np.int64]]) -> int:
+    """How many blocks `leaves` have; the volume's last leaf may be short."""
+    if not len(leaves):
+        return 0
+    blocks = volume.map
+    beyond = blocks.n_leaves * blocks.fanout - blocks.n_blocks
+    has_last = int(leaves[-1]) == blocks.n_leaves - 1
+    return len(leaves) * blocks.fanout - (beyond if has_last else 0)

@@ -1,0 +1,191 @@
+"""Reading a volume: plan runs of slots, read them, verify every block.
+
+Owns the read path.  `now` never waits: it serves what the page cache and the resident map hold
+and returns None otherwise; `read` waits.  What each step of `now` costs for one block of 4 KiB
+(2-core VM, Python 3.11): map lookup 0.15 us, buffer 0.15 us, preadv 0.7 us, xxh3 0.1 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.store import layout
+from nbdstore.store.blockmap import KIND, STORED
+from nbdstore.store.layout import I64
+
+if TYPE_CHECKING:
+    from nbdstore.store.volume import Volume
+
+Segment = memoryview | bytearray | bytes | int
+"""Data, or the length in bytes of a stretch of zeros that holds no data."""
+
+_MASK: Final = layout.SLOT_MASK
+_PROVISIONED: Final = layout.PROVISIONED
+
+Run = tuple[int, int, int]
+"""Blocks `[start, stop)` relative to the plan's first, and the slot of the first; 0 = zeros."""
+
+
+def _plan(slots: I64) -> list[Run]:
+    """Split `slots` (0 where no data is) into runs that one read, or no read, serves."""
+    n = len(slots)
+    if n == 1:
+        return [(0, 1, int(slots[0]))]
+    steps = np.diff(slots)
+    joined = np.where(slots[:-1] == 0, steps == 0, steps == 1)
+    if bool(joined.all()):
+        return [(0, n, int(slots[0]))]
+    cuts = (np.flatnonzero(~joined) + 1).tolist()
+    firsts = slots[[0, *cuts]].tolist()
+    return list(zip([0, *cuts], [*cuts, n], firsts, strict=True))
+
+
+def _blocks_of(buffer: memoryview, block_size: int) -> list[memoryview]:
+    return [buffer[at : at + block_size] for at in range(0, len(buffer), block_size)]
+
+
+def _cut(segments: list[Segment], skip: int, length: int) -> list[Segment]:
+    """Drop `skip` bytes from the front of `segments` and keep `length` of the rest."""
+    found: list[Segment] = []
+    for segment in segments:
+        size = segment if isinstance(segment, int) else len(segment)
+        start, stop = min(skip, size), min(skip + length, size)
+        skip -= start
+        length -= stop - start
+        if stop > start:
+            part = stop - start if isinstance(segment, int) else memoryview(segment)[start:stop]
+            found.append(part)
+    return found
+
+
+class Reading:
+    """The read path of one volume."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._core = volume.core
+        self._size = volume.block_size
+        self._shift = self._size.bit_length() - 1
+
+    def now(self, offset: int, length: int) -> list[Segment] | None:
+        """Read bytes `[offset, offset + length)` if that needs no waiting, else return None."""
+        size = self._size
+        if length == size and not offset & (size - 1):
+            block = self.block_now(offset >> self._shift)
+            if block is None:
+                return None
+            return [block]
+        if length == 0:
+            return []
+        return self._range_now(offset, length)
+
+    def block_now(self, block: int) -> bytearray | int | None:
+        """Return one block, or its size if it holds no data, or None if that would wait."""
+        blocks = self._volume.map
+        if blocks.state_bytes[block >> blocks.leaf_shift] & KIND == STORED:
+            return None
+        words = blocks.words
+        slot = words[2 * block] & _MASK
+        if slot == 0 or slot == _PROVISIONED:
+            return self._size
+        buffer = bytearray(self._size)
+        if not self._core.data.preadv_cached(buffer, slot * self._size):
+            return None
+        if xxh3_64_intdigest(buffer) != words[2 * block + 1]:
+            return None  # the waiting path reads again, past the page cache
+        return buffer
+
+    def _range_now(self, offset: int, length: int) -> list[Segment] | None:
+        first = offset >> self._shift
+        stop = ((offset + length - 1) >> self._shift) + 1
+        if len(self._volume.map.missing(first, stop)):
+            return None
+        slots, checksums = self._lookup(first, stop)
+        size = self._size
+        data = self._core.data
+        segments: list[Segment] = []
+        for start, end, slot in _plan(slots):
+            if not slot:
+                segments.append((end - start) * size)
+                continue
+            buffer = np.empty((end - start) * size, np.uint8).data
+            if not data.preadv_cached(buffer, slot * size):
+                return None
+            if [*map(xxh3_64_intdigest, _blocks_of(buffer, size))] != checksums[start:end]:
+                return None
+            segments.append(buffer)
+        return self._trim(segments, offset, length)
+
+    def _lookup(self, first: int, stop: int) -> tuple[I64, list[int]]:
+        """Slots (0 where no data is) and checksums of blocks `[first, stop)`, none STORED."""
+        entries = self._volume.map.entries[first:stop]
+        slots = layout.slots_of(entries[:, 0])
+        slots[slots == _PROVISIONED] = 0
+        return slots, entries[:, 1].tolist()
+
+    def _trim(self, segments: list[Segment], offset: int, length: int) -> list[Segment]:
+        skip = offset & (self._size - 1)
+        if skip or (offset + length) & (self._size - 1):
+            return _cut(segments, skip, length)
+        return segments
+
+    async def read(self, offset: int, length: int) -> list[Segment]:
+        """Read bytes `[offset, offset + length)`, waiting for the disk as need be.
+
+        Raises:
+            Corruption: a block is not what was written, even past the page cache.
+            ReadFailed: the disk returned an error.
+        """
+        if length == 0:
+            return []
+        first = offset >> self._shift
+        stop = ((offset + length - 1) >> self._shift) + 1
+        await self._volume.load(first, stop)
+        # No await between the lookup and the pin: what is planned cannot be overwritten.
+        slots, checksums = self._lookup(first, stop)
+        runs = _plan(slots)
+        with self._core.slots.pinned(self._core.journal.seq):
+            segments = await self._core.disk.offload(self._read_runs, runs, checksums, first)
+        return self._trim(segments, offset, length)
+
+    def _read_runs(self, runs: Sequence[Run], checksums: list[int], first: int) -> list[Segment]:
+        """In a thread: read and verify."""
+        size, data = self._size, self._core.data
+        if len(runs) > 1:  # let the device work on all of them at once
+            for start, end, slot in runs:
+                if slot:
+                    data.will_need(slot * size, (end - start) * size)
+        segments: list[Segment] = []
+        for start, end, slot in runs:
+            if not slot:
+                segments.append((end - start) * size)
+                continue
+            buffer = memoryview(bytearray((end - start) * size))
+            data.preadv(buffer, slot * size)
+            for index, block in enumerate(_blocks_of(buffer, size)):
+                expected = checksums[start + index]
+                if xxh3_64_intdigest(block) != expected:
+                    where = (first + start + index) * size
+                    what = f"volume {self._volume.name} at byte {where}"
+                    block[:] = self._core.reread_block(slot + index, expected, what)
+            segments.append(buffer)
+        return segments
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Bring bytes `[offset, offset + length)` closer: load the map, start reading the data."""
+        if length == 0:
+            return
+        first = offset >> self._shift
+        stop = ((offset + length - 1) >> self._shift) + 1
+        step = self._volume.map.fanout * 16
+        for start in range(first, stop, step):
+            end = min(start + step, stop)
+            await self._volume.load(start, end)
+            slots, _ = self._lookup(start, end)
+            for a, b, slot in _plan(slots):
+                if slot:
+                    self._core.data.will_need(slot * self._size, (b - a) * self._size)

@@ -1,0 +1,343 @@
+"""Opening a pool: read the last checkpoint, then do again what the journal says came after.
+
+Owns the decision which records count.  Nothing on disk that the last checkpoint or the journal
+needs is changed before the checkpoint that ends recovery is durable, so a crash during recovery
+changes nothing: the next one reads the same and ends in the same state.
+
+Which records count: the ring is read from the superblock's place on, as far as sequence numbers
+and checksums go.  Let D be the largest durable_seq that a superblock or a record states.  Records
+up to D are complete, by that promise.  Above D, a record may be in the journal while the data it
+maps was lost with the power: every block it maps must match its checksum, in its slot or in a
+DATA group of the journal.  The first record of a volume that does not ends that volume's history:
+it and all later records of that volume are dropped.  So each volume is as it was at one moment at
+or after its last acknowledged flush.  A missing record at or below D is damage of the medium, and
+is reported, never taken for the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
+from nbdstore.store import catalogue, layout, superblock
+from nbdstore.store.blockmap import BlockMap, level_sizes
+from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.checkpoint import Checkpointer, Roots
+from nbdstore.store.core import Core, PoolOptions
+from nbdstore.store.disk import Disk
+from nbdstore.store.durability import Committer
+from nbdstore.store.journal import ALIGNMENT, Journal, Reader, Record, align
+from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
+from nbdstore.store.mapmemory import MapMemory, load_now
+from nbdstore.store.ranges import apply_range
+from nbdstore.store.records import Group, Op, parse
+from nbdstore.store.registry import Registry
+from nbdstore.store.slots import Slots
+from nbdstore.store.superblock import Pointer, Superblock
+from nbdstore.store.volume import Services, Volume
+
+log = logging.getLogger("nbdstore.store")
+
+ReadNode = Callable[[int, int, str], bytes]
+OnDamage = Callable[[Corruption | ReadFailed], None]
+
+
+@dataclass
+class Report:
+    """What recovery found.
+
+    Attributes:
+        superblock: the one that was used; `superblock_faults`: what is wrong with the other.
+        n_records: records after the checkpoint.
+        dropped: by volume id, the first record that did not survive the crash.
+    """
+
+    superblock: Superblock
+    superblock_faults: list[Corruption]
+    n_records: int = 0
+    dropped: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Opened:
+    """The parts of an open pool.
+
+    Attributes:
+        inline: blocks whose only durable copy is in the journal, by slot.
+    """
+
+    services: Services
+    registry: Registry
+    report: Report
+    roots: Roots
+    inline: dict[int, memoryview]
+
+
+def open_parts(
+    disk: Disk,
+    options: PoolOptions,
+    *,
+    on_damage: OnDamage | None = None,
+    cut_damage: bool = False,
+) -> Opened:
+    """Read a pool into memory, changing nothing on disk.
+
+    Arguments:
+        on_damage: called for each damaged node above a volume's leaves, whose subtree then seems
+            to be holes (the pool must not be written then); None = raise.
+        cut_damage: take a damaged journal as its end instead of refusing: records that were
+            durable are lost then.
+
+    Raises:
+        PoolFormatError: of a format not known here, or no pool.
+        Corruption: of a superblock, a node or the journal.
+    """
+    if not disk.exists("super"):
+        raise PoolFormatError(
+            f"{disk.directory} holds no pool: make one with "
+            f"'nbdstore --pool {disk.directory} pool create'"
+        )
+    super_file, data, ring = disk.open("super"), disk.open("data"), disk.open("journal")
+    current, faults = superblock.read(super_file)
+    if ring.size < current.journal_size:
+        raise Corruption(
+            f"{disk.directory}/journal",
+            f"{current.journal_size} bytes",
+            f"{ring.size} bytes",
+            "the file was truncated: run 'nbdstore check --repair' to go on with what is left",
+        )
+    reader = Reader(ring, current.journal_size, current.uuid)
+    last, durable_seq = _scan(reader, current, str(disk.directory), cut_damage)
+    end = current.journal_offset if last is None else last.end
+    seq = current.journal_seq - 1 if last is None else last.seq
+    journal = Journal(
+        ring,
+        current.journal_size,
+        current.uuid,
+        # A record that was torn may be followed by whole ones; none of them may ever seem to
+        # follow a new one.  A lap holds fewer records than this step.
+        seq=seq + current.journal_size // ALIGNMENT + 1,
+        tail=current.journal_offset,
+        head=align(end, JOURNAL_PAGE),
+    )
+    slots = Slots(current.n_slots, current.block_size)
+    core = Core(disk, data, journal, slots, current.block_size, options)
+    roots = _load_free_map(core, current)
+    next_id, infos, catalogue_slots = _load_catalogue(core, current)
+    roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)
+    committer = Committer(core)
+    registry = Registry()
+    checkpointer = Checkpointer(
+        core, committer, super_file, current, roots, registry.by_id, next_id
+    )
+    services = Services(core, committer, MapMemory(core), checkpointer)
+    for info in infos:
+        _load_volume(services, registry, info, on_damage)
+    report = Report(current, faults)
+    replay = _Replay(services, registry, reader, report, durable_seq, roots)
+    replay.run()
+    return Opened(services, registry, report, roots, replay.inline)
+
+
+def _scan(
+    reader: Reader, current: Superblock, directory: str, cut_damage: bool
+) -> tuple[Record | None, int]:
+    """Find the last record of the log, and the largest durable_seq stated."""
+    last: Record | None = None
+    durable_seq = current.journal_seq - 1
+    for record in reader.records(current.journal_offset, current.journal_seq):
+        last = record
+        durable_seq = max(durable_seq, record.durable_seq)
+    missing = current.journal_seq if last is None else last.seq + 1
+    end = current.journal_offset if last is None else last.end
+    beyond = reader.damage_after(end, missing)
+    if beyond is not None and not cut_damage:
+        raise Corruption(
+            f"{directory}/journal, offset {end % current.journal_size}",
+            f"record {missing}, which was durable when record {beyond.seq} was written",
+            "no valid record",
+            "run 'nbdstore check --repair' to go on with what comes before it",
+        )
+    return last, durable_seq
+
+
+# -- the last checkpoint's trees --------------------------------------------------------------
+
+
+def _read_tree(
+    read_node: ReadNode, root: Pointer, n_entries: int, block_size: int, what: str
+) -> tuple[U64, I64]:
+    """Return the entries of a small tree (uint64, shape (n, 2)), and the slots of its nodes."""
+    fanout = block_size // layout.ENTRY_SIZE
+    entries: U64 = np.array([root], np.uint64)
+    nodes: list[int] = []
+    for n in reversed(level_sizes(n_entries, fanout)[:-1]):
+        below = np.zeros((len(entries) * fanout, 2), np.uint64)
+        for index, (location, checksum) in enumerate(entries.tolist()):
+            if location:
+                raw = read_node(location, checksum, what)
+                below[index * fanout : (index + 1) * fanout] = np.frombuffer(raw, "<u8").reshape(
+                    fanout, 2
+                )
+                nodes.append(location & layout.SLOT_MASK)
+        entries = below[:n]
+    return entries, np.array(nodes, np.int64)
+
+
+def _load_free_map(core: Core, current: Superblock) -> Roots:
+    n_regions = core.slots.n_regions
+    entries, nodes = _read_tree(
+        core.read_block, current.free_map, n_regions, core.block_size, "free map"
+    )
+    for region, (location, checksum) in enumerate(entries.tolist()):
+        if location:
+            core.slots.load(region, core.read_block(location, checksum, "free map"))
+    return Roots(np.empty(0, np.int64), entries, nodes)
+
+
+def _load_catalogue(core: Core, current: Superblock) -> tuple[int, list[VolumeInfo], I64]:
+    if not current.catalogue_bytes:
+        return 1, [], np.empty(0, np.int64)
+    n_blocks = -(-current.catalogue_bytes // core.block_size)
+    entries, nodes = _read_tree(
+        core.read_block, current.catalogue, n_blocks, core.block_size, "catalogue"
+    )
+    raw = b"".join(core.read_block(a, b, "catalogue") for a, b in entries.tolist())
+    next_id, infos = catalogue.decode(raw[: current.catalogue_bytes])
+    return next_id, infos, np.concatenate([layout.slots_of(entries[:, 0]), nodes])
+
+
+def _load_volume(
+    services: Services, registry: Registry, info: VolumeInfo, on_damage: OnDamage | None
+) -> None:
+    core = services.core
+    blocks = BlockMap(-(-info.size // core.block_size), core.block_size)
+
+    def read_node(location: int, checksum: int, what: str) -> bytes:
+        try:
+            return core.read_block(location, checksum, f"map of {info.name}, {what}")
+        except (Corruption, ReadFailed) as error:
+            if on_damage is None:
+                raise
+            on_damage(error)
+            return bytes(core.block_size)
+
+    if info.root[0]:
+        blocks.load_levels(info.root, read_node)
+    registry.add(services, info, blocks)
+    core.slots.n_set_aside += info.n_provisioned
+
+
+# -- the journal ------------------------------------------------------------------------------
+
+
+class _Replay:
+    """The second and third reading of the log: what survived, and then doing it."""
+
+    def __init__(
+        self,
+        services: Services,
+        registry: Registry,
+        reader: Reader,
+        report: Report,
+        durable_seq: int,
+        roots: Roots,
+    ) -> None:
+        self._services = services
+        self._core = services.core
+        self._registry = registry
+        self._reader = reader
+        self._report = report
+        self._durable_seq = durable_seq
+        self._roots = roots
+        self.inline: dict[int, memoryview] = {}
+
+    def run(self) -> None:
+        """Do what the log says."""
+        slots = self._core.slots
+        nodes = [volume.map.node_slots() for volume in self._registry.by_id.values()]
+        slots.begin_replay(self._forget_inline)
+        self._find_dropped()
+        for record in self._records():
+            self._report.n_records += 1
+            for group in parse(record.payload, f"journal record {record.seq}"):
+                first_dropped = self._report.dropped.get(group.volume, record.seq + 1)
+                if record.seq < first_dropped:
+                    self._apply(group, record.seq)
+        # The free map counts the trees' own nodes as used, but a record may free what stood in
+        # the slot before the checkpoint, while it ran, wrote a node there.
+        slots.replay_used(np.concatenate([*nodes, self._roots.all_slots()]))
+        slots.end_replay(self._core.journal.seq)
+
+    def _records(self) -> Iterator[Record]:
+        current = self._report.superblock
+        return self._reader.records(current.journal_offset, current.journal_seq)
+
+    # -- what survived ----------------------------------------------------------------------
+
+    def _find_dropped(self) -> None:
+        """Find the volumes whose history ends before the log does."""
+        mapped: list[tuple[int, int, U64]] = []
+        inline: dict[int, int] = {}
+        for record in self._records():
+            if record.seq <= self._durable_seq:
+                continue
+            for group in parse(record.payload, f"journal record {record.seq}"):
+                if group.op is Op.MAP:
+                    mapped.append((record.seq, group.volume, group.mapping()))
+                elif group.op is Op.DATA:
+                    blocks = group.data(self._core.block_size)
+                    inline.update((slot, xxh3_64_intdigest(b)) for slot, b in blocks.items())
+        for seq, volume, mapping in mapped:
+            if volume not in self._report.dropped and not self._is_whole(mapping, inline):
+                self._report.dropped[volume] = seq
+
+    def _is_whole(self, mapping: U64, inline: dict[int, int]) -> bool:
+        """Tell whether all data that a MAP group maps is there."""
+        size = self._core.block_size
+        slots = layout.slots_of(mapping[:, 1]).tolist()
+        for slot, checksum in zip(slots, mapping[:, 2].tolist(), strict=True):
+            if inline.get(slot) != checksum:
+                raw = self._core.data.pread(size, slot * size)
+                if len(raw) < size or xxh3_64_intdigest(raw) != checksum:
+                    return False
+        return True
+
+    # -- doing it again ---------------------------------------------------------------------
+
+    def _apply(self, group: Group, seq: int) -> None:
+        if group.op is Op.DATA:
+            self.inline.update(group.data(self._core.block_size))
+        elif group.op is Op.ADMIN:
+            self._registry.apply(self._services, group.volume, group.admin(), seq)
+        elif group.op is Op.MAP:
+            self._map(self._registry.by_id[group.volume], group.mapping(), seq)
+        else:
+            volume = self._registry.by_id[group.volume]
+            for start, stop in group.ranges():
+                load_now(self._core, volume.map, start, stop, volume.name)
+                apply_range(volume, start, stop, group.op, seq)
+
+    def _map(self, volume: Volume, mapping: U64, seq: int) -> None:
+        blocks = mapping[:, 0].astype(np.int64)
+        shift = volume.map.leaf_shift
+        for leaf in volume.map.missing_of(blocks).tolist():
+            load_now(self._core, volume.map, leaf << shift, (leaf + 1) << shift, volume.name)
+        volume.map.make_writable(blocks)
+        old = volume.map.entries[blocks, 0]
+        volume.map.entries[blocks] = mapping[:, 1:]
+        slots = layout.slots_of(mapping[:, 1])
+        self._forget_inline(slots)
+        self._core.slots.replay_used(slots)
+        volume.release(old, seq, n_mapped=len(blocks))
+
+    def _forget_inline(self, slots: I64) -> None:
+        """`slots` are freed, or used anew: what the journal has for them is of a former life."""
+        if self.inline:
+            for slot in slots.tolist():
+                self.inline.pop(slot, None)

@@ -1,0 +1,288 @@
+"""Writing a volume: free slots, then one journal record, then the map.
+
+Owns the write path.  A batch of writes goes to slots that nothing reaches (one pwritev per run of
+them), then one record maps them, then the map in memory is switched: nothing reachable is ever
+overwritten, and what is acknowledged is with the kernel, so a killed server loses none of it.
+
+`now` never waits: it either does the whole batch, or nothing and says what it would have waited
+for; `write` waits and tries again.  Sub-block writes merge with what the block holds.  Between
+the reading of that and the writing there is no await (or the block's location is compared), so
+two of them on one block cannot lose each other's bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.errors import NoSpace
+from nbdstore.store import layout, records
+from nbdstore.store.blockmap import KIND, STORED
+from nbdstore.store.disk import Buffer
+from nbdstore.store.layout import I64, U64
+
+if TYPE_CHECKING:
+    from nbdstore.store.volume import Volume
+
+_PIECE_BYTES: Final = 4 << 20  # of one waiting write: each piece is a record of its own
+_HOST_POLL_S: Final = 1.0  # nobody tells us when the host's filesystem has space again
+_RECORD_BYTES_PER_BLOCK: Final = 24
+
+
+class Wait(enum.Enum):
+    """What a write would have to wait for."""
+
+    MAP = "leaves of the map to be read"
+    DATA = "a block to be read and merged"
+    JOURNAL = "a checkpoint to make room"
+    SPACE = "free slots"
+
+
+OldBlock = tuple[int, Buffer]
+"""A block read beforehand: its location then, and what it held."""
+
+
+class Writing:
+    """The write path of one volume."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._core = volume.core
+        self._size = volume.block_size
+        self._shift = self._size.bit_length() - 1
+
+    def now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
+        """Do all of `writes` ((offset, data), in order) as one record, if that needs no waiting.
+
+        Returns False, having done nothing, if it does.
+
+        Raises:
+            WriteFailed: the disk refused; nothing was done.
+            PoolFailed: the pool has stopped.
+        """
+        return self._try(writes, {}) is None
+
+    def _try(
+        self, writes: Sequence[tuple[int, Buffer]], old: Mapping[int, OldBlock]
+    ) -> Wait | None:
+        self._core.check_alive()
+        pending: dict[int, Buffer] = {}
+        size, mask, shift = self._size, self._size - 1, self._shift
+        for offset, data in writes:
+            length = len(data)
+            if offset & mask or length & mask:
+                wait = self._merge(pending, offset, memoryview(data), old)
+                if wait is not None:
+                    return wait
+            elif length == size:
+                pending[offset >> shift] = data
+            else:
+                view = memoryview(data)
+                block = offset >> shift
+                for at in range(0, length, size):
+                    pending[block] = view[at : at + size]
+                    block += 1
+        return self._apply(pending) if pending else None
+
+    # -- sub-block writes -------------------------------------------------------------------
+
+    def _merge(
+        self,
+        pending: dict[int, Buffer],
+        offset: int,
+        data: memoryview,
+        old: Mapping[int, OldBlock],
+    ) -> Wait | None:
+        """Split an unaligned write into whole blocks, merged with what they hold."""
+        size = self._size
+        while data:
+            block, start = offset >> self._shift, offset & (size - 1)
+            part = data[: size - start]
+            if len(part) == size:
+                pending[block] = part
+            else:
+                merged = self._current(block, pending, old)
+                if isinstance(merged, Wait):
+                    return merged
+                merged[start : start + len(part)] = part
+                pending[block] = merged
+            offset += len(part)
+            data = data[len(part) :]
+        return None
+
+    def _current(
+        self, block: int, pending: dict[int, Buffer], old: Mapping[int, OldBlock]
+    ) -> bytearray | Wait:
+        """Return a copy of what `block` holds, after the writes that are pending."""
+        if block in pending:
+            return bytearray(pending[block])
+        blocks = self._volume.map
+        if blocks.state_bytes[block >> blocks.leaf_shift] & KIND == STORED:
+            return Wait.MAP
+        if block in old and blocks.words[2 * block] == old[block][0]:
+            return bytearray(old[block][1])
+        found = self._volume.reading.block_now(block)
+        if found is None:
+            return Wait.DATA
+        return bytearray(found) if isinstance(found, int) else found
+
+    # -- whole blocks -----------------------------------------------------------------------
+
+    def _apply(self, pending: dict[int, Buffer]) -> Wait | None:
+        core, blocks_map = self._core, self._volume.map
+        n = len(pending)
+        blocks = np.fromiter(pending, np.int64, n)
+        if bool((blocks_map.states[blocks >> blocks_map.leaf_shift] & KIND == STORED).any()):
+            return Wait.MAP
+        record_bytes = n * _RECORD_BYTES_PER_BLOCK + 64
+        if self._volume.services.memory.is_crowded or not core.journal.room_for(
+            record_bytes, core.journal.size >> 3
+        ):
+            return Wait.JOURNAL
+        blocks_map.make_writable(blocks)
+        old = blocks_map.entries[blocks, 0]
+        slots = core.take_slots(n, n - int(np.count_nonzero(old)))
+        if slots is None:
+            return Wait.SPACE
+        views = [*pending.values()]
+        try:
+            self._write_slots(slots, views)
+        except NoSpace:  # of the host's filesystem
+            core.slots.give_back(slots)
+            core.host_full = True
+            return Wait.SPACE
+        except BaseException:
+            core.slots.give_back(slots)
+            raise
+        core.host_full = False
+        self._switch(blocks, slots, [*map(xxh3_64_intdigest, views)], old)
+        return None
+
+    def _write_slots(self, slots: I64, views: list[Buffer]) -> None:
+        data, size = self._core.data, self._size
+        for start, stop in layout.runs(slots):
+            data.pwritev(views[start:stop], int(slots[start]) * size)
+
+    def _switch(self, blocks: I64, slots: I64, checksums: list[int], old: U64) -> None:
+        """Journal the new places of `blocks`, then switch the map and free the old places."""
+        volume = self._volume
+        mapping = np.empty((len(blocks), 3), np.uint64)
+        mapping[:, 0] = blocks
+        mapping[:, 1] = slots
+        mapping[:, 1] |= np.uint64(volume.info.epoch << layout.SLOT_BITS)
+        mapping[:, 2] = checksums
+        seq = self._core.append(records.map_group(volume.id, mapping))
+        volume.map.entries[blocks] = mapping[:, 1:]
+        volume.last_seq = seq
+        volume.unsynced.add(seq, slots, checksums, len(blocks) * self._size)
+        volume.release(old, seq, n_mapped=len(blocks))
+
+    # -- waiting ----------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write `data` at byte `offset`, waiting as need be; `data` must not change meanwhile.
+
+        Raises:
+            NoSpace: the pool was full for longer than the options allow.
+            WriteFailed, ReadFailed, Corruption, PoolFailed: of the disk, or of a block to merge.
+        """
+        view = memoryview(data)
+        at = 0
+        while at < len(view):
+            # Pieces end at block boundaries, so that only the write's own ends are merged.
+            end = min(len(view), at + _PIECE_BYTES - ((offset + at) & (self._size - 1)))
+            await self._write_piece(offset + at, view[at:end])
+            at = end
+
+    async def _write_piece(self, offset: int, data: memoryview) -> None:
+        first, stop = offset >> self._shift, ((offset + len(data) - 1) >> self._shift) + 1
+        hold = Hold(self._volume)
+        try:
+            while (wait := await self._attempt(offset, data)) is not None:
+                if wait is Wait.MAP:
+                    await self._volume.load(first, stop)
+                elif wait is Wait.JOURNAL:
+                    await hold.wait_for_journal()
+                elif wait is Wait.SPACE:
+                    await hold.wait_for_slots()
+        finally:
+            hold.end()
+
+    async def _attempt(self, offset: int, data: memoryview) -> Wait | None:
+        """Try, and once more with the blocks to merge if those must be read from the disk."""
+        wait = self._try([(offset, data)], {})
+        if wait is not Wait.DATA:
+            return wait
+        # While we read, the blocks may move; their locations tell, as no slot that is freed from
+        # here on can come back into use before the pin ends.
+        with self._core.slots.pinned(self._core.journal.seq):
+            old = await self._read_ends(offset, len(data))
+            return self._try([(offset, data)], old)
+
+    async def _read_ends(self, offset: int, length: int) -> dict[int, OldBlock]:
+        """Read the first and the last block of a write, with their locations at that time."""
+        found: dict[int, OldBlock] = {}
+        for block in {offset >> self._shift, (offset + length - 1) >> self._shift}:
+            await self._volume.load(block, block + 1)
+            location = self._volume.map.words[2 * block]
+            (segment,) = await self._volume.reading.read(block << self._shift, self._size)
+            found[block] = (location, bytes(segment))  # bytes(n) is n zeros
+        return found
+
+
+class Hold:
+    """One request's wait for space, by the pool's rule: held, not failed, up to a time."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._core = volume.core
+        self._services = volume.services
+        self._waited_s = 0.0
+        self._settled_at = -1
+        self._counted = False
+
+    async def wait_for_journal(self) -> None:
+        """Wait for the checkpoint that makes room in the journal and in the map's memory.
+
+        Raises:
+            NoSpace: there is no space for it, and the rule is to wait no longer.
+        """
+        try:
+            await self._services.checkpointer.join()
+        except NoSpace:
+            await self._pause()
+
+    async def wait_for_slots(self) -> None:
+        """Wait for a change that may have brought free slots.
+
+        Raises:
+            NoSpace: the rule is not to wait, or to wait no longer.
+        """
+        core = self._core
+        if core.slots.n_quarantined and self._settled_at != core.journal.seq:
+            await self._services.committer.settle()  # what was freed lately may be enough
+            self._settled_at = core.journal.seq
+        else:
+            await self._pause()
+
+    async def _pause(self) -> None:
+        core = self._core
+        core.check_alive()
+        limit = core.options.full_timeout_s
+        if core.options.on_full == "error" or (limit and self._waited_s >= limit):
+            raise core.no_space()
+        if not self._counted:
+            self._counted = True
+            core.begin_hold()
+        before = time.monotonic()
+        await core.wait_for_change(min(_HOST_POLL_S, limit or _HOST_POLL_S))
+        self._waited_s += time.monotonic() - before
+
+    def end(self) -> None:
+        """The request went on, or failed."""
+        if self._counted:
+            self._core.end_hold()
