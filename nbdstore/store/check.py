@@ -1,0 +1,314 @@
+"""Checking a pool that nobody serves: every pointer, every checksum, and the free map.
+
+Owns what a finding is and what can be repaired.  The pool is opened as recovery opens it (the
+journal is replayed in memory), then all trees are walked, all blocks read, and what they use is
+compared with what the free map says.
+
+Repair rebuilds what is derived (free map, counters, the second superblock) and, where the journal
+is damaged, goes on without what came after.  It never touches a volume's blocks: what is damaged
+there stays as it is, and reading it stays an error.  Slots that nothing points to are freed only
+if all nodes could be read: otherwise an unreadable node may still point to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
+from nbdstore.store import layout, recovery
+from nbdstore.store.blockmap import KIND, RESIDENT
+from nbdstore.store.core import PoolOptions
+from nbdstore.store.disk import Disk
+from nbdstore.store.layout import I64, U8
+from nbdstore.store.mapmemory import load_now
+from nbdstore.store.volume import Volume
+
+_MAX_FINDINGS: Final = 10_000
+_SHOWN_RUNS: Final = 20  # of misplaced slots, each a finding
+
+Progress = Callable[[int, int], None]
+"""Called with blocks checked so far, and blocks in all."""
+
+
+@dataclass
+class Finding:
+    """Something that is not as it should be.
+
+    Attributes:
+        severity: "damage": data or the way to it is lost; "inconsistency": derived facts are off,
+            and can be rebuilt; "notice": harmless, such as a superblock torn by a crash.
+        where: file, volume and offset.
+        expected, found: as a person should see them.
+        repaired: repair has mended it.
+    """
+
+    severity: str
+    where: str
+    expected: str
+    found: str
+    repaired: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.where}: expected {self.expected}, found {self.found}"
+
+
+@dataclass
+class CheckReport:
+    """What a check found, and how much it looked at."""
+
+    findings: list[Finding] = field(default_factory=list)
+    n_volumes: int = 0
+    n_nodes: int = 0
+    n_blocks: int = 0
+    n_journal_records: int = 0
+    n_findings_left_out: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Nothing is left to be mended; notices do not count."""
+        return all(f.repaired or f.severity == "notice" for f in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-able objects."""
+        return {**asdict(self), "clean": self.clean}
+
+
+def check_pool(
+    directory: Path, *, repair: bool = False, progress: Progress | None = None
+) -> CheckReport:
+    """Check the pool in `directory`, which must not be served.
+
+    Arguments:
+        repair: mend what can be mended, and write it.
+        progress: called now and then.
+
+    Raises:
+        PoolLocked: it is being served.
+        PoolFormatError: there is no pool, or of a format not known here.
+    """
+    return asyncio.run(_Check(directory, progress or (lambda _done, _all: None)).run(repair))
+
+
+class _Check:
+    def __init__(self, directory: Path, progress: Progress) -> None:
+        self._directory = directory
+        self._progress = progress
+        self._report = CheckReport()
+        self._unreadable_nodes = False
+        self._unreadable_levels = False
+        self._n_total = 0
+
+    # -- the course of a check --------------------------------------------------------------
+
+    async def run(self, repair: bool) -> CheckReport:
+        if not (self._directory / "super").exists():
+            raise PoolFormatError(f"{self._directory} holds no pool: nothing to check")
+        disk = Disk(self._directory)
+        try:
+            disk.lock()
+            opened = self._open(disk, repair)
+            if opened is None:
+                return self._report
+            repair = repair and not self._unreadable_levels
+            used = self._walk(opened)
+            self._compare(opened, used, repair)
+            if repair and any(f.repaired for f in self._report.findings):
+                await self._write(opened)
+        finally:
+            disk.close()
+        return self._report
+
+    def _open(self, disk: Disk, repair: bool) -> recovery.Opened | None:
+        try:
+            opened = recovery.open_parts(disk, PoolOptions(), on_damage=self._level_damaged)
+        except Corruption as error:
+            finding = self._add("damage", error.where, error.expected, error.found)
+            if not repair:
+                return None
+            try:
+                opened = recovery.open_parts(
+                    disk, PoolOptions(), on_damage=self._level_damaged, cut_damage=True
+                )
+            except Corruption as second:
+                if (second.where, second.found) != (error.where, error.found):
+                    self._add("damage", second.where, second.expected, second.found)
+                return None
+            finding.repaired = True
+        for fault in opened.report.superblock_faults:
+            self._add(
+                "notice",
+                fault.where,
+                fault.expected,
+                fault.found,
+                repaired=repair and not self._unreadable_levels,
+            )
+        self._report.n_journal_records = opened.report.n_records
+        self._report.n_volumes = len(opened.registry.by_name)
+        return opened
+
+    def _add(
+        self, severity: str, where: str, expected: str, found: str, *, repaired: bool = False
+    ) -> Finding:
+        finding = Finding(severity, where, expected, found, repaired)
+        if len(self._report.findings) < _MAX_FINDINGS:
+            self._report.findings.append(finding)
+        else:
+            self._report.n_findings_left_out += 1
+        return finding
+
+    def _level_damaged(self, error: Corruption | ReadFailed) -> None:
+        """A node above the leaves: what lies below is not known, so nothing may be written."""
+        self._unreadable_levels = True
+        self._node_damaged(error)
+
+    def _node_damaged(self, error: Corruption | ReadFailed) -> None:
+        self._unreadable_nodes = True
+        if isinstance(error, Corruption):
+            self._add("damage", error.where, error.expected, error.found)
+        else:
+            self._add("damage", str(error), "a readable block", "an error of the disk")
+
+    # -- the trees --------------------------------------------------------------------------
+
+    def _walk(self, opened: recovery.Opened) -> U8:
+        """Visit everything that is reachable; return how often each slot is used (at most 2)."""
+        slots = opened.services.core.slots
+        used = np.zeros(slots.n_regions * slots.region_slots, np.uint8)
+        used[0] = 1
+        used[slots.n_slots :] = 1
+        self._use(used, opened.roots.all_slots(), "the pool's own trees", slots.n_slots)
+        volumes = list(opened.registry.by_id.values())
+        self._n_total = sum(v.info.n_mapped for v in volumes)
+        for volume in volumes:
+            nodes = volume.map.node_slots()
+            self._report.n_nodes += len(nodes)
+            self._use(used, nodes, f"map of {volume.name}", slots.n_slots)
+            self._walk_volume(opened, volume, used)
+        return used
+
+    def _use(self, used: U8, slots: I64, who: str, n_slots: int) -> None:
+        outside = slots >= n_slots
+        if outside.any():
+            self._add("damage", who, f"slots below {n_slots}", f"slot {int(slots[outside][0])}")
+            slots = slots[~outside]
+        distinct, counts = np.unique(slots, return_counts=True)
+        shared = distinct[(counts > 1) | (used[distinct] > 0)]
+        for slot in shared[:_SHOWN_RUNS].tolist():
+            self._add("damage", f"{who}, slot {slot}", "one pointer to it", "more than one")
+        used[distinct] += 1
+
+    def _walk_volume(self, opened: recovery.Opened, volume: Volume, used: U8) -> None:
+        n_slots = opened.services.core.slots.n_slots
+        n_mapped = n_provisioned = 0
+        for leaf in np.flatnonzero(volume.map.states & KIND).tolist():
+            start = leaf << volume.map.leaf_shift
+            stop = min(start + volume.map.fanout, volume.map.n_blocks)
+            if not self._load_leaf(opened, volume, leaf):
+                continue
+            locations = volume.map.locations(start, stop)
+            n_provisioned += int(np.count_nonzero(layout.is_provisioned(locations)))
+            held = np.flatnonzero(layout.holds_slot(locations)) + start
+            n_mapped += len(held)
+            slots = layout.slots_of(volume.map.entries[held, 0])
+            self._use(used, slots, f"volume {volume.name}", n_slots)
+            self._verify(opened, volume, held, slots)
+            self._evict(volume, leaf)
+        if not self._unreadable_nodes:
+            self._count(volume, n_mapped, n_provisioned)
+
+    def _load_leaf(self, opened: recovery.Opened, volume: Volume, leaf: int) -> bool:
+        start = leaf << volume.map.leaf_shift
+        try:
+            load_now(opened.services.core, volume.map, start, start + 1, volume.name)
+        except (Corruption, ReadFailed) as error:
+            self._node_damaged(error)
+            return False
+        return True
+
+    @staticmethod
+    def _evict(volume: Volume, leaf: int) -> None:
+        if volume.map.state_bytes[leaf] == RESIDENT:
+            volume.map.evict_leaf(leaf)
+
+    def _verify(self, opened: recovery.Opened, volume: Volume, blocks: I64, slots: I64) -> None:
+        """Read and hash the blocks; `slots[i]` holds block `blocks[i]`."""
+        core = opened.services.core
+        size = core.block_size
+        expected = volume.map.entries[blocks, 1].tolist()
+        for start, stop in layout.runs(slots):
+            try:
+                raw = memoryview(core.data.pread((stop - start) * size, int(slots[start]) * size))
+            except ReadFailed as error:
+                where = f"volume {volume.name} at byte {int(blocks[start]) * size}"
+                self._add("damage", where, "a readable block", str(error))
+                continue
+            for index in range(start, stop):
+                at = (index - start) * size
+                block = opened.inline.get(int(slots[index]), raw[at : at + size])
+                if len(block) < size or xxh3_64_intdigest(block) != expected[index]:
+                    self._block_damaged(volume, int(blocks[index]), int(slots[index]), block)
+        self._report.n_blocks += len(blocks)
+        self._progress(self._report.n_blocks, self._n_total)
+
+    def _block_damaged(self, volume: Volume, block: int, slot: int, raw: memoryview) -> None:
+        size = volume.block_size
+        whole = len(raw) == size
+        self._add(
+            "damage",
+            f"volume {volume.name} at {block * size} (slot {slot}, byte {slot * size} of data)",
+            f"checksum {volume.map.words[2 * block + 1]:016x}",
+            f"{xxh3_64_intdigest(raw):016x}" if whole else f"{len(raw)} bytes",
+        )
+
+    def _count(self, volume: Volume, n_mapped: int, n_provisioned: int) -> None:
+        info = volume.info
+        if (info.n_mapped, info.n_provisioned) != (n_mapped, n_provisioned):
+            self._add(
+                "inconsistency",
+                f"catalogue, volume {volume.name}",
+                f"{n_mapped} blocks mapped, {n_provisioned} provisioned",
+                f"{info.n_mapped} and {info.n_provisioned}",
+            )
+            volume.core.slots.n_set_aside += n_provisioned - info.n_provisioned
+            info.n_mapped, info.n_provisioned = n_mapped, n_provisioned
+
+    # -- the free map -----------------------------------------------------------------------
+
+    def _compare(self, opened: recovery.Opened, used: U8, repair: bool) -> None:
+        slots = opened.services.core.slots
+        stored = slots.without_quarantine()
+        lost = np.flatnonzero((used > 0) & ~stored)
+        leaked = np.flatnonzero((used == 0) & stored)
+        self._add_runs(lost, "in use", "free", repair)
+        if not self._unreadable_nodes:
+            self._add_runs(leaked, "free", "in use", repair)
+        if repair:
+            slots.correct(lost, leaked if not self._unreadable_nodes else leaked[:0])
+            for finding in self._report.findings:
+                finding.repaired = finding.repaired or finding.severity == "inconsistency"
+
+    def _add_runs(self, slots: I64, expected: str, found: str, repair: bool) -> None:
+        found_runs = layout.runs(slots)
+        for start, stop in found_runs[:_SHOWN_RUNS]:
+            where = f"free map, slots {int(slots[start])} to {int(slots[stop - 1])}"
+            self._add("inconsistency", where, expected, found, repaired=repair)
+        left = found_runs[_SHOWN_RUNS:]
+        if left:
+            n = sum(stop - start for start, stop in left)
+            where = f"free map, {n} slots in {len(left)} more places"
+            self._add("inconsistency", where, expected, found, repaired=repair)
+
+    async def _write(self, opened: recovery.Opened) -> None:
+        """Write what was mended: twice, so that both superblocks are new."""
+        core = opened.services.core
+        for slot, block in opened.inline.items():
+            core.data.pwritev([block], slot * core.block_size)
+        for _ in range(2):
+            await opened.services.checkpointer.run()
