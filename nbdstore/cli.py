@@ -107,6 +107,7 @@ def _default_pool() -> Path:
 
 
 @click.group(
+    "nbdstore",
     cls=CommandLine,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

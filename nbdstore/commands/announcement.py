@@ -1,4 +1,4 @@
-"""What `nbdstore serve` says when it is ready: the exports' addresses, and how to attach them."""
+"""What ``nbdstore serve`` says when it is ready: the exports' addresses, and how to attach them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def show(
     places = [Address.parse(text) for text in addresses]
     click.echo(f"serving pool {directory} at {', '.join(addresses) or 'passed sockets'}")
     if not found:
-        click.echo("no volumes yet: make one with `nbdstore volume create NAME --size SIZE`")
+        click.echo("no volumes yet: make one with 'nbdstore volume create NAME --size SIZE'")
     if found and places:
         click.echo()
         rows = [
@@ -72,7 +72,7 @@ def show(
         ]
         print_table(("EXPORT", "SIZE", "URI"), rows, right="SIZE")
         if len(found) > N_SHOWN:
-            click.echo(f"and {len(found) - N_SHOWN} more: `nbdstore volume list`")
+            click.echo(f"and {len(found) - N_SHOWN} more: 'nbdstore volume list'")
         _show_attach_lines(found[0].name, places[0], tls=tls)
     sys.stdout.flush()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -204,7 +205,7 @@ def _write_and_rename(path: Path, size: int, pieces: Iterator[Piece], report: Re
 def _takes_holes(fd: int) -> bool:
     """Whether skipping bytes leaves zeros: a regular file, not appended to, and nothing ahead."""
     info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
+    if not stat.S_ISREG(info.st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
         return False
     return os.lseek(fd, 0, os.SEEK_CUR) >= info.st_size
 

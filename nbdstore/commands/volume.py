@@ -55,7 +55,7 @@ def list_(session: Session, as_json: bool) -> None:
     if as_json:
         print_json([info.to_json() for info in infos])
     elif not infos:
-        click.echo("no volumes yet: make one with `nbdstore volume create NAME --size SIZE`")
+        click.echo("no volumes yet: make one with 'nbdstore volume create NAME --size SIZE'")
     else:
         print_table(
             ("NAME", "SIZE", "MAPPED", "ATTACHED", "CREATED", "NOTES"),

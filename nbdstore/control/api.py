@@ -38,6 +38,7 @@ from nbdstore.control.model import Record
 from nbdstore.control.operations import Operations
 from nbdstore.control.stream import Buffer, StreamReader, StreamWriter
 from nbdstore.errors import ControlError, InvalidArgument, NbdstoreError, NotFound, Unauthorized
+from nbdstore.sizes import format_size
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -91,8 +92,11 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
         allowed = ", ".join(sorted(error.allowed_methods))
         wrong = InvalidArgument(f"{request.method} {request.path} is not known: use {allowed}")
         return _problem(wrong, status=405, headers={"Allow": allowed})
-    except (web.HTTPException, ConnectionError):
+    except web.HTTPException:
         raise
+    except ConnectionError:
+        log.info("%s %s: the caller left before the end", request.method, request.path)
+        return web.Response()  # for nobody
     except Exception as error:
         log.exception("%s %s failed: this is a bug", request.method, request.path)
         return _problem(error)
@@ -174,7 +178,7 @@ class _Routes:
         info = await self._operations.create_volume(
             body["name"], body["size"], body.get("allow", ())
         )
-        log.info("volume %s created with %d bytes", info.name, info.size)
+        log.info("volume %s created, %s", info.name, format_size(info.size))
         return _json(info, status=201, location=f"/v1/volumes/{quote(info.name, safe='')}")
 
     async def volume(self, request: web.Request) -> web.StreamResponse:
@@ -230,7 +234,7 @@ class _Routes:
             _resumed(first, pieces),
             overwrite=request.query.get("overwrite") == "1",
         )
-        log.info("volume %s imported, %d bytes of data", name, info.mapped)
+        log.info("volume %s imported, %s of data", name, format_size(info.mapped))
         return _json(info)
 
 

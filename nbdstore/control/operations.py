@@ -202,7 +202,7 @@ class Operations:
     def _find(self, name: str) -> VolumeLike:
         volume = self._pool.volumes.get(name)
         if volume is None:
-            raise NotFound(f"there is no volume '{name}': `nbdstore volume list` shows what is")
+            raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
         return volume
 
     def _describe(self, volume: VolumeLike) -> VolumeInfo:
