@@ -65,7 +65,8 @@ from nbdstore.protocol.options import (
     parse_string,
 )
 
-KNOWN_CLIENT_FLAGS = ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
+# An int, since ~ of an IntFlag knows no bits but its members.
+KNOWN_CLIENT_FLAGS = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
 
 
 class Phase(Enum):
