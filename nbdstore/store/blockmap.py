@@ -59,8 +59,21 @@ def level_sizes(n_blocks: int, fanout: int) -> list[int]:
     return sizes
 
 
+class LeafCounts:
+    """Leaves of all maps of a pool: in memory, and waiting for a checkpoint."""
+
+    __slots__ = ("n_dirty", "n_resident")
+
+    def __init__(self) -> None:
+        self.n_resident = 0
+        self.n_dirty = 0
+
+
 class BlockMap:
     """The map of one volume.
+
+    Arguments:
+        totals: counts its leaves in, until :meth:`retire`.
 
     Attributes:
         n_blocks: blocks of the volume; `n_leaves` of them, the last one padded with holes.
@@ -72,7 +85,8 @@ class BlockMap:
         frozen: leaves that changed after they were frozen, as they were.
     """
 
-    def __init__(self, n_blocks: int, block_size: int) -> None:
+    def __init__(self, n_blocks: int, block_size: int, totals: LeafCounts) -> None:
+        self._totals = totals
         self.block_size = block_size
         self.fanout = block_size // ENTRY_SIZE
         self.leaf_shift = self.fanout.bit_length() - 1
@@ -114,7 +128,7 @@ class BlockMap:
         self.levels[-1][0] = root
         for depth in range(len(self.levels) - 1, 0, -1):
             upper, lower = self.levels[depth], self.levels[depth - 1]
-            for node in np.flatnonzero(upper[:, 0]).tolist():
+            for node in self._used(depth).tolist():
                 location, checksum = upper[node].tolist()
                 below = lower[node * self.fanout : (node + 1) * self.fanout]
                 if location & layout.SLOT_MASK == layout.PROVISIONED:
@@ -122,22 +136,42 @@ class BlockMap:
                     below[:n, 0] = location
                 else:
                     raw = read_node(location, checksum, f"node {node} of level {depth}")
-                    below[:] = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)[: len(below)]
-        pointers = self.levels[0][: self.n_leaves, 0]
-        self.states[layout.holds_slot(pointers)] = STORED
-        self.states[layout.is_provisioned(pointers)] = UNIFORM
+                    below[:] = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)
+        leaves = self._used(0)
+        pointers = self.levels[0][leaves, 0]
+        self.states[leaves[layout.holds_slot(pointers)]] = STORED
+        self.states[leaves[layout.is_provisioned(pointers)]] = UNIFORM
 
-    def _n_nodes(self, level: int) -> int:
-        """Entries of `levels[level]` that stand for something."""
+    def _n_nodes(self, depth: int) -> int:
+        """Entries of `levels[depth]` that stand for something."""
         n = self.n_leaves
-        for _ in range(level):
+        for _ in range(depth):
             n = -(-n // self.fanout)
         return n
 
+    def _used(self, depth: int) -> Leaves:
+        """The indices of the entries of `levels[depth]` that are not HOLE.
+
+        Looks only below entries that are in use or changed, so that a level of a large and
+        mostly empty volume is not touched as a whole.
+        """
+        if depth == len(self.levels) - 1:
+            return np.flatnonzero(self.levels[depth][:, 0])
+        changed = np.fromiter(self.dirty_nodes[depth], np.int64)
+        nodes = np.union1d(self._used(depth + 1), changed)
+        entries = self.levels[depth].reshape(-1, self.fanout, 2)[nodes, :, 0]
+        row, column = np.nonzero(entries)
+        found: Leaves = nodes[row] * self.fanout + column
+        return found
+
     def node_slots(self) -> I64:
         """The slots of all nodes that levels >= 1 point to, int64."""
-        found = [level[:, 0][layout.holds_slot(level[:, 0])] for level in self.levels]
-        return layout.slots_of(np.concatenate(found))
+        return np.concatenate([self.slots_at(depth) for depth in range(len(self.levels))])
+
+    def slots_at(self, depth: int) -> I64:
+        """The slots of the nodes that `levels[depth]` points to, int64."""
+        found = self.levels[depth][self._used(depth), 0]
+        return layout.slots_of(found[layout.holds_slot(found)])
 
     # -- leaves -----------------------------------------------------------------------------
 
@@ -166,7 +200,7 @@ class BlockMap:
         assert self.states[leaf] & KIND == STORED
         self._leaf_entries(leaf)[:] = np.frombuffer(node, "<u8").reshape(self.fanout, 2)
         self.states[leaf] += RESIDENT - STORED
-        self.n_resident += 1
+        self._add_resident(1)
 
     def _leaf_entries(self, leaf: int) -> U64:
         return self.entries[leaf << self.leaf_shift : (leaf + 1) << self.leaf_shift]
@@ -208,9 +242,9 @@ class BlockMap:
             location = self._uniform_location(leaf)
             self._leaf_entries(leaf)[: self._blocks_in(leaf), 0] = location
         if state & KIND != RESIDENT:
-            self.n_resident += 1
+            self._add_resident(1)
         if not state & DIRTY:
-            self.n_dirty += 1
+            self._add_dirty(1)
         self.state_bytes[leaf] = _WRITABLE
 
     def _blocks_in(self, leaf: int) -> int:
@@ -231,7 +265,7 @@ class BlockMap:
         for leaf in leaves[states & FROZEN != 0].tolist():
             self._keep_frozen(leaf)
         self._forget(leaves[states & KIND == RESIDENT].tolist())
-        self.n_dirty += int(np.count_nonzero(states & DIRTY == 0))
+        self._add_dirty(int(np.count_nonzero(states & DIRTY == 0)))
         self.states[leaves] = kind | DIRTY
 
     def _forget(self, leaves: list[int]) -> None:
@@ -244,13 +278,15 @@ class BlockMap:
                 stop += 1
             self._leaf_memory.forget(leaves[at] * size, (leaves[stop - 1] + 1) * size)
             at = stop
-        self.n_resident -= len(leaves)
+        self._add_resident(-len(leaves))
 
     def evict(self, n_leaves: int) -> int:
         """Give back the memory of up to `n_leaves` clean leaves; return how many.
 
         Goes round the leaves like a clock's hand, so that all take their turn.
         """
+        if self.n_resident == 0:
+            return 0
         clean = np.flatnonzero(self.states == RESIDENT)
         if not len(clean):
             return 0
@@ -275,6 +311,8 @@ class BlockMap:
     def freeze(self) -> Leaves:
         """Begin a checkpoint: return the leaves it has to write, each as it is now."""
         assert not self.frozen
+        if not self.n_dirty:
+            return np.empty(0, np.int64)
         dirty = np.flatnonzero(self.states & DIRTY)
         self.states[dirty] |= FROZEN
         return dirty
@@ -304,7 +342,7 @@ class BlockMap:
         self.dirty_nodes[0].add(leaf >> self.leaf_shift)
         if self.frozen.pop(leaf, None) is None:
             self.state_bytes[leaf] &= KIND
-            self.n_dirty -= 1
+            self._add_dirty(-1)
         return old
 
     def node_bytes(self, level: int, node: int) -> bytes:
@@ -320,23 +358,36 @@ class BlockMap:
     # -- resizing ---------------------------------------------------------------------------
 
     def resized(self, n_blocks: int) -> BlockMap:
-        """Return this map with `n_blocks`; blocks beyond that must be holes, none frozen."""
-        new = BlockMap(n_blocks, self.block_size)
+        """Return this map with `n_blocks`, and retire this one.
+
+        Blocks beyond `n_blocks` must be holes, and no node may point there; none may be frozen.
+        """
+        new = BlockMap(n_blocks, self.block_size, self._totals)
         n = min(self.n_leaves, new.n_leaves)
         new.states[:n] = self.states[:n]
-        resident = np.flatnonzero(self.states[:n] & KIND == RESIDENT)
+        new._uniform_epochs[:n] = self._uniform_epochs[:n]
+        kinds = new.states[:n] & KIND
+        resident = np.flatnonzero(kinds == RESIDENT)
         shape = (-1, self.fanout, 2)
         new.entries.reshape(shape)[resident] = self.entries.reshape(shape)[resident]
-        new._uniform_epochs[:n] = self._uniform_epochs[:n]
-        new.n_resident = len(resident)
-        for depth, level in enumerate(self.levels[: len(new.levels)]):
-            n_entries = min(len(level), len(new.levels[depth]))
-            new.levels[depth][:n_entries] = level[:n_entries]
-        new._mark_all_nodes_dirty()
-        new.n_dirty = int(np.count_nonzero(new.states & DIRTY))
+        new._add_resident(len(resident))
+        new._add_dirty(int(np.count_nonzero(new.states[:n] & DIRTY)))
+        for depth in range(min(len(self.levels), len(new.levels))):
+            used = self._used(depth)
+            new.levels[depth][used] = self.levels[depth][used]
+            new.dirty_nodes[depth] = set((used >> self.leaf_shift).tolist())
+        self.retire()
         return new
 
-    def _mark_all_nodes_dirty(self) -> None:
-        for depth in range(len(self.levels) - 1):
-            used = np.flatnonzero(self.levels[depth][:, 0])
-            self.dirty_nodes[depth] = set((used >> self.leaf_shift).tolist())
+    def retire(self) -> None:
+        """Count no more: the volume has another map, or is gone."""
+        self._totals.n_resident -= self.n_resident
+        self._totals.n_dirty -= self.n_dirty
+
+    def _add_resident(self, n: int) -> None:
+        self.n_resident += n
+        self._totals.n_resident += n
+
+    def _add_dirty(self, n: int) -> None:
+        self.n_dirty += n
+        self._totals.n_dirty += n

@@ -29,7 +29,7 @@ from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import ReadFailed, StoreError
 from nbdstore.store import records
-from nbdstore.store.core import Core
+from nbdstore.store.core import Core, log
 from nbdstore.store.layout import I64
 
 INLINE_BYTES: Final = 64 << 10
@@ -79,25 +79,28 @@ class Committer:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._volumes: list[Syncable] = []
+        self._unsynced: set[Syncable] = set()
         self._waiting: set[Syncable] = set()
         self._everything = False
         self._next: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._all_durable_seq = 0
         self.horizon = 0
 
-    def register(self, volume: Syncable) -> None:
-        """Include `volume` in full rounds."""
-        self._volumes.append(volume)
+    def wrote(self, volume: Syncable, seq: int, slots: I64, checksums: list[int]) -> None:
+        """Note that record `seq` of `volume` mapped `slots`, which hold data of `checksums`."""
+        volume.last_seq = seq
+        volume.unsynced.add(seq, slots, checksums, len(slots) * self._core.block_size)
+        self._unsynced.add(volume)
 
-    def unregister(self, volume: Syncable) -> None:
-        """Forget `volume`: it was removed."""
-        self._volumes.remove(volume)
+    def forget(self, volume: Syncable) -> None:
+        """`volume` was removed: nobody needs its data."""
+        self._unsynced.discard(volume)
 
     @property
     def n_unsynced_bytes(self) -> int:
         """Data in the page cache only, in bytes."""
-        return sum(v.unsynced.n_bytes for v in self._volumes)
+        return sum(v.unsynced.n_bytes for v in self._unsynced)
 
     async def commit(self, volume: Syncable) -> None:
         """Return when all records of `volume` written so far are durable, with their data.
@@ -106,7 +109,7 @@ class Committer:
             PoolFailed: the sync failed, now or before.
         """
         target = volume.last_seq
-        while volume.durable_seq < target:
+        while max(volume.durable_seq, self._all_durable_seq) < target:
             self._core.check_alive()
             self._waiting.add(volume)
             await self._round()
@@ -124,6 +127,11 @@ class Committer:
             if self._core.journal.room_for(0):
                 self._core.append(b"")
             await self.commit_all()
+
+    async def finish(self) -> None:
+        """Wait for the round that runs, if any."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     async def _round(self) -> None:
         """Wait for the end of the next round to begin."""
@@ -143,6 +151,9 @@ class Committer:
                 await self._sync(waiting, everything)
             except StoreError as error:
                 self._core.fail(str(error))
+            except Exception:
+                log.exception("a bug in the commit of the pool")
+                self._core.fail("its commit ended by a bug")
             done.set_result(None)  # waiters look at what is durable, and at the pool's health
         self._task = None
 
@@ -150,11 +161,11 @@ class Committer:
         core = self._core
         core.check_alive()
         small = not everything and self._write_inline(waiting)
-        covered = list(waiting) if small else self._volumes
+        covered = waiting if small else self._unsynced.copy()
         seq = core.journal.seq
-        taken = [(volume, volume.unsynced) for volume in covered]
-        for volume, _ in taken:
+        for volume in covered:
             volume.unsynced = Unsynced()
+        self._unsynced -= covered
         carried = core.journal.seal()
         # While this waits, new records and unsynced data may come; they belong to a later round.
         if small:
@@ -162,15 +173,16 @@ class Committer:
         else:
             data = core.disk.offload(core.data.fdatasync)
             await asyncio.gather(data, core.journal.sync(core.disk))
-        for volume, _ in taken:
+        for volume in waiting:
             volume.durable_seq = max(volume.durable_seq, seq)
+        if not small:
+            self._all_durable_seq = seq
         self._advance(seq, carried)
 
     def _advance(self, seq: int, carried: int) -> None:
         """Everything up to `seq` that is not unsynced still is durable now."""
         core = self._core
-        firsts = [v.unsynced.first_seq for v in self._volumes if v.unsynced.first_seq]
-        durable = min([seq, *(first - 1 for first in firsts)])
+        durable = min([seq, *(v.unsynced.first_seq - 1 for v in self._unsynced)])
         core.journal.durable_seq = max(core.journal.durable_seq, durable)
         self.raise_horizon(carried)
 

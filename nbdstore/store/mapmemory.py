@@ -11,19 +11,24 @@ from typing import Final
 
 import numpy as np
 
-from nbdstore.store.blockmap import KIND, STORED, BlockMap, Leaves
+from nbdstore.store.blockmap import KIND, STORED, BlockMap, LeafCounts, Leaves
 from nbdstore.store.core import Core
 
 _LOAD_LEAVES: Final = 64  # per thread call: 256 KiB at 4 KiB blocks
 
 
 class MapMemory:
-    """The memory of all maps of one pool."""
+    """The memory of all maps of one pool.
+
+    Attributes:
+        counts: leaves in memory, and of those how many wait for a checkpoint.
+    """
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._maps: dict[int, Callable[[], BlockMap]] = {}
         self._limit = core.options.map_memory // core.block_size
+        self.counts = LeafCounts()
         self._turn = 0
 
     def register(self, volume: int, get_map: Callable[[], BlockMap]) -> None:
@@ -35,28 +40,18 @@ class MapMemory:
         del self._maps[volume]
 
     @property
-    def n_resident(self) -> int:
-        """Leaves in memory."""
-        return sum(get().n_resident for get in self._maps.values())
-
-    @property
-    def n_dirty(self) -> int:
-        """Leaves that wait for a checkpoint."""
-        return sum(get().n_dirty for get in self._maps.values())
-
-    @property
     def wants_checkpoint(self) -> bool:
         """Half of the memory is dirty: a checkpoint would let it be evicted."""
-        return 2 * self.n_dirty > self._limit
+        return 2 * self.counts.n_dirty > self._limit
 
     @property
     def is_crowded(self) -> bool:
         """The limit is used up by dirty leaves: writes wait for a checkpoint."""
-        return self.n_dirty > self._limit
+        return self.counts.n_dirty > self._limit
 
     def balance(self, n_coming: int = 0) -> None:
         """Evict clean leaves until `n_coming` more fit below the limit."""
-        excess = self.n_resident + n_coming - self._limit
+        excess = self.counts.n_resident + n_coming - self._limit
         maps = [get() for get in self._maps.values()]
         for _ in range(len(maps)):
             if excess <= 0:

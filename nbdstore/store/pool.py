@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import shutil
 import time
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +33,6 @@ from nbdstore.store.punching import Puncher
 from nbdstore.store.records import admin_group
 from nbdstore.store.superblock import NULL, Superblock
 from nbdstore.store.volume import Volume
-from nbdstore.store.writing import Hold
 
 log = logging.getLogger("nbdstore.store")
 
@@ -39,7 +40,8 @@ _TICK_S: Final = 0.5
 _UNSYNCED_BYTES: Final = 256 << 20  # bounds both what power loss takes and what recovery checks
 _WARN_AT: Final = (0.95, 0.90, 0.80)
 _REFUSE_NEW_AT: Final = 0.95
-_DELETE_BLOCKS: Final = 1 << 22
+_PROPERTIES_BYTES: Final = 16 << 10
+_ADMIN_RECORD_BYTES: Final = 64 << 10
 
 
 class Pool:
@@ -170,6 +172,7 @@ class Pool:
                     # What is in the journal stays there; the next start replays it.
                     log.warning("closed without a checkpoint: %s", error)
                     await self._committer.commit_all()
+            await self._committer.finish()
         finally:
             self._disk.close()
 
@@ -210,7 +213,7 @@ class Pool:
         """
         catalogue.check_name(name)
         catalogue.check_size(size)
-        async with self._admin:
+        async with self._administration():
             self._check_new(name)
             if self.fill >= _REFUSE_NEW_AT:
                 raise NoSpace(
@@ -230,7 +233,7 @@ class Pool:
             InvalidArgument: the size makes no sense, or data lies beyond it and not `force`.
         """
         catalogue.check_size(size)
-        async with self._admin:
+        async with self._administration():
             if size < volume.size:
                 await self._clear_tail(volume, size, force)
             await volume.flush()
@@ -263,22 +266,28 @@ class Pool:
             InvalidArgument, AlreadyExists: of the name.
         """
         catalogue.check_name(name)
-        async with self._admin:
+        async with self._administration():
             if name != volume.name:
                 self._check_new(name)
                 await volume.flush()
                 await self._change(volume.id, {"op": "rename", "name": name})
 
     async def set_properties(self, volume: Volume, properties: dict[str, Any]) -> None:
-        """Replace the properties of a volume; durable when this returns."""
-        async with self._admin:
+        """Replace the properties of a volume; durable when this returns.
+
+        Raises:
+            InvalidArgument: they are more than 16 KiB of JSON.
+        """
+        if len(json.dumps(properties)) > _PROPERTIES_BYTES:
+            raise InvalidArgument(f"volume {volume.name}: properties of more than 16 KiB")
+        async with self._administration():
             await volume.flush()
             await self._change(volume.id, {"op": "properties", "properties": properties})
 
     async def delete_volume(self, volume: Volume) -> None:
         """Take a volume away; durable when this returns.  Its space comes back bit by bit."""
-        async with self._admin:
-            volume._check_there()
+        async with self._administration():
+            volume.check_there()
             await volume.flush()
             await self._change(volume.id, {"op": "delete"})
         self._spawn(self._empty(volume))
@@ -286,7 +295,7 @@ class Pool:
     async def _empty(self, volume: Volume) -> None:
         """Free the blocks of a deleted volume, then forget it."""
         await volume.ranges.clear(0, volume.map.n_blocks)
-        async with self._admin:
+        async with self._administration():
             await volume.flush()
             async with self._checkpointer.lock:
                 await self._change(volume.id, {"op": "remove"})
@@ -305,13 +314,21 @@ class Pool:
                 "a pool can only grow"
             )
         _check_capacity(capacity, self._core.block_size)
-        async with self._admin, self._checkpointer.lock:
+        async with self._administration(), self._checkpointer.lock:
             await self._change(0, {"op": "grow", "n_slots": n_slots})
         self._core.space_changed()
 
     def _check_new(self, name: str) -> None:
         if name in self._registry.by_name:
             raise AlreadyExists(f"volume {name!r} exists already: choose another name")
+
+    @contextlib.asynccontextmanager
+    async def _administration(self) -> AsyncIterator[None]:
+        """One administrative change at a time, begun with room for it in the journal."""
+        async with self._admin:
+            while not self._core.journal.room_for(2 * _ADMIN_RECORD_BYTES):
+                await self._checkpointer.join()
+            yield
 
     async def _change(self, volume_id: int, change: dict[str, Any]) -> None:
         """Journal an administrative change, do it, and make it durable."""
@@ -359,7 +376,7 @@ class Pool:
             "allocated_on_host": core.data.allocated,
             "free_on_host": self._disk.free_bytes(),
             "unsynced": self._committer.n_unsynced_bytes,
-            "map_memory": self._services.memory.n_resident * size,
+            "map_memory": self._services.memory.counts.n_resident * size,
             "journal": {
                 "size": core.journal.size,
                 "used": core.journal.used,
@@ -405,7 +422,7 @@ class Pool:
         if journal.used * 2 > journal.size or self._services.memory.wants_checkpoint:
             return True
         old = now - self._checkpointer.done_at > self._options.checkpoint_interval_s
-        return old and self._services.memory.n_dirty > 0
+        return old and self._services.memory.counts.n_dirty > 0
 
     def _warn_of_fill(self) -> None:
         fill = self.fill
@@ -499,6 +516,3 @@ def _format(disk: Disk, block_size: int, n_slots: int, journal_size: int) -> Non
     finally:
         for file in (ring, data, super_file):
             file.close()
-
-
-__all__ = ["Hold", "Pool", "PoolOptions"]

@@ -216,7 +216,7 @@ def _load_volume(
     services: Services, registry: Registry, info: VolumeInfo, on_damage: OnDamage | None
 ) -> None:
     core = services.core
-    blocks = BlockMap(-(-info.size // core.block_size), core.block_size)
+    blocks = BlockMap(-(-info.size // core.block_size), core.block_size, services.memory.counts)
 
     def read_node(location: int, checksum: int, what: str) -> bytes:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbdstore.store import layout
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.volume import Services, Volume
@@ -32,7 +31,6 @@ class Registry:
         self.by_id[info.id] = volume
         if not info.deleted:
             self.by_name[info.name] = volume
-        services.committer.register(volume)
         services.memory.register(info.id, lambda: volume.map)
         return volume
 
@@ -46,7 +44,8 @@ class Registry:
             info = VolumeInfo.from_json(change["volume"])
             services.checkpointer.next_id = max(services.checkpointer.next_id, info.id + 1)
             n_blocks = -(-info.size // services.core.block_size)
-            self.add(services, info, BlockMap(n_blocks, services.core.block_size))
+            blocks = BlockMap(n_blocks, services.core.block_size, services.memory.counts)
+            self.add(services, info, blocks)
         else:
             self._change(services, self.by_id[volume_id], op, change)
         if volume_id in self.by_id:
@@ -67,8 +66,9 @@ class Registry:
             del self.by_name[info.name]
         elif op == "remove":
             services.checkpointer.drop(volume.map.node_slots())
+            volume.map.retire()
             del self.by_id[info.id]
-            services.committer.unregister(volume)
+            services.committer.forget(volume)
             services.memory.unregister(info.id)
         else:
             raise AssertionError(f"journal: unknown change {op!r} of a known format version")
@@ -82,7 +82,5 @@ def _resize(volume: Volume, size: int) -> None:
     if n_blocks == old.n_blocks:
         return
     volume.map = old.resized(n_blocks)
-    dropped = old.levels[len(volume.map.levels) :]
-    for level in dropped:
-        held = layout.holds_slot(level[:, 0])
-        volume.services.checkpointer.drop(layout.slots_of(level[held, 0]))
+    for depth in range(len(volume.map.levels), len(old.levels)):
+        volume.services.checkpointer.drop(old.slots_at(depth))

@@ -88,7 +88,7 @@ class Volume:
 
         A segment is a bytes-like of data, or an int: that many zero bytes that hold no data.
         """
-        self._check_there()
+        self.check_there()
         return self.reading.now(offset, length)
 
     async def read(self, offset: int, length: int) -> list[Segment]:
@@ -97,7 +97,7 @@ class Volume:
         Raises:
             Corruption, ReadFailed: bad data is never returned.
         """
-        self._check_there()
+        self.check_there()
         return await self.reading.read(offset, length)
 
     def write_now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
@@ -105,7 +105,7 @@ class Volume:
 
         What is done survives the death of this process; :meth:`flush` makes it survive power loss.
         """
-        self._check_there()
+        self.check_there()
         return self.writing.now(writes)
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -114,7 +114,7 @@ class Volume:
         Raises:
             NoSpace, WriteFailed, ReadFailed, Corruption, PoolFailed.
         """
-        self._check_there()
+        self.check_there()
         await self.writing.write(offset, data)
 
     async def flush(self) -> None:
@@ -128,7 +128,7 @@ class Volume:
 
     async def trim(self, offset: int, length: int) -> None:
         """Make holes of the whole blocks within `[offset, offset + length)`."""
-        self._check_there()
+        self.check_there()
         await self.ranges.trim(offset, length)
 
     async def write_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
@@ -137,7 +137,7 @@ class Volume:
         Raises:
             NoSpace: with `no_hole`, as for writes; else only for the merging of the two ends.
         """
-        self._check_there()
+        self.check_there()
         await self.ranges.write_zeroes(offset, length, no_hole=no_hole)
 
     async def extents(self, offset: int, length: int, *, max_extents: int) -> list[Extent]:
@@ -145,12 +145,12 @@ class Volume:
 
         Extents are merged (no two neighbours of one kind) and cut at both ends of the range.
         """
-        self._check_there()
+        self.check_there()
         return await self.ranges.extents(offset, length, max_extents)
 
     async def cache(self, offset: int, length: int) -> None:
         """Start reading `[offset, offset + length)` into the page cache."""
-        self._check_there()
+        self.check_there()
         await self.reading.cache(offset, length)
 
     # -- for the parts of the store ---------------------------------------------------------
@@ -175,7 +175,8 @@ class Volume:
         self.info.n_provisioned += n_provisioned - n_promised
         self.core.slots.n_set_aside += n_provisioned - n_promised
 
-    def _check_there(self) -> None:
+    def check_there(self) -> None:
+        """Raise NotFound if the volume was deleted."""
         if self.info.deleted:
             raise NotFound(f"volume {self.info.name!r} was deleted")
 

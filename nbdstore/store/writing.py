@@ -178,8 +178,7 @@ class Writing:
         mapping[:, 2] = checksums
         seq = self._core.append(records.map_group(volume.id, mapping))
         volume.map.entries[blocks] = mapping[:, 1:]
-        volume.last_seq = seq
-        volume.unsynced.add(seq, slots, checksums, len(blocks) * self._size)
+        volume.services.committer.wrote(volume, seq, slots, checksums)
         volume.release(old, seq, n_mapped=len(blocks))
 
     # -- waiting ----------------------------------------------------------------------------
