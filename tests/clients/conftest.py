@@ -15,7 +15,7 @@ from tests.clients.served_pool import ServedPool
 def pool(children: Children, tmp_path: Path) -> Iterator[ServedPool]:
     """A new pool with the volume "disk" of 1 GiB, not served yet; checked when the test ends."""
     pool = ServedPool(children, tmp_path)
-    pool.create("--capacity", "8G")
+    pool.create("--capacity", "8G", "--journal-size", "16M")
     pool.create_volume("disk", "1G")
     yield pool
     pool.close()

@@ -29,9 +29,9 @@ def test_the_information_of_an_export(served: ServedPool, children: Children) ->
     assert export["export-size"] == 1 << 30
     assert export["is_read_only"] is False
     assert export["is_rotational"] is False
-    assert export["block_minimum"] == 1
-    assert export["block_preferred"] == 4096
-    assert export["block_maximum"] == 32 << 20
+    assert export["block_size_minimum"] == 1
+    assert export["block_size_preferred"] == 4096
+    assert export["block_size_maximum"] == 32 << 20
 
 
 def test_every_context_is_listed(served: ServedPool, children: Children) -> None:

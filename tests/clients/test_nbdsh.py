@@ -70,8 +70,8 @@ def test_a_read_has_a_chunk_for_each_piece(served: ServedPool, children: Childre
     same(chunks(131072, 0), [
         (0, 65536, nbd.READ_HOLE),
         (65536, 8192, nbd.READ_DATA),
-        (73728, 57344, nbd.READ_HOLE),)
-    ]
+        (73728, 57344, nbd.READ_HOLE),
+    ])
     """
     nbdsh(children, served.uri(), script)
 
@@ -185,8 +185,8 @@ def test_the_allocation_of_each_kind_of_extent(served: ServedPool, children: Chi
     h.zero(8192, 16384, nbd.CMD_FLAG_NO_HOLE)
     hole, zero = nbd.STATE_HOLE, nbd.STATE_ZERO
     same(extents(65536, 0), {"base:allocation": [
-        (8192, hole | zero), (8192, 0), (8192, zero), (40960, hole | zero),)
-    ]}
+        (8192, hole | zero), (8192, 0), (8192, zero), (40960, hole | zero),
+    ]})
     same(extents(65536, 4096, nbd.CMD_FLAG_REQ_ONE), {"base:allocation": [(4096, hole | zero)]})
     same(extents(4096, 10000, nbd.CMD_FLAG_REQ_ONE), {"base:allocation": [(4096, 0)]})
     h.trim(65536, 0)

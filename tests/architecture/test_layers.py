@@ -1,0 +1,123 @@
+"""Who may import whom. A layer knows the layers that it lists, and nothing above or beside it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nbdstore
+
+PACKAGE = Path(nbdstore.__file__).parent
+
+# Layer: what it may import. A layer is a module or a package, and may always import itself; the
+# longest name that fits decides. ``errors`` and the package's own version are for all.
+LAYERS: dict[str, set[str]] = {
+    "nbdstore": set(),
+    "nbdstore.errors": set(),
+    "nbdstore.sizes": set(),
+    "nbdstore.systemd": set(),
+    "nbdstore.protocol": set(),
+    "nbdstore.store": set(),
+    "nbdstore.server": {"protocol", "store"},
+    "nbdstore.control": {"store", "server", "sizes"},
+    "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
+    "nbdstore.commands": {
+        *("protocol", "store", "server", "control", "daemon", "systemd", "sizes"),
+    },
+    "nbdstore.cli": {"commands", "sizes"},
+    "nbdstore.__main__": {"cli"},
+}
+FOR_ALL = {"nbdstore", "nbdstore.errors"}
+
+# Layer: what of the world outside it must not know.
+FORBIDDEN = {
+    "nbdstore.protocol": {"asyncio", "uvloop", "numpy", "socket", "ssl", "os", "pathlib"},
+    "nbdstore.store": {"socket", "ssl", "aiohttp", "click", "uvloop"},
+    "nbdstore.server": {"aiohttp", "click"},
+    "nbdstore.control": {"click"},
+}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> str:
+    """Return the layer that a module of nbdstore belongs to."""
+    fitting = [layer for layer in LAYERS if module == layer or module.startswith(f"{layer}.")]
+    return max(fitting, key=len)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the full names of the modules that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            assert node.module
+            yield from imported_names(node.module, node.names)
+
+
+def imported_names(module: str, aliases: list[ast.alias]) -> Iterator[str]:
+    """Tell ``from package import module`` from ``from module import name``."""
+    for alias in aliases:
+        path = PACKAGE.parent.joinpath(*module.split("."), alias.name)
+        is_module = path.is_dir() or path.with_suffix(".py").is_file()
+        yield f"{module}.{alias.name}" if is_module else module
+
+
+def why_forbidden(importer: str, imported: str) -> str | None:
+    """Say which rule an import breaks; None if it breaks none."""
+    layer = layer_of(importer)
+    root = imported.partition(".")[0]
+    if root != "nbdstore":
+        return f"{layer} must not know {root}" if root in FORBIDDEN.get(layer, ()) else None
+    target = layer_of(imported)
+    allowed = FOR_ALL | {layer} | {f"nbdstore.{name}" for name in LAYERS[layer]}
+    return None if target in allowed else f"{layer} must not import {target}"
+
+
+def test_a_module_imports_only_what_its_layer_may() -> None:
+    broken = {
+        f"{module_name(path)}: {why}"
+        for path in MODULES
+        for imported in imports_of(path)
+        if (why := why_forbidden(module_name(path), imported))
+    }
+    assert broken == set()
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    outside = [name for name in map(module_name, MODULES) if layer_of(name) == "nbdstore"]
+    assert outside == ["nbdstore"]
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("nbdstore.protocol", {"asyncio", "numpy", "socket"}),
+        # It runs on other hosts, and starts fast.
+        ("nbdstore.control.client", {"nbdstore.store", "nbdstore.server", "numpy", "aiohttp"}),
+    ],
+)
+def test_a_module_loads_without_what_it_does_not_need(module: str, unwanted: set[str]) -> None:
+    script = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE)
+    assert unwanted.isdisjoint(loaded.stdout.decode().split())
+
+
+def test_the_rules_find_what_they_forbid() -> None:
+    assert why_forbidden("nbdstore.protocol.replies", "nbdstore.store.pool")
+    assert why_forbidden("nbdstore.store.pool", "nbdstore.server")
+    assert why_forbidden("nbdstore.protocol.replies", "numpy.typing")
+    assert not why_forbidden("nbdstore.server.server", "nbdstore.store")
+    assert not why_forbidden("nbdstore.store.pool", "nbdstore.errors")
