@@ -60,13 +60,14 @@ def level_sizes(n_blocks: int, fanout: int) -> list[int]:
 
 
 class LeafCounts:
-    """Leaves of all maps of a pool: in memory, and waiting for a checkpoint."""
+    """What all maps of a pool have: leaves in memory, of those dirty ones, and nodes above."""
 
-    __slots__ = ("n_dirty", "n_resident")
+    __slots__ = ("n_dirty", "n_nodes", "n_resident")
 
     def __init__(self) -> None:
         self.n_resident = 0
         self.n_dirty = 0
+        self.n_nodes = 0
 
 
 class BlockMap:
@@ -82,6 +83,7 @@ class BlockMap:
         states: uint8, shape (n_leaves,): kind and flags; `state_bytes` the same as a memoryview.
         levels: levels 1 to the root, uint64, shape (entries of the level, 2), padded to nodes.
         n_resident, n_dirty: leaves in memory, and leaves a checkpoint has to write.
+        n_nodes: nodes of levels 1 and up that have entries, and so cost memory for good.
         frozen: leaves that changed after they were frozen, as they were.
     """
 
@@ -104,6 +106,7 @@ class BlockMap:
         self._uniform_epochs = LazyArray((self.n_leaves,), np.uint32).array
         self.n_resident = 0
         self.n_dirty = 0
+        self.n_nodes = 0
         self.frozen: dict[int, FrozenLeaf] = {}
         self._clock = 0
 
@@ -137,6 +140,7 @@ class BlockMap:
                 else:
                     raw = read_node(location, checksum, f"node {node} of level {depth}")
                     below[:] = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)
+                self._add_nodes(1)
         leaves = self._used(0)
         pointers = self.levels[0][leaves, 0]
         self.states[leaves[layout.holds_slot(pointers)]] = STORED
@@ -227,11 +231,17 @@ class BlockMap:
         None of them may be STORED.
         """
         leaves = blocks >> self.leaf_shift
-        if bool((self.states[leaves] == _WRITABLE).all()):
+        states = self.states[leaves]
+        if bool((states == _WRITABLE).all()):
             return
-        for leaf in dict.fromkeys(leaves.tolist()):
-            if self.state_bytes[leaf] != _WRITABLE:
-                self._make_leaf_writable(leaf)
+        leaves = np.unique(leaves[states != _WRITABLE])
+        states = self.states[leaves]
+        plain = (states == RESIDENT) | (states == HOLE)
+        for leaf in leaves[~plain].tolist():
+            self._make_leaf_writable(leaf)
+        self._add_resident(int(np.count_nonzero(states[plain] == HOLE)))
+        self._add_dirty(int(np.count_nonzero(plain)))
+        self.states[leaves[plain]] = _WRITABLE
 
     def _make_leaf_writable(self, leaf: int) -> None:
         state = self.state_bytes[leaf]
@@ -345,6 +355,19 @@ class BlockMap:
             self._add_dirty(-1)
         return old
 
+    def nodes_written(self, depth: int, nodes: list[int], pointers: list[Pointer]) -> list[int]:
+        """The checkpoint has written `nodes` of `levels[depth]`: the level above points there.
+
+        Returns the locations that it pointed to before.
+        """
+        upper = self.levels[depth + 1]
+        old: list[int] = upper[nodes, 0].tolist()
+        upper[nodes] = pointers
+        self._add_nodes(sum(1 for new, _ in pointers if new) - sum(1 for was in old if was))
+        self.dirty_nodes[depth].difference_update(nodes)
+        self.dirty_nodes[depth + 1].update(node >> self.leaf_shift for node in nodes)
+        return old
+
     def node_bytes(self, level: int, node: int) -> bytes:
         """The bytes of the node of `levels[level]`'s entries `[node * fanout, ...)`."""
         entries = self.levels[level][node * self.fanout : (node + 1) * self.fanout]
@@ -376,6 +399,7 @@ class BlockMap:
             used = self._used(depth)
             new.levels[depth][used] = self.levels[depth][used]
             new.dirty_nodes[depth] = set((used >> self.leaf_shift).tolist())
+            new._add_nodes(len(used) if depth else 0)
         self.retire()
         return new
 
@@ -383,6 +407,7 @@ class BlockMap:
         """Count no more: the volume has another map, or is gone."""
         self._totals.n_resident -= self.n_resident
         self._totals.n_dirty -= self.n_dirty
+        self._totals.n_nodes -= self.n_nodes
 
     def _add_resident(self, n: int) -> None:
         self.n_resident += n
@@ -391,3 +416,7 @@ class BlockMap:
     def _add_dirty(self, n: int) -> None:
         self.n_dirty += n
         self._totals.n_dirty += n
+
+    def _add_nodes(self, n: int) -> None:
+        self.n_nodes += n
+        self._totals.n_nodes += n

@@ -27,7 +27,9 @@ from nbdstore.store.blockmap import KIND, RESIDENT
 from nbdstore.store.core import PoolOptions
 from nbdstore.store.disk import Disk
 from nbdstore.store.layout import I64, U8
+from nbdstore.store.lazyarray import LazyArray
 from nbdstore.store.mapmemory import load_now
+from nbdstore.store.slots import bits_set, set_bits, test_bits
 from nbdstore.store.volume import Volume
 
 _MAX_FINDINGS: Final = 10_000
@@ -178,11 +180,11 @@ class _Check:
     # -- the trees --------------------------------------------------------------------------
 
     def _walk(self, opened: recovery.Opened) -> U8:
-        """Visit everything that is reachable; return how often each slot is used (at most 2)."""
+        """Visit everything that is reachable; return the bitmap of slots that are in use."""
         slots = opened.services.core.slots
-        used = np.zeros(slots.n_regions * slots.region_slots, np.uint8)
-        used[0] = 1
-        used[slots.n_slots :] = 1
+        n_bits = slots.n_regions * slots.region_slots
+        used = LazyArray((n_bits // 8,), np.uint8).array
+        set_bits(used, np.array([0, *range(slots.n_slots, n_bits)], np.int64))
         self._use(used, opened.roots.all_slots(), "the pool's own trees", slots.n_slots)
         volumes = list(opened.registry.by_id.values())
         self._n_total = sum(v.info.n_mapped for v in volumes)
@@ -199,10 +201,10 @@ class _Check:
             self._add("damage", who, f"slots below {n_slots}", f"slot {int(slots[outside][0])}")
             slots = slots[~outside]
         distinct, counts = np.unique(slots, return_counts=True)
-        shared = distinct[(counts > 1) | (used[distinct] > 0)]
+        shared = distinct[(counts > 1) | test_bits(used, distinct)]
         for slot in shared[:_SHOWN_RUNS].tolist():
             self._add("damage", f"{who}, slot {slot}", "one pointer to it", "more than one")
-        used[distinct] += 1
+        set_bits(used, distinct)
 
     def _walk_volume(self, opened: recovery.Opened, volume: Volume, used: U8) -> None:
         n_slots = opened.services.core.slots.n_slots
@@ -284,8 +286,8 @@ class _Check:
     def _compare(self, opened: recovery.Opened, used: U8, repair: bool) -> None:
         slots = opened.services.core.slots
         stored = slots.without_quarantine()
-        lost = np.flatnonzero((used > 0) & ~stored)
-        leaked = np.flatnonzero((used == 0) & stored)
+        lost = bits_set(used & ~stored)
+        leaked = bits_set(stored & ~used)
         self._add_runs(lost, "in use", "free", repair)
         if not self._unreadable_nodes:
             self._add_runs(leaked, "free", "in use", repair)

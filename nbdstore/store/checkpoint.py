@@ -232,11 +232,7 @@ class Checkpointer:
                 part = dirty[at : at + _SLICE_NODES]
                 nodes = [blocks.node_bytes(level, node) for node in part]
                 pointers = self._store_or_null(nodes, epoch, frozen)
-                upper = blocks.levels[level + 1]
-                self._replace(upper[part, 0].tolist())
-                upper[part] = pointers
-                blocks.dirty_nodes[level].difference_update(part)
-                blocks.dirty_nodes[level + 1].update(n >> blocks.leaf_shift for n in part)
+                self._replace(blocks.nodes_written(level, part, pointers))
                 await asyncio.sleep(0)
         blocks.dirty_nodes[-1].clear()
 

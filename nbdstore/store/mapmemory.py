@@ -14,6 +14,7 @@ import numpy as np
 from nbdstore.store.blockmap import KIND, STORED, BlockMap, LeafCounts, Leaves
 from nbdstore.store.core import Core
 
+_LEAST_SHARE: Final = 4  # of the memory is for leaves, however many nodes there are
 _LOAD_LEAVES: Final = 64  # per thread call: 256 KiB at 4 KiB blocks
 
 
@@ -27,7 +28,7 @@ class MapMemory:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._maps: dict[int, Callable[[], BlockMap]] = {}
-        self._limit = core.options.map_memory // core.block_size
+        self._most = core.options.map_memory // core.block_size
         self.counts = LeafCounts()
         self._turn = 0
 
@@ -38,6 +39,11 @@ class MapMemory:
     def unregister(self, volume: int) -> None:
         """Count the map of `volume` out."""
         del self._maps[volume]
+
+    @property
+    def _limit(self) -> int:
+        """Leaves that may be in memory: what the nodes above, which never leave, have left."""
+        return max(self._most - self.counts.n_nodes, self._most // _LEAST_SHARE)
 
     @property
     def wants_checkpoint(self) -> bool:

@@ -28,7 +28,7 @@ from typing import Final
 
 import numpy as np
 
-from nbdstore.store.layout import I64, U8
+from nbdstore.store.layout import I64, U8, Bools
 from nbdstore.store.lazyarray import LazyArray
 
 _BIT: Final = np.left_shift(1, np.arange(8)).astype(np.uint8)
@@ -57,13 +57,13 @@ class Slots:
         self._readers: dict[int, int] = {}
         self._frozen: FrozenBitmap | None = None
         self._on_replay_free: Callable[[I64], None] | None = None
+        self._replay_freed: list[I64] = []
         self.n_set_aside = 0
         self.n_quarantined = 0
         self.n_slots = 0
         self.n_free = 0
         self.n_used_regions = 0
         self._bitmap: U8 = np.empty(0, np.uint8)
-        self._ever_used: U8 = self._bitmap
         self._free_in_region = _EMPTY
         self._dirty = np.empty(0, np.bool_)
         self._resize(n_slots)
@@ -102,12 +102,12 @@ class Slots:
     def _mark(self, slots: I64) -> None:
         if len(slots):
             self._count(slots, -1)
-            np.bitwise_or.at(self._bitmap, slots >> 3, _BIT[slots & 7])
+            set_bits(self._bitmap, slots)
 
     def _unmark(self, slots: I64) -> None:
         if len(slots):
             self._count(slots, 1)
-            np.bitwise_and.at(self._bitmap, slots >> 3, _NOT_BIT[slots & 7])
+            clear_bits(self._bitmap, slots)
 
     def _count(self, slots: I64, sign: int) -> None:
         """Account `slots`, about to be freed (sign 1) or used (sign -1)."""
@@ -126,12 +126,9 @@ class Slots:
             self._dirty[regions] = True
         self.n_free += sign * len(slots)
 
-    def is_used(self, slots: I64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def is_used(self, slots: I64) -> Bools:
         """Tell for each of `slots` (int64, below the bitmap's end) whether it is not free."""
-        used: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
-            self._bitmap[slots >> 3] & _BIT[slots & 7]
-        ) != 0
-        return used
+        return test_bits(self._bitmap, slots)
 
     # -- allocation -------------------------------------------------------------------------
 
@@ -183,6 +180,7 @@ class Slots:
         """Put `slots`, which record `seq` freed, into quarantine."""
         if self._on_replay_free is not None:
             self._unmark(slots[self.is_used(slots)])
+            self._replay_freed.append(slots)
             self._on_replay_free(slots)
         elif len(slots):
             self._quarantine.append((seq, slots))
@@ -250,24 +248,22 @@ class Slots:
 
         Until :meth:`end_replay`, :meth:`free_later` frees at once, and tells `on_free`.
         """
-        self._ever_used = self._bitmap.copy()
         self._on_replay_free = on_free
 
     def replay_used(self, slots: I64) -> None:
         """A record, or a node that a superblock reaches, uses `slots` (distinct)."""
         self._mark(slots[~self.is_used(slots)])
-        np.bitwise_or.at(self._ever_used, slots >> 3, _BIT[slots & 7])
 
     def end_replay(self, seq: int) -> None:
-        """Quarantine, as freed by record `seq`, whatever the checkpoint or a record ever used.
+        """Quarantine, as freed by record `seq`, what the replayed records freed.
 
         Until the checkpoint that ends recovery is durable, a crash makes recovery read the same
         journal again, and check those slots against it.
         """
         self._on_replay_free = None
-        ever = self._ever_used & ~self._bitmap
-        held = np.flatnonzero(np.unpackbits(ever, bitorder="little"))
-        self._ever_used = np.empty(0, np.uint8)
+        freed = np.unique(np.concatenate([_EMPTY, *self._replay_freed]))
+        held = freed[~self.is_used(freed)]
+        self._replay_freed = []
         self._mark(held)
         self.free_later(held, seq)
         used = np.flatnonzero(self._free_in_region < self.region_slots)
@@ -287,20 +283,19 @@ class Slots:
 
     # -- checking ---------------------------------------------------------------------------
 
-    def without_quarantine(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Whether each slot of the bitmap is used, quarantined ones not counted."""
-        used = np.unpackbits(self._bitmap, bitorder="little").view(np.bool_)
+    def without_quarantine(self) -> U8:
+        """A copy of the bitmap (packed, little bit order) in which quarantined slots are free."""
+        bitmap = self._bitmap.copy()
         for _, slots in self._quarantine:
-            used[slots] = False
-        return used
+            clear_bits(bitmap, slots)
+        return bitmap
 
     def correct(self, lost: I64, leaked: I64) -> None:
         """Count `lost` as used and `leaked` as free: a check has found them so."""
-        held = np.concatenate([_EMPTY, *(slots for _, slots in self._quarantine)])
-        self._mark(lost[~np.isin(lost, held)])
         kept = [(seq, slots[~np.isin(slots, lost)]) for seq, slots in self._quarantine]
         self._quarantine = deque(kept)
         self.n_quarantined = sum(len(slots) for _, slots in kept)
+        self._mark(lost[~self.is_used(lost)])
         self._unmark(leaked)
 
     # -- giving back ------------------------------------------------------------------------
@@ -314,6 +309,30 @@ class Slots:
         return [
             (base + a, base + b) for a, b in edges.reshape(-1, 2).tolist() if b - a >= min_slots
         ]
+
+
+def set_bits(bitmap: U8, slots: I64) -> None:
+    """Set the bits of `slots` in a packed bitmap of little bit order."""
+    np.bitwise_or.at(bitmap, slots >> 3, _BIT[slots & 7])
+
+
+def clear_bits(bitmap: U8, slots: I64) -> None:
+    """Clear the bits of `slots`."""
+    np.bitwise_and.at(bitmap, slots >> 3, _NOT_BIT[slots & 7])
+
+
+def test_bits(bitmap: U8, slots: I64) -> Bools:
+    """Tell which bits of `slots` are set."""
+    found: Bools = (bitmap[slots >> 3] & _BIT[slots & 7]) != 0
+    return found
+
+
+def bits_set(bitmap: U8) -> I64:
+    """The slots whose bits are set; the cost goes with the bytes that are not zero."""
+    at = np.flatnonzero(bitmap)
+    row, column = np.nonzero(np.unpackbits(bitmap[at, None], axis=1, bitorder="little"))
+    found: I64 = at[row] * 8 + column
+    return found
 
 
 class FrozenBitmap:
@@ -342,12 +361,12 @@ class FrozenBitmap:
     def set(self, slots: I64) -> None:
         """Count `slots` as used."""
         for region, bits in self._split(slots):
-            np.bitwise_or.at(self._block(region), bits >> 3, _BIT[bits & 7])
+            set_bits(self._block(region), bits)
 
     def clear(self, slots: I64) -> None:
         """Count `slots` as free."""
         for region, bits in self._split(slots):
-            np.bitwise_and.at(self._block(region), bits >> 3, _NOT_BIT[bits & 7])
+            clear_bits(self._block(region), bits)
 
     def _block(self, region: int) -> U8:
         if region not in self.blocks:
