@@ -27,3 +27,16 @@ def host_port(text: str) -> tuple[str, int]:
             f"'{text}' is not HOST:PORT, such as 127.0.0.1:10810 or [::1]:10810"
         )
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def listen_address(text: str) -> str:
+    """Check ``HOST:PORT``, its short forms, or ``unix:PATH``; the server reads it itself."""
+    # Imported late: only `serve` needs it, and it brings asyncio.
+    from nbdstore.server.listener import parse_address
+
+    try:
+        if text == "unix:" or not text.startswith("unix:"):
+            parse_address(text)
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error)) from error
+    return text

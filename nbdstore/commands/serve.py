@@ -14,6 +14,7 @@ import click
 from nbdstore import systemd
 from nbdstore.commands import logs, parameters
 from nbdstore.commands.session import Session, pass_session, read_token
+from nbdstore.errors import InvalidArgument, NbdstoreError
 
 if TYPE_CHECKING:
     from nbdstore.server import Server, ServerOptions
@@ -27,6 +28,7 @@ CONTROL_SOCKET_NAME = "control"
 @click.command(short_help="Serve the volumes over NBD.")
 @click.option(
     "--listen",
+    type=parameters.listen_address,
     multiple=True,
     metavar="ADDRESS",
     help=f"HOST:PORT or unix:PATH; may be repeated. Default: {DEFAULT_LISTEN}, or the sockets "
@@ -197,7 +199,11 @@ def _run(session: Session, options: Mapping[str, Any], client: socket.socket | N
                 tls=options["tls"] == "required",
             )
 
-    uvloop.run(daemon.run(prepared, announce))
+    try:
+        uvloop.run(daemon.run(prepared, announce))
+    except InvalidArgument as error:
+        # The options were read and make sense; this machine, at this time, does not go with them.
+        raise NbdstoreError(str(error)) from error
 
 
 def _pool_options(options: Mapping[str, Any]) -> PoolOptions:

@@ -35,9 +35,9 @@ class Session:
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @contextmanager
-    def service(self, *, patience_s: float = LOCK_PATIENCE_S) -> Iterator[VolumeService]:
+    def service(self, *, patient: bool = True) -> Iterator[VolumeService]:
         """Reach the pool, through the server that holds it or by opening it for the moment."""
-        service = self._reach(patience_s)
+        service = self._reach(LOCK_PATIENCE_S if patient else 0.0)
         try:
             yield service
         finally:
@@ -102,7 +102,7 @@ def complete_volume(ctx: click.Context, _param: click.Parameter, incomplete: str
         options.get("pool") or Path(), options.get("server"), options.get("token_file")
     )
     try:
-        with session.service(patience_s=0) as service:
+        with session.service(patient=False) as service:
             return [info.name for info in service.volumes() if info.name.startswith(incomplete)]
     except (NbdstoreError, OSError):
         return []

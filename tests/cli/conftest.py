@@ -16,7 +16,10 @@ from nbdstore.cli import cli
 from nbdstore.control.endpoint import Endpoint
 from nbdstore.control.operations import Operations
 from nbdstore.store import Pool
+from tests.control.conftest import answering
 from tests.control.memory_pool import MemoryServer
+
+__all__ = ["answering"]
 
 BLOCK = 4096
 
