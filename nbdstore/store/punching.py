@@ -11,16 +11,16 @@ bitmap is so durably (see slots.py), so that no crash can bring a punched block 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Final
-
-import numpy as np
 
 from nbdstore.store.core import Core
 
 CHUNK_BYTES: Final = 1 << 20
 KEEP_BYTES: Final = 256 << 20
 KEEP_SHARE: Final = 20  # of what is used
-_PUNCHES_PER_TURN: Final = 64
+_PAUSE_S: Final = 5.0  # a pass looks at the whole bitmap, 0.2 ms a region
+_LONG_PAUSE_S: Final = 60.0  # after a pass that found nothing to punch
 
 
 class Puncher:
@@ -29,45 +29,52 @@ class Puncher:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._able = True
-        self._seen_free = -1
-        self._punched: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.zeros(0, np.bool_)
+        self._next_at = 0.0
 
     async def work(self) -> None:
-        """Punch if more free space is allocated on the host than is worth keeping."""
-        core = self._core
-        slots = core.slots
-        if not self._able or slots.n_free == self._seen_free:
-            return
-        self._seen_free = slots.n_free
-        used = (slots.n_slots - slots.n_free) * core.block_size
-        excess = core.data.allocated - used - max(KEEP_BYTES, used // KEEP_SHARE)
-        if excess <= 0:
-            return
-        for region in range(slots.n_used_regions - 1, -1, -1):
-            excess = await self._punch_region(region, excess)
-            if excess <= 0 or not self._able:
-                return
+        """Punch if more free space is allocated on the host than is worth keeping.
 
-    async def _punch_region(self, region: int, excess: int) -> int:
-        """Punch free chunks of `region` until `excess` is given back; return what is left."""
-        core, slots = self._core, self._core.slots
+        Called often; does something now and then.
+        """
+        now = time.monotonic()
+        if not self._able or now < self._next_at:
+            return
+        excess = self._excess()
+        if excess <= 0:
+            self._next_at = now + _PAUSE_S
+            return
+        left = excess
+        # The last regions first: allocation goes on in the first ones.
+        for region in reversed(range(self._core.slots.n_used_regions)):
+            left -= self._punch_region(region, left)
+            if left <= 0 or not self._able:
+                break
+            await asyncio.sleep(0)
+        self._next_at = time.monotonic() + (_PAUSE_S if left < excess else _LONG_PAUSE_S)
+
+    def _excess(self) -> int:
+        """Bytes that the host has allocated for free slots, beyond what is kept."""
+        slots, size = self._core.slots, self._core.block_size
+        used = (slots.n_slots - slots.n_free) * size
+        return self._core.data.allocated - used - max(KEEP_BYTES, used // KEEP_SHARE)
+
+    def _punch_region(self, region: int, wanted: int) -> int:
+        """Punch free chunks of `region`, `wanted` bytes if there are that many; return how many.
+
+        There is no await between the look at the bitmap and the last punch.
+        """
+        core = self._core
         size = core.block_size
         chunk = CHUNK_BYTES // size
-        n_done = 0
-        for start, stop in slots.free_runs(chunk, region):
+        before = core.data.allocated
+        given = 0
+        for start, stop in core.slots.free_runs(chunk, region):
             first, last = -(-start // chunk) * chunk, stop // chunk * chunk
-            if first >= last:
-                continue
-            # Between the look at the bitmap and the punch there is no await.
-            before = core.data.allocated
-            if not core.data.punch(first * size, (last - first) * size):
-                self._able = False
-                return 0
-            excess -= before - core.data.allocated
-            n_done += 1
-            if excess <= 0:
-                return excess
-            if n_done % _PUNCHES_PER_TURN == 0:
-                await asyncio.sleep(0)
-                return excess  # the runs may have changed: look again at the next turn
-        return excess
+            if first < last:
+                if not core.data.punch(first * size, (last - first) * size):
+                    self._able = False
+                    return 0
+                given = before - core.data.allocated
+            if given >= wanted:
+                break
+        return given

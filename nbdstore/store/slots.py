@@ -303,12 +303,10 @@ class Slots:
     def free_runs(self, min_slots: int, region: int) -> list[tuple[int, int]]:
         """The runs `[start, stop)` of at least `min_slots` free slots in `region`."""
         bits = self._bitmap[region * self._block_size : (region + 1) * self._block_size]
-        used = np.unpackbits(bits, bitorder="little")
-        edges = np.flatnonzero(np.diff(np.concatenate(([1], used, [1])).astype(np.int8)))
-        base = region * self.region_slots
-        return [
-            (base + a, base + b) for a, b in edges.reshape(-1, 2).tolist() if b - a >= min_slots
-        ]
+        used = np.unpackbits(bits, bitorder="little").view(np.int8)
+        edges = np.flatnonzero(np.diff(used, prepend=1, append=1)).reshape(-1, 2)
+        long = edges[edges[:, 1] - edges[:, 0] >= min_slots] + region * self.region_slots
+        return [(start, stop) for start, stop in long.tolist()]
 
 
 def set_bits(bitmap: U8, slots: I64) -> None:
