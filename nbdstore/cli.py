@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from nbdstore import __version__
-from nbdstore.commands import capacity, check, completion, pool, serve, transfer, volume
+from nbdstore.commands import capacity, check, completion, logs, pool, serve, transfer, volume
 from nbdstore.commands.groups import OrderedGroup
 from nbdstore.commands.session import Session
 from nbdstore.errors import NbdstoreError
@@ -157,6 +157,7 @@ def cli(
     All commands work while a server runs, through it, and without one alike. Sizes are written as
     10G, 512M, 1.5T or bytes; units are powers of 1024. Lists and shows also come as --json.
     """
+    logs.set_up_for_command()
     ctx.obj = Session(pool.absolute(), server or None, token_file, os.environ)
 
 

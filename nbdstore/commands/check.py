@@ -2,37 +2,83 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import TYPE_CHECKING
 
 import click
 
-from nbdstore.commands.output import json_option, print_json
+from nbdstore.commands.output import counted, json_option, note, print_json
 from nbdstore.commands.progress import Progress
 from nbdstore.commands.session import Session
+from nbdstore.control.client import ControlClient
+from nbdstore.errors import PoolLocked
+
+if TYPE_CHECKING:
+    from nbdstore.store.check import CheckReport
 
 
 @click.command(short_help="Verify a pool that is not being served, and repair it.")
-@click.option("--repair", is_flag=True, help="Repair what can be repaired without losing data.")
+@click.option(
+    "--repair", is_flag=True, help="Rebuild what is derived; never touches a volume's data."
+)
 @json_option
 @click.pass_context
 def check(ctx: click.Context, repair: bool, as_json: bool) -> None:
     """Verify every pointer, every checksum and the free map of the pool.
 
     Nothing may serve the pool meanwhile. Exit status 0 if all is well or was repaired, 1 if
-    something is wrong.
+    something is left: blocks that are damaged stay so, and reading them stays an error.
 
     \b
     Examples:
       nbdstore check
       nbdstore check --repair --json
     """
+    session: Session = ctx.obj
+    report = _checked(session, repair)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _show(report, repair)
+    ctx.exit(0 if report.clean else 1)
+
+
+def _checked(session: Session, repair: bool) -> CheckReport:
     from nbdstore.store.check import check_pool
 
-    session: Session = ctx.obj
     directory = session.require_local("check")
-    with Progress("check", None) as progress:
-        report = check_pool(directory, repair=repair, progress=progress.update)
-    left = [finding for finding in report.findings if not finding.repaired]
-    if as_json:
-        print_json(dataclasses.asdict(report))
-    ctx.exit(1 if left else 0)
+    with Progress("check", None, lambda n: f"{n:,.0f} blocks") as progress:
+        try:
+            return check_pool(directory, repair=repair, progress=progress.update)
+        except PoolLocked as error:
+            if ControlClient(session.control_url).reachable():
+                raise PoolLocked(f"{directory} is being served: stop its server first") from error
+            raise
+
+
+def _show(report: CheckReport, repair: bool) -> None:
+    for finding in report.findings:
+        click.echo(f"{finding}{', repaired' if finding.repaired else ''}")
+    if report.n_findings_left_out:
+        click.echo(f"... and {report.n_findings_left_out} more of the kind")
+    looked_at = ", ".join(
+        (
+            counted(report.n_volumes, "volume"),
+            counted(report.n_blocks, "block"),
+            counted(report.n_nodes, "map node"),
+            counted(report.n_journal_records, "journal record"),
+        )
+    )
+    click.echo(f"checked {looked_at}: {_verdict(report)}")
+    if not report.clean and not repair:
+        note("'nbdstore check --repair' mends what does not lose data")
+
+
+def _verdict(report: CheckReport) -> str:
+    n_left = sum(not f.repaired and f.severity != "notice" for f in report.findings)
+    n_repaired = sum(f.repaired for f in report.findings)
+    parts = []
+    if not report.clean:
+        parts.append(f"{counted(n_left + report.n_findings_left_out, 'fault')} left")
+    if n_repaired:
+        parts.append(f"{counted(n_repaired, 'fault')} repaired")
+    return ", ".join(parts) or "all is well"

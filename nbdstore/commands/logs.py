@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Mapping
 
+from nbdstore.commands.output import note
+
 LEVELS = ("debug", "info", "warning", "error")
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 """syslog(3) priorities, which journald reads from a prefix such as ``<4>`` (sd-daemon(3))."""
@@ -35,6 +37,22 @@ class JournalLine(OneLine):
         return f"<{_PRIORITIES.get(record.levelname, 6)}>{super().format(record)}"
 
 
+class Notes(logging.Handler):
+    """Tells warnings to a person who runs one command; see `set_up_for_command`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            note(record.getMessage())
+
+
+def set_up_for_command() -> None:
+    """Let a command tell what the store warns of, such as writes lost in a crash.
+
+    Only warnings: an error is raised as well, and told once, at the end.
+    """
+    logging.getLogger("nbdstore").handlers[:] = [Notes()]
+
+
 def set_up(level: str, environ: Mapping[str, str]) -> None:
     """Send the log of nbdstore to standard error; at level debug with tracebacks in full."""
     journal = to_journal(environ)
@@ -49,7 +67,9 @@ def set_up(level: str, environ: Mapping[str, str]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("nbdstore").setLevel(level.upper())
+    ours = logging.getLogger("nbdstore")
+    ours.handlers.clear()
+    ours.setLevel(level.upper())
 
 
 def to_journal(environ: Mapping[str, str]) -> bool:

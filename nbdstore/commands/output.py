@@ -42,3 +42,8 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 def note(text: str) -> None:
     """Tell a person something beside the answer, on standard error."""
     click.echo(f"nbdstore: {text}", err=True)
+
+
+def counted(n: int, noun: str) -> str:
+    """Write a number of things: ``1 volume``, ``2 volumes``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,13 +19,17 @@ class Progress:
 
     Arguments:
         label: what is going on.
-        total: the length in bytes, None if nobody knows.
+        total: the length, None if nobody knows.
+        describe: makes an amount readable; without it, amounts are bytes.
 
     Use as a context manager: the bar is wiped at the end, so that the answer stands alone.
     """
 
-    def __init__(self, label: str, total: int | None) -> None:
+    def __init__(
+        self, label: str, total: int | None, describe: Callable[[float], str] = format_size
+    ) -> None:
         self._label = label
+        self._describe = describe
         self._total = total
         self._visible = sys.stderr.isatty()
         self._started_s = time.monotonic()
@@ -44,7 +49,7 @@ class Progress:
             sys.stderr.flush()
 
     def update(self, position: int, total: int | None = None) -> None:
-        """Say that `position` bytes are behind; `total` corrects the length."""
+        """Say that `position` is reached; `total` corrects the length."""
         self._total = total if total is not None else self._total
         now_s = time.monotonic()
         if self._visible and now_s - self._drawn_s >= REDRAW_EVERY_S:
@@ -53,10 +58,10 @@ class Progress:
             sys.stderr.flush()
 
     def _line(self, position: int, elapsed_s: float) -> str:
-        rate = f"{format_size(position / elapsed_s)}/s" if elapsed_s > 0 else ""
+        rate = f"{self._describe(position / elapsed_s)}/s" if elapsed_s > 0 else ""
         if not self._total:
-            return f"{self._label}  {format_size(position)}  {rate}"
+            return f"{self._label}  {self._describe(position)}  {rate}"
         part = min(position / self._total, 1.0)
         bar = ("#" * int(part * BAR_WIDTH)).ljust(BAR_WIDTH, "-")
-        amount = f"{format_size(position)} of {format_size(self._total)}"
+        amount = f"{self._describe(position)} of {self._describe(self._total)}"
         return f"{self._label}  [{bar}] {part:4.0%}  {amount}  {rate}"

@@ -13,7 +13,7 @@ import click
 
 from nbdstore import systemd
 from nbdstore.commands import logs, parameters
-from nbdstore.commands.session import Session, pass_session, read_token
+from nbdstore.commands.session import Session, complete_volume, pass_session, read_token
 from nbdstore.errors import InvalidArgument, NbdstoreError
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ CONTROL_SOCKET_NAME = "control"
     "that systemd passes.",
 )
 @click.option("--read-only", is_flag=True, help="Clients may read, not write.")
-@click.option("--default-export", metavar="NAME", help="What a client gets that asks for no name.")
+@click.option(
+    "--default-export",
+    metavar="NAME",
+    shell_complete=complete_volume,
+    help="What a client gets that asks for no name.",
+)
 @click.option(
     "--max-connections",
     type=click.IntRange(min=1),
@@ -88,7 +93,8 @@ CONTROL_SOCKET_NAME = "control"
     "--control",
     type=parameters.host_port,
     metavar="HOST:PORT",
-    help="Answer the control API over TCP, too; wants --control-token-file.",
+    help="Answer the control API over TCP, too; wants --control-token-file. It is plain HTTP: "
+    "for a network that is not trusted, put a TLS proxy before it.",
 )
 @click.option(
     "--control-token-file",

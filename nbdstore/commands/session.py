@@ -34,6 +34,11 @@ class Session:
     token_file: Path | None = None
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def control_url(self) -> str:
+        """Where a server that holds the pool answers."""
+        return f"unix:{self.pool / SOCKET_NAME}"
+
     @contextmanager
     def service(self, *, patient: bool = True) -> Iterator[VolumeService]:
         """Reach the pool, through the server that holds it or by opening it for the moment."""
@@ -48,7 +53,7 @@ class Session:
             token = read_token(self.token_file) if self.token_file else None
             return ControlClient(self.server, token=token)
         deadline_s = time.monotonic() + patience_s
-        client = ControlClient(f"unix:{self.pool / SOCKET_NAME}")
+        client = ControlClient(self.control_url)
         while not client.reachable():
             try:
                 return self._open()

@@ -8,7 +8,7 @@ import click
 
 from nbdstore.commands import parameters
 from nbdstore.commands.groups import OrderedGroup
-from nbdstore.commands.output import json_option, print_facts, print_json, print_table
+from nbdstore.commands.output import counted, json_option, print_facts, print_json, print_table
 from nbdstore.commands.session import Session, complete_volume, pass_session
 from nbdstore.control.model import AttachmentInfo, VolumeInfo
 from nbdstore.sizes import format_size
@@ -110,7 +110,7 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ("reserved", format_size(info.reserved)),
         ("created", info.created),
         ("allowed", ", ".join(info.allow) or "anyone the server lets in"),
-        ("attached", f"{info.attached} connections" if info.attached else "no"),
+        ("attached", counted(info.attached, "connection") if info.attached else "no"),
     ]
     if info.importing:
         facts.append(("import", "not finished: wait for it, import again, or delete the volume"))

@@ -65,7 +65,7 @@ def application(operations: Operations, *, token: str | None = None) -> web.Appl
             web.get("/v1/volumes/{name}", routes.volume),
             web.patch("/v1/volumes/{name}", routes.update),
             web.delete("/v1/volumes/{name}", routes.delete),
-            web.get("/v1/volumes/{name}/data", routes.read_content),
+            web.get("/v1/volumes/{name}/data", routes.read_content, allow_head=False),
             web.put("/v1/volumes/{name}/data", routes.write_content),
         ]
     )

@@ -90,7 +90,7 @@ class TestAttached:
         commands.server.connections.append(MemoryConnection("db", tls_name="alice"))
         assert commands.json("volume", "list")[0]["attached"] == 1
         text = commands.run("volume", "show", "db")
-        assert "attached  1 connections" in text
+        assert "attached  1 connection\n" in text
         assert "192.0.2.7:4711" in text
         assert "alice" in text
 
