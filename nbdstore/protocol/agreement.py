@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from nbdstore.errors import NbdstoreError
 from nbdstore.protocol.constants import MAX_PAYLOAD, OptionReply, TransmissionFlag
 
 
@@ -89,15 +88,15 @@ class Catalog(Protocol):
         """
 
 
-class OptionRefused(NbdstoreError):
+class OptionRefused(Exception):
     """An option is answered with an error; the handshake goes on.
+
+    Never leaves the handshake, so it is none of nbdstore.errors.
 
     Arguments:
         reply: the error reply.
         message: the reason, a sentence with its full stop.
     """
-
-    code = "option-refused"
 
     def __init__(self, reply: OptionReply, message: str) -> None:
         self.reply = reply

@@ -47,8 +47,12 @@ class NbdClient:
             host, _, port = address.rpartition(":")
             streams = await asyncio.open_connection(host, int(port))
         client = cls(*streams)
-        if flags is not None:
-            await client.say_hello(flags)
+        try:
+            if flags is not None:
+                await client.say_hello(flags)
+        except BaseException:
+            client.writer.transport.abort()
+            raise
         return client
 
     @classmethod
@@ -86,6 +90,16 @@ class NbdClient:
             return await self.receive_or_end() == b""
         except ConnectionError:
             return True
+
+    async def until_closed(self) -> bytes:
+        """Receive everything up to the end of the connection, proper or not."""
+        received = b""
+        try:
+            while data := await self.receive_or_end():
+                received += data
+        except ConnectionError:
+            pass
+        return received
 
     def close(self) -> None:
         self.writer.close()
