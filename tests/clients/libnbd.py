@@ -45,7 +45,14 @@ def chunks(length, offset, flags=0):
 '''
 
 
-def nbdsh(children: Children, uri: str, script: str, *, contexts: tuple[str, ...] = ()) -> str:
+def nbdsh(
+    children: Children,
+    uri: str,
+    script: str,
+    *,
+    contexts: tuple[str, ...] = (),
+    timeout_s: float = 120,
+) -> str:
     """Run a script with ``h`` connected to ``uri`` and return what it prints.
 
     The script has the functions of PREAMBLE. With an empty ``uri``, ``h`` is not connected yet.
@@ -58,4 +65,4 @@ def nbdsh(children: Children, uri: str, script: str, *, contexts: tuple[str, ...
     path.write_text(PREAMBLE + prepare + connect + dedent(script))
     run = f"exec(compile(open({str(path)!r}).read(), {str(path)!r}, 'exec'))"
     # Only the system's python3 has libnbd, and nbdsh runs the first python3 of PATH.
-    return children.run("nbdsh", "-c", run, env={"PATH": "/usr/bin:/bin"}, timeout_s=120)
+    return children.run("nbdsh", "-c", run, env={"PATH": "/usr/bin:/bin"}, timeout_s=timeout_s)
