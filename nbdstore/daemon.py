@@ -28,10 +28,11 @@ from typing import Any
 
 from nbdstore import __version__, systemd
 from nbdstore.control.capacity import GrowthMeter
-from nbdstore.control.endpoint import Endpoint
+from nbdstore.control.client import ControlClient
+from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
-from nbdstore.errors import AlreadyExists
+from nbdstore.errors import AlreadyExists, PoolLocked
 from nbdstore.server import Server, ServerOptions
 from nbdstore.store import Pool, PoolOptions
 
@@ -39,6 +40,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DRAIN_TIMEOUT_S = 10.0
 """Requests in flight take milliseconds; only writes held by a full pool take longer than this."""
 SAMPLE_EVERY_S = 60.0
+LOCK_PATIENCE_S = 5.0
+LOCK_RETRY_S = 0.2
 DEMO_VOLUME = "demo"
 DEMO_SIZE = 10 << 30
 
@@ -105,13 +108,27 @@ async def _open_pool(options: DaemonOptions) -> AsyncIterator[Pool]:
     if options.demo:
         with contextlib.suppress(AlreadyExists):
             Pool.create(options.pool)
-    pool = await Pool.open(options.pool, options=options.pool_options)
+    pool = await _locked_pool(options)
     try:
         if options.demo and not pool.volumes:
             await pool.create_volume(DEMO_VOLUME, DEMO_SIZE)
         yield pool
     finally:
         await pool.close()
+
+
+async def _locked_pool(options: DaemonOptions) -> Pool:
+    """Open the pool; wait a little if a command has it, which keeps it for a moment only."""
+    deadline_s = time.monotonic() + LOCK_PATIENCE_S
+    other_server = ControlClient(f"unix:{options.pool / SOCKET_NAME}")
+    while True:
+        try:
+            return await Pool.open(options.pool, options=options.pool_options)
+        except PoolLocked:
+            if other_server.reachable() or time.monotonic() >= deadline_s:
+                raise
+            log.info("the pool is open elsewhere: waiting until it is let go")
+        await asyncio.sleep(LOCK_RETRY_S)
 
 
 async def _serve(

@@ -60,8 +60,8 @@ class Session:
             except PoolLocked as error:
                 if time.monotonic() >= deadline_s:
                     raise PoolLocked(
-                        f"{error}; it does not answer at {self.pool / SOCKET_NAME}, so it may be "
-                        "starting, stopping or stuck: try again, or see that process"
+                        f"{error} (nobody answers there: if a server is starting or stopping, "
+                        "try again)"
                     ) from error
             time.sleep(RETRY_EVERY_S)
         return client

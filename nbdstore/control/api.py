@@ -194,7 +194,8 @@ class _Routes:
             allow=body.get("allow"),
             force=body.get("force", False),
         )
-        log.info("volume %s changed: %s", name, body)
+        changes = ", ".join(f"{key} {value}" for key, value in body.items())
+        log.info("volume %s changed: %s", name, changes)
         return _json(info)
 
     async def delete(self, request: web.Request) -> web.StreamResponse:

@@ -19,6 +19,7 @@ import pytest
 from nbdstore.control import unix_socket
 from nbdstore.control.client import ControlClient
 from nbdstore.store import Pool
+from nbdstore.store.disk import Disk
 
 NBDSTORE = (sys.executable, "-m", "nbdstore")
 TIMEOUT_S = 60
@@ -165,6 +166,17 @@ class TestALife:
         serving.forget()
         serving.ready("--listen", "127.0.0.1:0")
         assert [volume.name for volume in serving.client.volumes()] == ["db"]
+
+    def test_a_pool_that_a_command_has_open_is_waited_for(self, serving: Serving) -> None:
+        disk = Disk(serving.pool)
+        disk.lock()
+        process = serving.start("--listen", "127.0.0.1:0")
+        assert process.stderr is not None
+        assert "waiting until it is let go" in process.stderr.readline()
+        disk.close()
+        while "serving on" not in process.stderr.readline():
+            assert process.poll() is None
+        assert serving.end(signal.SIGTERM) == 0
 
     def test_demo_makes_what_is_missing_and_nothing_more(self, serving: Serving) -> None:
         serving.pool = serving.pool.with_name("another")

@@ -57,7 +57,7 @@ class TestLockedPools:
         finally:
             disk.close()
         assert str(commands.directory) in message
-        assert "does not answer" in message
+        assert "nobody answers there" in message
 
     def test_a_command_waits_for_one_that_is_let_go(
         self, commands: CommandLine, monkeypatch: Any
