@@ -92,13 +92,13 @@ class ServedPool:
         ended = os.pidfd_open(self.process.pid)
         try:
             while left_s := max(0.0, deadline - time.monotonic()):
-                readable, _, _ = select.select([notify, ended], [], [], left_s)
-                if notify in readable and b"READY=1" in notify.recv(4096).split(b"\n"):
-                    return
+                readable, _, _ = select.select([notify.fileno(), ended], [], [], left_s)
                 if ended in readable:
                     status = self.process.wait()
                     self.process = None
                     raise ServerFailed(f"the server ended with status {status}: see server.log")
+                if readable and b"READY=1" in notify.recv(4096).split(b"\n"):
+                    return
         finally:
             os.close(ended)
         raise ServerFailed(f"the server was not ready within {READY_TIMEOUT_S} s")

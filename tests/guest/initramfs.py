@@ -44,8 +44,8 @@ def archive(entries: Iterable[Entry]) -> bytes:
         path = name.encode() + b"\0"
         uid = gid = mtime = major = minor = rmajor = rminor = check = 0
         n_links = 1
-        header = (inode, mode, uid, gid, n_links, mtime, len(content))
-        header += (major, minor, rmajor, rminor, len(path), check)
+        header = [inode, mode, uid, gid, n_links, mtime, len(content)]
+        header += [major, minor, rmajor, rminor, len(path), check]
         out += b"070701" + b"".join(b"%08x" % number for number in header) + path
         pad(out)
         out += content
