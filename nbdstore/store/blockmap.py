@@ -385,6 +385,9 @@ class BlockMap:
 
         Blocks beyond `n_blocks` must be holes, and no node may point there; none may be frozen.
         """
+        last = self.n_leaves - 1
+        if n_blocks > self.n_blocks and self.state_bytes[last] & KIND == UNIFORM:
+            self._make_leaf_writable(last)  # it stands for the blocks it has now, not for more
         new = BlockMap(n_blocks, self.block_size, self._totals)
         n = min(self.n_leaves, new.n_leaves)
         new.states[:n] = self.states[:n]
@@ -402,6 +405,21 @@ class BlockMap:
             new._add_nodes(len(used) if depth else 0)
         self.retire()
         return new
+
+    def ends_before(self, n_blocks: int) -> bool:
+        """Tell whether all from block `n_blocks` on is holes, on disk too; nothing is STORED."""
+        boundary = n_blocks >> self.leaf_shift
+        if n_blocks % self.fanout:
+            if self.state_bytes[boundary] & KIND == UNIFORM:
+                return False
+            inside = n_blocks % self.fanout
+            if self._leaf_entries(boundary)[inside:, 0].any():
+                return False
+            boundary += 1
+        return not self.states[boundary:].any() and not any(
+            (self._used(depth) >= -(-n_blocks // self.fanout ** (depth + 1))).any()
+            for depth in range(len(self.levels))
+        )
 
     def retire(self) -> None:
         """Count no more: the volume has another map, or is gone."""

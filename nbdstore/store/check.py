@@ -29,7 +29,7 @@ from nbdstore.store.disk import Disk
 from nbdstore.store.layout import I64, U8
 from nbdstore.store.lazyarray import LazyArray
 from nbdstore.store.mapmemory import load_now
-from nbdstore.store.slots import bits_set, set_bits, test_bits
+from nbdstore.store.slots import bits_set, clear_bits, set_bits, test_bits
 from nbdstore.store.volume import Volume
 
 _MAX_FINDINGS: Final = 10_000
@@ -128,16 +128,15 @@ class _Check:
         return self._report
 
     def _open(self, disk: Disk, repair: bool) -> recovery.Opened | None:
+        damages = recovery.OnDamages(self._level_damaged, self._free_map_damaged)
         try:
-            opened = recovery.open_parts(disk, PoolOptions(), on_damage=self._level_damaged)
+            opened = recovery.open_parts(disk, PoolOptions(), damage=damages)
         except Corruption as error:
             finding = self._add("damage", error.where, error.expected, error.found)
             if not repair:
                 return None
             try:
-                opened = recovery.open_parts(
-                    disk, PoolOptions(), on_damage=self._level_damaged, cut_damage=True
-                )
+                opened = recovery.open_parts(disk, PoolOptions(), damage=damages, cut_damage=True)
             except Corruption as second:
                 if (second.where, second.found) != (error.where, error.found):
                     self._add("damage", second.where, second.expected, second.found)
@@ -170,12 +169,13 @@ class _Check:
         self._unreadable_levels = True
         self._node_damaged(error)
 
+    def _free_map_damaged(self, error: Corruption | ReadFailed) -> None:
+        """A block of the free map: all of it can be told from the trees."""
+        self._add("inconsistency", *_told(error))
+
     def _node_damaged(self, error: Corruption | ReadFailed) -> None:
         self._unreadable_nodes = True
-        if isinstance(error, Corruption):
-            self._add("damage", error.where, error.expected, error.found)
-        else:
-            self._add("damage", str(error), "a readable block", "an error of the disk")
+        self._add("damage", *_told(error))
 
     # -- the trees --------------------------------------------------------------------------
 
@@ -286,6 +286,7 @@ class _Check:
     def _compare(self, opened: recovery.Opened, used: U8, repair: bool) -> None:
         slots = opened.services.core.slots
         stored = slots.without_quarantine()
+        clear_bits(stored, opened.services.checkpointer.dropped())
         lost = bits_set(used & ~stored)
         leaked = bits_set(stored & ~used)
         self._add_runs(lost, "in use", "free", repair)
@@ -314,3 +315,10 @@ class _Check:
             core.data.pwritev([block], slot * core.block_size)
         for _ in range(2):
             await opened.services.checkpointer.run()
+
+
+def _told(error: Corruption | ReadFailed) -> tuple[str, str, str]:
+    """Where, what was expected, what was found."""
+    if isinstance(error, Corruption):
+        return error.where, error.expected, error.found
+    return str(error), "a readable block", "an error of the disk"

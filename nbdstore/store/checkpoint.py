@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from nbdstore.errors import NoSpace, StoreError
+from nbdstore.errors import NoSpace, StoreError, WriteFailed
 from nbdstore.store import catalogue, layout, superblock
 from nbdstore.store.blockmap import BlockMap, Leaves
 from nbdstore.store.catalogue import VolumeInfo
@@ -120,7 +120,10 @@ class Checkpointer:
         self.n_checkpoints = 0
 
     async def join(self) -> None:
-        """Return at the end of a checkpoint: the one that runs, or else a new one."""
+        """Return at the end of a checkpoint: the one that runs, or else a new one.
+
+        Who waits may be cancelled, the checkpoint is not.  Errors as :meth:`run`.
+        """
         if self._running is None:
             self._running = asyncio.create_task(self.run())
             self._running.add_done_callback(self._ended)
@@ -132,7 +135,7 @@ class Checkpointer:
             task.exception()  # those who joined have it; without any, run() has logged it
 
     async def run(self) -> None:
-        """Write a checkpoint of the present.
+        """Write a checkpoint of the present; the caller must not be cancelled.
 
         Raises:
             NoSpace: there is no space for it; the pool goes on, the journal keeps what it has.
@@ -169,6 +172,10 @@ class Checkpointer:
         """Slots of nodes that the next checkpoint does not need any more."""
         self._replaced.append(slots)
 
+    def dropped(self) -> I64:
+        """The slots that the next checkpoint will free."""
+        return np.concatenate([np.empty(0, np.int64), *self._replaced])
+
     # -- 1. freeze --------------------------------------------------------------------------
 
     def _freeze(self) -> _Frozen:
@@ -204,11 +211,22 @@ class Checkpointer:
             catalogue_bytes=len(raw),
             free_map=free_map_root,
         )
-        superblock.write(self._super_file, new)
-        await self._core.disk.offload(self._super_file.fdatasync)
-        self.superblock = new
+        await self._flip(new)
         self._roots = Roots(catalogue_slots, free_map, free_map_nodes)
         self._replaced = doomed
+
+    async def _flip(self, new: Superblock) -> None:
+        """Make `new` the superblock.
+
+        Once its write has begun, nobody knows which one a crash leaves: no failure can be taken
+        back, nor may this be interrupted.
+        """
+        try:
+            superblock.write(self._super_file, new)
+        except NoSpace as error:
+            raise WriteFailed(f"superblock: {error}") from error
+        await self._core.disk.offload(self._super_file.fdatasync)
+        self.superblock = new
 
     async def _write_leaves(
         self, blocks: BlockMap, leaves: Leaves, epoch: int, frozen: _Frozen

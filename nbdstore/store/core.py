@@ -19,6 +19,7 @@ import xxhash
 
 from nbdstore.errors import Corruption, InvalidArgument, NoSpace, PoolFailed, StoreError
 from nbdstore.store import layout
+from nbdstore.store.blockmap import LeafCounts
 from nbdstore.store.disk import Disk, File
 from nbdstore.store.journal import Journal
 from nbdstore.store.layout import I64
@@ -62,6 +63,7 @@ class Core:
     """The shared state of an open pool.
 
     Attributes:
+        leaves: counts the leaves of all maps.
         failed: why the pool stopped acknowledging, or None.
         n_held: writes that wait for space now.
         n_corruptions: damaged blocks met by reads so far.
@@ -83,6 +85,7 @@ class Core:
         self.slots = slots
         self.block_size = block_size
         self.options = options
+        self.leaves = LeafCounts()
         self.failed: str | None = None
         self.n_held = 0
         self.n_corruptions = 0
@@ -122,19 +125,21 @@ class Core:
 
     # -- space ------------------------------------------------------------------------------
 
-    def take_slots(self, n: int, n_holes: int) -> I64 | None:
+    def take_slots(self, n: int, n_holes: int, n_leaves: int) -> I64 | None:
         """Take `n` slots for a write that fills `n_holes` holes; None if it must wait.
 
         Filling holes leaves the reserve and what is promised to PROVISIONED blocks; overwriting,
-        which gives as much back with the next sync, may use half of the reserve.
+        which gives as much back with the next sync, may use half of the reserve.  Either leaves
+        what the next checkpoint needs: a slot for each dirty leaf, of which this write makes up
+        to `n_leaves` more.
         """
         floor = self.reserve + self.slots.n_set_aside if n_holes else self.reserve // 2
-        return self.slots.allocate(n, floor)
+        return self.slots.allocate(n, floor + self.leaves.n_dirty + n_leaves)
 
     def may_set_aside(self, n: int) -> bool:
         """Tell whether `n` more slots can be promised."""
         slots = self.slots
-        return slots.n_free - slots.n_set_aside - n >= self.reserve
+        return slots.n_free - slots.n_set_aside - self.leaves.n_dirty - n >= self.reserve
 
     def space_changed(self) -> None:
         """Wake those who wait for slots, for room in the journal, or for the pool's end."""

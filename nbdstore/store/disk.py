@@ -186,6 +186,7 @@ class Disk:
             raise StoreError(f"pool directory {directory}: {error.strerror}") from error
         self._lock_fd: int | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._files: list[File] = []
 
     def lock(self) -> None:
         """Become the one process that uses the pool.
@@ -218,9 +219,11 @@ class Disk:
         """
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
-            return File(name, os.open(name, flags, 0o600, dir_fd=self._fd), self._fd)
+            fd = os.open(name, flags, 0o600, dir_fd=self._fd)
         except OSError as error:
             raise StoreError(f"{self.directory / name}: {error.strerror}") from error
+        self._files.append(File(name, fd, self._fd))
+        return self._files[-1]
 
     def exists(self, name: str) -> bool:
         """Tell whether file `name` exists."""
@@ -263,9 +266,11 @@ class Disk:
         return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
 
     def close(self) -> None:
-        """Wait for the threads, release the lock and close the directory."""
+        """Wait for the threads, close the files, release the lock."""
         if self._threads is not None:
             self._threads.shutdown()
+        for file in self._files:
+            file.close()
         if self._lock_fd is not None:
             os.ftruncate(self._lock_fd, 0)
             os.close(self._lock_fd)

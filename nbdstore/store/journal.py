@@ -49,6 +49,7 @@ _CHECKSUM: Final = struct.Struct("<Q")
 HEADER_SIZE: Final = _HEADER.size + _CHECKSUM.size
 assert HEADER_SIZE == ALIGNMENT
 _SCAN_BYTES: Final = 8 << 20
+_WIPE_BYTES: Final = 1 << 20
 
 
 def align(offset: int, to: int) -> int:
@@ -71,6 +72,7 @@ class Journal:
     """The writing end of the ring.
 
     Attributes:
+        found_seq: the last record that was there when the pool was opened.
         seq: the last record written (to the page cache).
         durable_seq: all records up to it, with the data they map, are durable; goes into headers.
         tail: offset from which recovery would start: what lies before may be overwritten.
@@ -84,8 +86,10 @@ class Journal:
         self._file = file
         self.size = size
         self._pool = pool_tag(pool)
-        self.seq = seq
-        self.durable_seq = seq
+        # A record that was torn may be followed by whole ones; none of them may ever seem to
+        # follow a new one.  A lap holds fewer records than this step.
+        self.found_seq = seq
+        self.seq = self.durable_seq = seq + size // ALIGNMENT + 1
         self.carried_durable_seq = 0
         self.tail = tail
         self.head = head
@@ -137,6 +141,21 @@ class Journal:
         """Make everything up to the seal durable (fdatasync(2))."""
         self.n_syncs += 1
         await disk.offload(self._file.fdatasync)
+
+    def begin_without_checkpoint(self) -> None:
+        """After recovery, where no checkpoint can be written: go on behind the last record.
+
+        Instead of stepping over the numbers of records that may lie beyond it, wipe them.  The
+        data that the records found map must be durable by now.
+        """
+        self.seq = self.durable_seq = self.found_seq
+        start, stop = self.head, self.tail + self.size
+        while start < stop:
+            place = start % self.size
+            n = min(stop - start, self.size - place, _WIPE_BYTES)
+            self._file.pwritev([bytes(n)], place)
+            start += n
+        self._file.fdatasync()
 
     def release(self, tail: int) -> None:
         """Let the ring overwrite what lies before `tail`: a checkpoint has made it dispensable."""

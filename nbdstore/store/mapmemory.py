@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from nbdstore.store.blockmap import KIND, STORED, BlockMap, LeafCounts, Leaves
+from nbdstore.store.blockmap import KIND, STORED, BlockMap, Leaves
 from nbdstore.store.core import Core
 
 _LEAST_SHARE: Final = 4  # of the memory is for leaves, however many nodes there are
@@ -29,7 +29,7 @@ class MapMemory:
         self._core = core
         self._maps: dict[int, Callable[[], BlockMap]] = {}
         self._most = core.options.map_memory // core.block_size
-        self.counts = LeafCounts()
+        self.counts = core.leaves
         self._turn = 0
 
     def register(self, volume: int, get_map: Callable[[], BlockMap]) -> None:

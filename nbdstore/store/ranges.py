@@ -141,14 +141,13 @@ class Ranges:
             offset += part
             length -= part
 
-    async def clear(self, start: int, stop: int) -> None:
-        """Make holes of blocks `[start, stop)`."""
+    async def clear(self, start: int, stop: int, *, emptying: bool = False) -> None:
+        """Make holes of blocks `[start, stop)`; `emptying` a deleted volume is no mistake."""
         async for part in self._slices(start, stop):
             if part.uniform == HOLE:
                 continue
             await self._wait_for_journal()
-            # The wait may have let others in, but it never unloads: see _change.
-            while not self._change(part.start, part.stop, Op.CLEAR):
+            while not self._change(part.start, part.stop, Op.CLEAR, emptying=emptying):
                 await self._volume.load(part.start, part.stop)
 
     async def _provision(self, start: int, stop: int) -> None:
@@ -174,9 +173,12 @@ class Ranges:
         finally:
             hold.end()
 
-    def _change(self, start: int, stop: int, op: Op) -> bool:
+    def _change(self, start: int, stop: int, op: Op, *, emptying: bool = False) -> bool:
         """Journal and do one slice; False, having done nothing, if a leaf is not in memory."""
         volume = self._volume
+        if not emptying:
+            volume.check_range(start << self._shift, 0)
+        stop = min(stop, volume.map.n_blocks)
         if len(volume.map.missing(start, stop)):
             return False
         if change_needed(volume, start, stop, op):

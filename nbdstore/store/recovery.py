@@ -31,7 +31,7 @@ from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, PoolOptions
 from nbdstore.store.disk import Disk
 from nbdstore.store.durability import Committer
-from nbdstore.store.journal import ALIGNMENT, Journal, Reader, Record, align
+from nbdstore.store.journal import Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
 from nbdstore.store.ranges import apply_range
@@ -45,6 +45,21 @@ log = logging.getLogger("nbdstore.store")
 
 ReadNode = Callable[[int, int, str], bytes]
 OnDamage = Callable[[Corruption | ReadFailed], None]
+
+
+@dataclass(frozen=True)
+class OnDamages:
+    """Whom to tell of a damaged block; None = raise.
+
+    Attributes:
+        levels: of a node above a volume's leaves.  What is below seems to be holes then, and the
+            pool must not be written.
+        free_map: of a block of the free map.  Everything in it seems to be free then, and the
+            free map must be corrected before the pool is written.
+    """
+
+    levels: OnDamage | None = None
+    free_map: OnDamage | None = None
 
 
 @dataclass
@@ -82,14 +97,13 @@ def open_parts(
     disk: Disk,
     options: PoolOptions,
     *,
-    on_damage: OnDamage | None = None,
+    damage: OnDamages | None = None,
     cut_damage: bool = False,
 ) -> Opened:
     """Read a pool into memory, changing nothing on disk.
 
     Arguments:
-        on_damage: called for each damaged node above a volume's leaves, whose subtree then seems
-            to be holes (the pool must not be written then); None = raise.
+        damage: whom to tell of damaged blocks that opening can do without; None = raise.
         cut_damage: take a damaged journal as its end instead of refusing: records that were
             durable are lost then.
 
@@ -97,6 +111,7 @@ def open_parts(
         PoolFormatError: of a format not known here, or no pool.
         Corruption: of a superblock, a node or the journal.
     """
+    damage = damage or OnDamages()
     if not disk.exists("super"):
         raise PoolFormatError(
             f"{disk.directory} holds no pool: make one with "
@@ -119,15 +134,13 @@ def open_parts(
         ring,
         current.journal_size,
         current.uuid,
-        # A record that was torn may be followed by whole ones; none of them may ever seem to
-        # follow a new one.  A lap holds fewer records than this step.
-        seq=seq + current.journal_size // ALIGNMENT + 1,
+        seq=seq,
         tail=current.journal_offset,
         head=align(end, JOURNAL_PAGE),
     )
     slots = Slots(current.n_slots, current.block_size)
     core = Core(disk, data, journal, slots, current.block_size, options)
-    roots = _load_free_map(core, current)
+    roots = _load_free_map(core, current, damage.free_map)
     next_id, infos, catalogue_slots = _load_catalogue(core, current)
     roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)
     committer = Committer(core)
@@ -137,7 +150,7 @@ def open_parts(
     )
     services = Services(core, committer, MapMemory(core), checkpointer)
     for info in infos:
-        _load_volume(services, registry, info, on_damage)
+        _load_volume(services, registry, info, damage.levels)
     report = Report(current, faults)
     replay = _Replay(services, registry, reader, report, durable_seq, roots)
     replay.run()
@@ -189,14 +202,13 @@ def _read_tree(
     return entries, np.array(nodes, np.int64)
 
 
-def _load_free_map(core: Core, current: Superblock) -> Roots:
+def _load_free_map(core: Core, current: Superblock, on_damage: OnDamage | None) -> Roots:
     n_regions = core.slots.n_regions
-    entries, nodes = _read_tree(
-        core.read_block, current.free_map, n_regions, core.block_size, "free map"
-    )
+    read = _reporting(core, on_damage)
+    entries, nodes = _read_tree(read, current.free_map, n_regions, core.block_size, "free map")
     for region, (location, checksum) in enumerate(entries.tolist()):
         if location:
-            core.slots.load(region, core.read_block(location, checksum, "free map"))
+            core.slots.load(region, read(location, checksum, f"free map, block {region}"))
     return Roots(np.empty(0, np.int64), entries, nodes)
 
 
@@ -212,23 +224,35 @@ def _load_catalogue(core: Core, current: Superblock) -> tuple[int, list[VolumeIn
     return next_id, infos, np.concatenate([layout.slots_of(entries[:, 0]), nodes])
 
 
-def _load_volume(
-    services: Services, registry: Registry, info: VolumeInfo, on_damage: OnDamage | None
-) -> None:
-    core = services.core
-    blocks = BlockMap(-(-info.size // core.block_size), core.block_size, services.memory.counts)
+def _reporting(core: Core, on_damage: OnDamage | None) -> ReadNode:
+    """Return a reader of blocks that reports a damaged one, and goes on with zeros."""
 
-    def read_node(location: int, checksum: int, what: str) -> bytes:
+    def read(location: int, checksum: int, what: str) -> bytes:
         try:
-            return core.read_block(location, checksum, f"map of {info.name}, {what}")
+            return core.read_block(location, checksum, what)
         except (Corruption, ReadFailed) as error:
             if on_damage is None:
                 raise
             on_damage(error)
             return bytes(core.block_size)
 
+    return read
+
+
+def _load_volume(
+    services: Services, registry: Registry, info: VolumeInfo, on_damage: OnDamage | None
+) -> None:
+    core = services.core
+    blocks = BlockMap(-(-info.size // core.block_size), core.block_size, services.memory.counts)
+
+    read = _reporting(core, on_damage)
     if info.root[0]:
-        blocks.load_levels(info.root, read_node)
+        blocks.load_levels(
+            info.root,
+            lambda location, checksum, what: read(
+                location, checksum, f"map of {info.name}, {what}"
+            ),
+        )
     registry.add(services, info, blocks)
     core.slots.n_set_aside += info.n_provisioned
 
@@ -272,7 +296,7 @@ class _Replay:
         # The free map counts the trees' own nodes as used, but a record may free what stood in
         # the slot before the checkpoint, while it ran, wrote a node there.
         slots.replay_used(np.concatenate([*nodes, self._roots.all_slots()]))
-        slots.end_replay(self._core.journal.seq)
+        slots.end_replay(self._core.journal.found_seq)
 
     def _records(self) -> Iterator[Record]:
         current = self._report.superblock

@@ -1,7 +1,8 @@
 """A volume of an open pool: what servers and commands hold in their hands.
 
 Owns nothing but the joining of the parts: map, read path, write path, range operations, sync.
-The caller has checked ranges: `[offset, offset + length)` lies within `[0, size)`.
+The caller has checked ranges against the size that it knows; they are checked again, since the
+volume may have been shrunk or deleted since.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nbdstore.errors import NotFound
+from nbdstore.errors import NotFound, StoreError
 from nbdstore.store import layout
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
@@ -88,7 +89,8 @@ class Volume:
 
         A segment is a bytes-like of data, or an int: that many zero bytes that hold no data.
         """
-        self.check_there()
+        if self.info.deleted or offset + length > self.info.size:
+            self.check_range(offset, length)
         return self.reading.now(offset, length)
 
     async def read(self, offset: int, length: int) -> list[Segment]:
@@ -97,7 +99,7 @@ class Volume:
         Raises:
             Corruption, ReadFailed: bad data is never returned.
         """
-        self.check_there()
+        self.check_range(offset, length)
         return await self.reading.read(offset, length)
 
     def write_now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
@@ -105,7 +107,6 @@ class Volume:
 
         What is done survives the death of this process; :meth:`flush` makes it survive power loss.
         """
-        self.check_there()
         return self.writing.now(writes)
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -114,7 +115,6 @@ class Volume:
         Raises:
             NoSpace, WriteFailed, ReadFailed, Corruption, PoolFailed.
         """
-        self.check_there()
         await self.writing.write(offset, data)
 
     async def flush(self) -> None:
@@ -128,7 +128,7 @@ class Volume:
 
     async def trim(self, offset: int, length: int) -> None:
         """Make holes of the whole blocks within `[offset, offset + length)`."""
-        self.check_there()
+        self.check_range(offset, length)
         await self.ranges.trim(offset, length)
 
     async def write_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
@@ -137,7 +137,7 @@ class Volume:
         Raises:
             NoSpace: with `no_hole`, as for writes; else only for the merging of the two ends.
         """
-        self.check_there()
+        self.check_range(offset, length)
         await self.ranges.write_zeroes(offset, length, no_hole=no_hole)
 
     async def extents(self, offset: int, length: int, *, max_extents: int) -> list[Extent]:
@@ -145,12 +145,12 @@ class Volume:
 
         Extents are merged (no two neighbours of one kind) and cut at both ends of the range.
         """
-        self.check_there()
+        self.check_range(offset, length)
         return await self.ranges.extents(offset, length, max_extents)
 
     async def cache(self, offset: int, length: int) -> None:
         """Start reading `[offset, offset + length)` into the page cache."""
-        self.check_there()
+        self.check_range(offset, length)
         await self.reading.cache(offset, length)
 
     # -- for the parts of the store ---------------------------------------------------------
@@ -179,6 +179,19 @@ class Volume:
         """Raise NotFound if the volume was deleted."""
         if self.info.deleted:
             raise NotFound(f"volume {self.info.name!r} was deleted")
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise NotFound if the volume was deleted, StoreError if it has become too small."""
+        self.check_there()
+        if offset + length > self.info.size:
+            raise self.beyond_end(offset, length)
+
+    def beyond_end(self, offset: int, length: int) -> StoreError:
+        """The error for a client that knows the size from before the volume was shrunk."""
+        return StoreError(
+            f"volume {self.name}: bytes {offset} to {offset + length} lie beyond its end at "
+            f"{self.size}, since it was shrunk: connect anew"
+        )
 
     def status(self) -> dict[str, Any]:
         """What there is to know, JSON-able; sizes in bytes."""

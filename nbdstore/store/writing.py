@@ -71,10 +71,14 @@ class Writing:
         self, writes: Sequence[tuple[int, Buffer]], old: Mapping[int, OldBlock]
     ) -> Wait | None:
         self._core.check_alive()
+        self._volume.check_there()  # here, since it may have been deleted while this waited
         pending: dict[int, Buffer] = {}
         size, mask, shift = self._size, self._size - 1, self._shift
+        end = self._volume.info.size
         for offset, data in writes:
             length = len(data)
+            if offset + length > end:
+                raise self._volume.beyond_end(offset, length)
             if offset & mask or length & mask:
                 wait = self._merge(pending, offset, memoryview(data), old)
                 if wait is not None:
@@ -137,7 +141,8 @@ class Writing:
         core, blocks_map = self._core, self._volume.map
         n = len(pending)
         blocks = np.fromiter(pending, np.int64, n)
-        if bool((blocks_map.states[blocks >> blocks_map.leaf_shift] & KIND == STORED).any()):
+        leaves = blocks >> blocks_map.leaf_shift
+        if bool((blocks_map.states[leaves] & KIND == STORED).any()):
             return Wait.MAP
         record_bytes = n * _RECORD_BYTES_PER_BLOCK + 64
         if self._volume.services.memory.is_crowded or not core.journal.room_for(
@@ -146,7 +151,8 @@ class Writing:
             return Wait.JOURNAL
         blocks_map.make_writable(blocks)
         old = blocks_map.entries[blocks, 0]
-        slots = core.take_slots(n, n - int(np.count_nonzero(old)))
+        n_leaves = int(np.count_nonzero(np.diff(leaves))) + 1  # at most
+        slots = core.take_slots(n, n - int(np.count_nonzero(old)), n_leaves)
         if slots is None:
             return Wait.SPACE
         views = [*pending.values()]
@@ -242,6 +248,7 @@ class Hold:
         self._services = volume.services
         self._waited_s = 0.0
         self._settled_at = -1
+        self._checkpointed_at = -1
         self._counted = False
 
     async def wait_for_journal(self) -> None:
@@ -265,6 +272,9 @@ class Hold:
         if core.slots.n_quarantined and self._settled_at != core.journal.seq:
             await self._services.committer.settle()  # what was freed lately may be enough
             self._settled_at = core.journal.seq
+        elif core.leaves.n_dirty and self._checkpointed_at != core.journal.seq:
+            await self.wait_for_journal()  # what is kept for a checkpoint may be enough
+            self._checkpointed_at = core.journal.seq
         else:
             await self._pause()
 

@@ -1,0 +1,210 @@
+"""Administrative changes: volumes made, resized, renamed and deleted, the pool enlarged.
+
+Owns the course of each change: one at a time, checked, journalled, done, made durable.  What a
+change does to the tables is the registry's.
+
+Each change runs as a task of its own: whoever asked for it may go away (a closed HTTP request),
+the change is made or not made, never left half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
+from nbdstore.store import catalogue
+from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.formatting import check_capacity
+from nbdstore.store.ranges import ExtentKind
+from nbdstore.store.records import admin_group
+from nbdstore.store.registry import Registry
+from nbdstore.store.volume import Services, Volume
+
+_PROPERTIES_BYTES: Final = 16 << 10
+_RECORD_BYTES: Final = 64 << 10  # of the journal, for one change and what it syncs
+
+T = TypeVar("T")
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+class Administration:
+    """Makes the administrative changes of one pool.
+
+    Arguments:
+        spawn: starts a task whose failure is noticed even if nobody waits for it.
+    """
+
+    def __init__(self, services: Services, registry: Registry, spawn: Spawn) -> None:
+        self._services = services
+        self._core = services.core
+        self._checkpointer = services.checkpointer
+        self._registry = registry
+        self._spawn = spawn
+        self._lock = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+
+    async def finish(self) -> None:
+        """Wait for the changes that are under way."""
+        if self._changes:
+            await asyncio.wait(self._changes)
+
+    async def _alone(self, change: Coroutine[Any, Any, T]) -> T:
+        """Run `change` to its end, whatever becomes of the caller."""
+        task: asyncio.Task[T] = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    # -- the changes ------------------------------------------------------------------------
+
+    async def create(self, name: str, size: int, properties: dict[str, Any]) -> Volume:
+        """See Pool.create_volume."""
+        catalogue.check_name(name)
+        catalogue.check_size(size)
+        check_properties(name, properties)
+        return await self._alone(self._create(name, size, properties))
+
+    async def _create(self, name: str, size: int, properties: dict[str, Any]) -> Volume:
+        async with self._turn():
+            self._check_new(name)
+            info = VolumeInfo(self._checkpointer.next_id, name, size, properties=dict(properties))
+            await self._change(info.id, {"op": "create", "volume": info.to_json()})
+            return self._registry.by_id[info.id]
+
+    async def resize(self, volume: Volume, size: int, *, force: bool) -> None:
+        """See Pool.resize_volume."""
+        catalogue.check_size(size)
+        await self._alone(self._resize(volume, size, force))
+
+    async def _resize(self, volume: Volume, size: int, force: bool) -> None:
+        async with self._turn():
+            volume.check_there()
+            shrinks = size < volume.size
+            if shrinks:
+                await _clear_tail(volume, size, force)
+            await volume.flush()
+            async with self._checkpointer.lock:
+                if shrinks:
+                    await self._checkpointer.run_locked()  # no node may lie beyond the new end
+                    n_blocks = -(-size // volume.block_size)
+                    if not volume.map.ends_before(n_blocks):
+                        raise Busy(
+                            f"volume {volume.name}: it is being written beyond {size}: "
+                            "detach it before shrinking it"
+                        )
+                await self._change(volume.id, {"op": "resize", "size": size})
+
+    async def rename(self, volume: Volume, name: str) -> None:
+        """See Pool.rename_volume."""
+        catalogue.check_name(name)
+        await self._alone(self._rename(volume, name))
+
+    async def _rename(self, volume: Volume, name: str) -> None:
+        async with self._turn():
+            volume.check_there()
+            if name != volume.name:
+                self._check_new(name)
+                await volume.flush()
+                await self._change(volume.id, {"op": "rename", "name": name})
+
+    async def set_properties(self, volume: Volume, properties: dict[str, Any]) -> None:
+        """See Pool.set_properties."""
+        check_properties(volume.name, properties)
+        await self._alone(self._set_properties(volume, properties))
+
+    async def _set_properties(self, volume: Volume, properties: dict[str, Any]) -> None:
+        async with self._turn():
+            volume.check_there()
+            await volume.flush()
+            await self._change(volume.id, {"op": "properties", "properties": properties})
+
+    async def delete(self, volume: Volume) -> None:
+        """See Pool.delete_volume."""
+        await self._alone(self._delete(volume))
+
+    async def _delete(self, volume: Volume) -> None:
+        async with self._turn():
+            volume.check_there()
+            await volume.flush()
+            await self._change(volume.id, {"op": "delete"})
+        self.empty(volume)
+
+    def empty(self, volume: Volume) -> None:
+        """Begin to free what a deleted volume holds."""
+        self._spawn(self._empty(volume))
+
+    async def _empty(self, volume: Volume) -> None:
+        await volume.ranges.clear(0, volume.map.n_blocks, emptying=True)
+        async with self._turn():
+            await volume.flush()
+            async with self._checkpointer.lock:
+                await self._change(volume.id, {"op": "remove"})
+
+    async def grow(self, capacity: int) -> None:
+        """See Pool.grow."""
+        now = self._core.slots.n_slots * self._core.block_size
+        if capacity < now:
+            raise InvalidArgument(
+                f"capacity {capacity}: less than the present {now}; a pool can only grow"
+            )
+        check_capacity(capacity, self._core.block_size)
+        await self._alone(self._grow(capacity // self._core.block_size))
+
+    async def _grow(self, n_slots: int) -> None:
+        async with self._turn(), self._checkpointer.lock:
+            await self._change(0, {"op": "grow", "n_slots": max(n_slots, self._core.slots.n_slots)})
+        self._core.space_changed()
+
+    # -- their course -----------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One change at a time, begun with room for it in the journal."""
+        async with self._lock:
+            while not self._core.journal.room_for(2 * _RECORD_BYTES):
+                await self._checkpointer.join()
+            yield
+
+    def _check_new(self, name: str) -> None:
+        if name in self._registry.by_name:
+            raise AlreadyExists(f"volume {name!r} exists already: choose another name")
+
+    async def _change(self, volume_id: int, change: dict[str, Any]) -> None:
+        """Journal a change, do it, and make it durable; no await before it is done."""
+        volume = self._registry.by_id.get(volume_id)
+        gone = volume is not None and volume.info.deleted
+        if gone != (change["op"] == "remove"):
+            raise NotFound(f"volume {volume_id} was deleted meanwhile")
+        group = admin_group(volume_id, change)
+        if not self._core.journal.room_for(len(group)):
+            # The checkpoint's lock may be held: a checkpoint cannot be waited for here.
+            raise NoSpace("the journal is full until the next checkpoint: try again in a moment")
+        seq = self._core.append(group)
+        self._registry.apply(self._services, volume_id, change, seq)
+        await self._services.committer.commit_all()
+        self._core.check_alive()
+
+
+def check_properties(name: str, properties: dict[str, Any]) -> None:
+    """Refuse properties that are more than 16 KiB of JSON (InvalidArgument)."""
+    if len(json.dumps(properties)) > _PROPERTIES_BYTES:
+        raise InvalidArgument(f"volume {name}: its properties are more than 16 KiB")
+
+
+async def _clear_tail(volume: Volume, size: int, force: bool) -> None:
+    """Make holes of all beyond byte `size`, if there are only holes or with `force`."""
+    used, at = 0, size
+    while at < volume.size and not force:
+        for extent in await volume.extents(at, volume.size - at, max_extents=4096):
+            used += extent.length if extent.kind is not ExtentKind.HOLE else 0
+            at += extent.length
+    if used:
+        raise InvalidArgument(
+            f"volume {volume.name}: {used} bytes are mapped beyond the new size {size}: "
+            "trim them, or use force to lose them"
+        )
+    await volume.write_zeroes(size, volume.size - size)

@@ -1,0 +1,130 @@
+"""Making a pool: checking what a person asked for, and writing the first files.
+
+Owns creation alone.  The superblock is written last and gets its name by a rename, so that there
+is a whole pool or none; what a failed attempt made is removed again, and nothing else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Final
+
+from nbdstore.errors import AlreadyExists, InvalidArgument, StoreError
+from nbdstore.store import layout, superblock
+from nbdstore.store.disk import Disk
+from nbdstore.store.journal import format_ring
+from nbdstore.store.superblock import NULL, Superblock
+
+_IGNORED: Final = frozenset({"lost+found", "lock"})
+
+
+def create_pool(
+    directory: Path, *, block_size: int, capacity: int | None, journal_size: int
+) -> None:
+    """Make an empty pool; see Pool.create."""
+    check_geometry(block_size, capacity, journal_size)
+    made = _make_directory(directory)
+    disk = Disk(directory)
+    try:
+        disk.lock()  # not ours yet: if this fails, everything there is somebody else's
+        made_files: list[str] = []
+        try:
+            if capacity is None:
+                capacity = max(disk.total_bytes(), layout.MIN_CAPACITY)
+            n_slots = min(capacity // block_size, layout.MAX_SLOTS)
+            _format(disk, block_size, n_slots, journal_size, made_files)
+        except BaseException:
+            for name in made_files:
+                disk.remove(name)
+            if made:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+    finally:
+        disk.close()
+
+
+def check_geometry(block_size: int, capacity: int | None, journal_size: int) -> None:
+    """Refuse sizes in bytes that make no sense (InvalidArgument)."""
+    if block_size & (block_size - 1) or not (
+        layout.MIN_BLOCK_SIZE <= block_size <= layout.MAX_BLOCK_SIZE
+    ):
+        raise InvalidArgument(
+            f"block size {block_size}: choose 4096, 8192, 16384, 32768 or 65536 bytes"
+        )
+    if journal_size % block_size or not (
+        layout.MIN_JOURNAL_SIZE <= journal_size <= layout.MAX_JOURNAL_SIZE
+    ):
+        raise InvalidArgument(
+            f"journal size {journal_size}: choose a multiple of {block_size} bytes "
+            "between 1 MiB and 64 GiB"
+        )
+    if capacity is not None:
+        check_capacity(capacity, block_size)
+
+
+def check_capacity(capacity: int, block_size: int) -> None:
+    """Refuse a capacity in bytes that makes no sense (InvalidArgument)."""
+    if capacity < layout.MIN_CAPACITY or capacity // block_size > layout.MAX_SLOTS:
+        raise InvalidArgument(
+            f"capacity {capacity}: choose between 16 MiB and {layout.MAX_SLOTS * block_size} bytes"
+        )
+
+
+def _make_directory(directory: Path) -> bool:
+    """Make `directory`, or make sure that it is empty; tell whether it was made."""
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+        return True
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StoreError(f"cannot make {directory}: {error.strerror}") from error
+    if not directory.is_dir():
+        raise InvalidArgument(f"{directory} is not a directory: choose another place")
+    try:
+        found = sorted(p.name for p in directory.iterdir() if p.name not in _IGNORED)
+    except OSError as error:
+        raise StoreError(f"cannot read {directory}: {error.strerror}") from error
+    if "super" in found:
+        raise AlreadyExists(f"{directory} holds a pool already: use it, or choose another place")
+    if found:
+        raise InvalidArgument(
+            f"{directory} is not empty (it holds {found[0]!r}): choose an empty directory"
+        )
+    return False
+
+
+def _format(disk: Disk, block_size: int, n_slots: int, journal_size: int, made: list[str]) -> None:
+    """Write the files; note in `made` what is there to be removed if this fails."""
+    ring = disk.open("journal", create=True)
+    made.append("journal")
+    data = disk.open("data", create=True)
+    made.append("data")
+    super_file = disk.open("super.new", create=True)
+    made.append("super.new")
+    format_ring(ring, journal_size)
+    ring.fdatasync()
+    data.truncate(block_size)  # slot 0
+    data.fdatasync()
+    first = Superblock(
+        uuid=uuid.uuid4(),
+        generation=0,
+        block_size=block_size,
+        n_slots=n_slots,
+        journal_size=journal_size,
+        journal_offset=0,
+        journal_seq=1,
+        catalogue=NULL,
+        catalogue_bytes=0,
+        free_map=NULL,
+        created=int(time.time()),
+    )
+    superblock.write(super_file, first)
+    superblock.write(super_file, first.next())
+    super_file.fdatasync()
+    disk.rename("super.new", "super")
+    made[-1] = "super"
+    disk.sync()
