@@ -32,7 +32,7 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
-from nbdstore.errors import AlreadyExists, PoolLocked
+from nbdstore.errors import AlreadyExists, PoolFailed, PoolLocked
 from nbdstore.server import Server, ServerOptions
 from nbdstore.store import Pool, PoolOptions
 
@@ -92,6 +92,8 @@ class _StopSignals:
         self.requested = asyncio.Event()
         self.hurry = asyncio.Event()
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup(1)
             asyncio.get_running_loop().add_signal_handler(number, self._arrived, number)
 
     def _arrived(self, number: signal.Signals) -> None:
@@ -114,7 +116,13 @@ async def _open_pool(options: DaemonOptions) -> AsyncIterator[Pool]:
             await pool.create_volume(DEMO_VOLUME, DEMO_SIZE)
         yield pool
     finally:
+        failure = pool.status()["failure"]
         await pool.close()
+    if failure:
+        raise PoolFailed(
+            f"the pool had failed ({failure}): what was written after its last flush may be lost; "
+            "start again to recover the rest"
+        )
 
 
 async def _locked_pool(options: DaemonOptions) -> Pool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -17,8 +18,9 @@ from nbdstore.commands.session import Session, complete_volume, pass_session, re
 from nbdstore.errors import InvalidArgument, NbdstoreError
 
 if TYPE_CHECKING:
+    from nbdstore.daemon import DaemonOptions
     from nbdstore.server import Server, ServerOptions
-    from nbdstore.store import Pool, PoolOptions
+    from nbdstore.store import Pool
 
 DEFAULT_LISTEN = "127.0.0.1:10809"
 CONTROL_SOCKET_NAME = "control"
@@ -123,34 +125,64 @@ def serve(session: Session, **options: Any) -> None:
       nbdstore serve --tls required --tls-cert server.pem --tls-key server.key \\
           --tls-ca ca.pem --tls-verify-client
     """
-    _check_usage(options)
-    client = _take_stdin() if options["stdin"] else None
-    logs.set_up(options["log_level"], session.environ)
-    _run(session, options, client)
+    asked = Asked(**options)
+    _check_usage(asked)
+    _check_tls_usage(asked)
+    client = _take_stdin() if asked.stdin else None
+    logs.set_up(asked.log_level, session.environ)
+    _run(session, asked, client)
 
 
-def _check_usage(options: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options as they were given, see there."""
+
+    listen: Sequence[str]
+    read_only: bool
+    default_export: str | None
+    max_connections: int
+    tls: str
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_ca: Path | None
+    tls_verify_client: bool
+    on_full: Literal["wait", "error"]
+    full_timeout: float
+    map_memory: int
+    control: tuple[str, int] | None
+    control_token_file: Path | None
+    stdin: bool
+    demo: bool
+    log_level: str
+
+
+def _check_usage(asked: Asked) -> None:
     """Raise a UsageError for options that make no sense together."""
-    if options["stdin"] and options["listen"]:
+    if asked.stdin and asked.listen:
         raise click.UsageError("--stdin serves one client, --listen many: give one of them")
-    _check_tls_usage(options)
-    if options["control"] and not options["control_token_file"]:
+    if asked.control and not asked.control_token_file:
         raise click.UsageError("--control wants --control-token-file: TCP has no other guard")
-    if options["control_token_file"] and not options["control"]:
+    if asked.control_token_file and not asked.control:
         raise click.UsageError("--control-token-file is for --control, which is not given")
 
 
-def _check_tls_usage(options: Mapping[str, Any]) -> None:
-    wanted = ("tls_cert", "tls_key") if options["tls"] != "off" else ()
-    if options["tls_verify_client"]:
-        wanted = (*wanted, "tls_ca")
-    for name in ("tls_cert", "tls_key", "tls_ca", "tls_verify_client"):
-        option = "--" + name.replace("_", "-")
-        if options[name] and options["tls"] == "off":
+def _check_tls_usage(asked: Asked) -> None:
+    given = {
+        "--tls-cert": asked.tls_cert,
+        "--tls-key": asked.tls_key,
+        "--tls-ca": asked.tls_ca,
+        "--tls-verify-client": asked.tls_verify_client,
+    }
+    if asked.tls == "off":
+        for option in filter(given.get, given):
             raise click.UsageError(f"{option} wants --tls optional or --tls required")
-        if name in wanted and not options[name]:
+        return
+    for option in ("--tls-cert", "--tls-key"):
+        if not given[option]:
             raise click.UsageError(f"{option} is missing: TLS cannot do without it")
-    if options["tls_ca"] and not options["tls_verify_client"]:
+    if asked.tls_verify_client and not asked.tls_ca:
+        raise click.UsageError("--tls-ca is missing: it says who signs the clients' certificates")
+    if asked.tls_ca and not asked.tls_verify_client:
         raise click.UsageError("--tls-ca says who signs clients: give --tls-verify-client, too")
 
 
@@ -171,30 +203,12 @@ def _take_stdin() -> socket.socket:
     return client
 
 
-def _run(session: Session, options: Mapping[str, Any], client: socket.socket | None) -> None:
+def _run(session: Session, asked: Asked, client: socket.socket | None) -> None:
     # Imported late: other commands need neither numpy, aiohttp nor uvloop.
     import uvloop
 
     from nbdstore import daemon
     from nbdstore.commands import announcement
-
-    passed = systemd.passed_sockets(session.environ, os.getpid())
-    for_control = [item.socket for item in passed if item.name == CONTROL_SOCKET_NAME]
-    for_nbd = [item for item in passed if item.name != CONTROL_SOCKET_NAME]
-    listening = [item.socket for item in for_nbd if item.listening]
-    clients = [item.socket for item in for_nbd if not item.listening] + ([client] if client else [])
-    listen = options["listen"] or (() if listening or clients else (DEFAULT_LISTEN,))
-    prepared = daemon.DaemonOptions(
-        pool=session.require_local("serve"),
-        pool_options=_pool_options(options),
-        server_options=_server_options(options, listen, listening),
-        demo=options["demo"],
-        clients=clients,
-        control_tcp=options["control"],
-        control_token=options["control_token_file"] and read_token(options["control_token_file"]),
-        control_sockets=for_control,
-        environ=session.environ,
-    )
 
     def announce(pool: Pool, server: Server) -> None:
         if client is None:
@@ -202,45 +216,63 @@ def _run(session: Session, options: Mapping[str, Any], client: socket.socket | N
                 str(session.pool),
                 pool.volumes.values(),
                 server.addresses,
-                tls=options["tls"] == "required",
+                tls=asked.tls == "required",
             )
 
+    options = _daemon_options(session, asked, client)
     try:
-        uvloop.run(daemon.run(prepared, announce))
+        uvloop.run(daemon.run(options, announce))
     except InvalidArgument as error:
         # The options were read and make sense; this machine, at this time, does not go with them.
         raise NbdstoreError(str(error)) from error
 
 
-def _pool_options(options: Mapping[str, Any]) -> PoolOptions:
+def _daemon_options(session: Session, asked: Asked, client: socket.socket | None) -> DaemonOptions:
+    """Join what was asked with the sockets that systemd or inetd passed."""
+    from nbdstore.daemon import DaemonOptions
     from nbdstore.store import PoolOptions
 
-    return PoolOptions(
-        on_full=options["on_full"],
-        full_timeout_s=options["full_timeout"],
-        map_memory=options["map_memory"],
+    passed = systemd.passed_sockets(session.environ, os.getpid())
+    for_control = [item.socket for item in passed if item.name == CONTROL_SOCKET_NAME]
+    for_nbd = [item for item in passed if item.name != CONTROL_SOCKET_NAME]
+    listening = [item.socket for item in for_nbd if item.listening]
+    clients = [item.socket for item in for_nbd if not item.listening] + ([client] if client else [])
+    listen = asked.listen or (() if listening or clients else (DEFAULT_LISTEN,))
+    return DaemonOptions(
+        pool=session.require_local("serve"),
+        pool_options=PoolOptions(
+            on_full=asked.on_full,
+            full_timeout_s=asked.full_timeout,
+            map_memory=asked.map_memory,
+        ),
+        server_options=_server_options(asked, listen, listening),
+        demo=asked.demo,
+        clients=clients,
+        control_tcp=asked.control,
+        control_token=read_token(asked.control_token_file) if asked.control_token_file else None,
+        control_sockets=for_control,
+        environ=session.environ,
     )
 
 
 def _server_options(
-    options: Mapping[str, Any], listen: Sequence[str], sockets: Sequence[socket.socket]
+    asked: Asked, listen: Sequence[str], sockets: Sequence[socket.socket]
 ) -> ServerOptions:
-    from nbdstore.protocol.agreement import TlsMode
-    from nbdstore.server import Limits, ServerOptions, TlsOptions
+    from nbdstore.server import Limits, ServerOptions, TlsMode, TlsOptions
 
     tls = None
-    if options["tls"] != "off":
+    if asked.tls_cert and asked.tls_key:
         tls = TlsOptions(
-            mode=TlsMode[options["tls"].upper()],
-            certificate=options["tls_cert"],
-            key=options["tls_key"],
-            client_ca=options["tls_ca"],
+            mode=TlsMode(asked.tls),
+            certificate=asked.tls_cert,
+            key=asked.tls_key,
+            client_ca=asked.tls_ca,
         )
     return ServerOptions(
         listen=listen,
         sockets=sockets,
-        read_only=options["read_only"],
-        default_export=options["default_export"],
+        read_only=asked.read_only,
+        default_export=asked.default_export,
         tls=tls,
-        limits=Limits(max_connections=options["max_connections"]),
+        limits=Limits(max_connections=asked.max_connections),
     )

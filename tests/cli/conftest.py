@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from nbdstore.cli import cli
+from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
 from nbdstore.control.operations import Operations
 from nbdstore.store import Pool
@@ -77,6 +78,8 @@ class HeldPool:
         await self.endpoint.start()
 
     def close(self) -> None:
+        # Once this was answered, connections of before have been accepted, and seen to be closed.
+        ControlClient(self.endpoint.addresses[0]).pool()
         self.run(self.endpoint.stop())
         self.run(self.pool.close())
         self.loop.call_soon_threadsafe(self.loop.stop)

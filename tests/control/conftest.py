@@ -37,6 +37,8 @@ class Answering:
         return asyncio.run_coroutine_threadsafe(function(*args), self.loop).result(30)
 
     def close(self) -> None:
+        # Once this was answered, connections of before have been accepted, and seen to be closed.
+        self.client.pool()
         self.run(self.endpoint.stop)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
