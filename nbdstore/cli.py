@@ -113,7 +113,7 @@ def _default_pool() -> Path:
 )
 @click.option(
     "--pool",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="DIR",
     envvar="NBDSTORE_POOL",
     show_envvar=True,

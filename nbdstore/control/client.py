@@ -167,6 +167,10 @@ class ControlClient:
         return connection
 
     def _unreachable(self, error: OSError) -> NoReturn:
+        if isinstance(error, PermissionError):
+            raise ControlError(
+                f"you may not talk to the server at {self.url}: do this as the pool's owner"
+            ) from error
         raise ControlError(
             f"no server answers at {self.url} ({error.strerror or error}): "
             "is it running, and is the address right?"

@@ -136,6 +136,16 @@ class TestServersThatAreNotThere:
         with pytest.raises(ControlError, match=r"no server answers at unix:.*No such file"):
             client.pool()
 
+    def test_a_socket_of_somebody_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is not taken for one that nobody answers: the pool behind it may well be served."""
+
+        def denied(*_args: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("nbdstore.control.unix_socket.connect", denied)
+        with pytest.raises(ControlError, match="do this as the pool's owner"):
+            ControlClient("unix:/run/control.sock").reachable()
+
     def test_nobody_at_a_port(self) -> None:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", 0))
