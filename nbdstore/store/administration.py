@@ -27,6 +27,8 @@ from nbdstore.store.volume import Services, Volume
 _PROPERTIES_BYTES: Final = 16 << 10
 _RECORD_BYTES: Final = 64 << 10  # of the journal, for one change and what it syncs
 
+_RETRY_S: Final = 5.0
+
 T = TypeVar("T")
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
@@ -139,10 +141,16 @@ class Administration:
 
     async def _empty(self, volume: Volume) -> None:
         await volume.ranges.clear(0, volume.map.n_blocks, emptying=True)
-        async with self._turn():
-            await volume.flush()
-            async with self._checkpointer.lock:
-                await self._change(volume.id, {"op": "remove"})
+        while True:
+            try:
+                return await self._remove(volume)
+            except NoSpace:
+                await self._core.wait_for_change(_RETRY_S)
+
+    async def _remove(self, volume: Volume) -> None:
+        async with self._turn(), self._checkpointer.lock:
+            await self._checkpointer.run_locked()  # frees the nodes of its map
+            await self._change(volume.id, {"op": "remove"})
 
     async def grow(self, capacity: int) -> None:
         """See Pool.grow."""

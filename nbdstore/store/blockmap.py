@@ -1,19 +1,17 @@
 """The map of one volume in memory: block -> (location, checksum), and which of it is where.
 
-Owns the arrays of one radix tree and the state of its leaves; does no I/O: it says which nodes
-it misses and takes them when somebody has read them.
+Owns the entries of the blocks and the state of the leaves they lie in; does no I/O: it says which
+leaves it misses and takes them when somebody has read them.  The levels above are nodes.py's.
 
-The tree: level 0 is the entries of the volume's blocks; level k >= 1 has one entry per node of
-level k - 1, a node being `fanout = block_size / 16` consecutive entries, one block.  The top
-level has one entry, the root.  All levels are flat arrays over lazily touched memory, so that an
-array index is a block number (or a node number) and one numpy expression serves a whole batch.
-Levels >= 1 are always resident (16 bytes per MiB of volume that was ever written, at 4 KiB
-blocks) and change only by checkpoints; level 0 comes and goes a leaf at a time.
+The tree: level 0 is the entries of the volume's blocks.  A leaf is `fanout = block_size / 16`
+consecutive ones, one block on disk, one page of memory at 4 KiB blocks.  Level 0 is a flat array
+over lazily touched memory, so that an array index is a block number and one numpy expression
+serves a whole batch; a leaf at a time it comes and goes.
 
 A leaf has a kind and two flags, in one byte:
 
 ===========  ==================================================================================
-HOLE         all entries are 0; the memory is untouched
+HOLE         all entries are 0; the memory is untouched; if clean, level 1's entry is null
 STORED       on disk at level 1's entry, not in memory
 RESIDENT     in memory
 UNIFORM      all entries are PROVISIONED, of one epoch; the memory is untouched
@@ -25,7 +23,6 @@ UNIFORM      all entries are PROVISIONED, of one epoch; the memory is untouched
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -34,6 +31,7 @@ import numpy.typing as npt
 from nbdstore.store import layout
 from nbdstore.store.layout import ENTRY_SIZE, I64, U64
 from nbdstore.store.lazyarray import LazyArray
+from nbdstore.store.nodes import MapCounts, Nodes, ReadNode
 from nbdstore.store.superblock import Pointer
 
 HOLE: Final = 0
@@ -51,25 +49,6 @@ FrozenLeaf = bytes | int
 Leaves = npt.NDArray[np.int64]
 
 
-def level_sizes(n_blocks: int, fanout: int) -> list[int]:
-    """Return the number of entries of each level, from the blocks up to the root's 1."""
-    sizes = [n_blocks]
-    while sizes[-1] > 1 or len(sizes) == 1:
-        sizes.append(-(-sizes[-1] // fanout))
-    return sizes
-
-
-class LeafCounts:
-    """What all maps of a pool have: leaves in memory, of those dirty ones, and nodes above."""
-
-    __slots__ = ("n_dirty", "n_nodes", "n_resident")
-
-    def __init__(self) -> None:
-        self.n_resident = 0
-        self.n_dirty = 0
-        self.n_nodes = 0
-
-
 class BlockMap:
     """The map of one volume.
 
@@ -81,101 +60,50 @@ class BlockMap:
         entries: uint64, shape (n_leaves * fanout, 2): location and checksum; 0 = hole.
         words: the same as a memoryview of u64, for scalars: `words[2 * block]` is the location.
         states: uint8, shape (n_leaves,): kind and flags; `state_bytes` the same as a memoryview.
-        levels: levels 1 to the root, uint64, shape (entries of the level, 2), padded to nodes.
+        nodes: the levels above.
         n_resident, n_dirty: leaves in memory, and leaves a checkpoint has to write.
-        n_nodes: nodes of levels 1 and up that have entries, and so cost memory for good.
         frozen: leaves that changed after they were frozen, as they were.
     """
 
-    def __init__(self, n_blocks: int, block_size: int, totals: LeafCounts) -> None:
+    def __init__(self, n_blocks: int, block_size: int, totals: MapCounts) -> None:
         self._totals = totals
         self.block_size = block_size
         self.fanout = block_size // ENTRY_SIZE
         self.leaf_shift = self.fanout.bit_length() - 1
         self.n_blocks = n_blocks
-        sizes = level_sizes(n_blocks, self.fanout)
-        self.n_leaves = sizes[1]
+        self.n_leaves = -(-n_blocks // self.fanout)
         self._leaf_memory = LazyArray((self.n_leaves * self.fanout, 2), "<u8")
         self.entries: U64 = self._leaf_memory.array
         self.words = self._leaf_memory.memory.cast("Q")
         state = LazyArray((self.n_leaves,), np.uint8)
         self.states = state.array
         self.state_bytes = state.memory
-        self.levels: list[U64] = [self._level(n) for n in sizes[1:]]
-        self.dirty_nodes: list[set[int]] = [set() for _ in self.levels]
+        self.nodes = Nodes(self.n_leaves, block_size, totals)
         self._uniform_epochs = LazyArray((self.n_leaves,), np.uint32).array
         self.n_resident = 0
         self.n_dirty = 0
-        self.n_nodes = 0
         self.frozen: dict[int, FrozenLeaf] = {}
         self._clock = 0
 
-    def _level(self, n_entries: int) -> U64:
-        padded = n_entries + (-n_entries % self.fanout if n_entries > 1 else 0)
-        return LazyArray((padded, 2), "<u8").array
-
-    @property
-    def root(self) -> Pointer:
-        """The entry of the topmost node."""
-        location, checksum = self.levels[-1][0].tolist()
-        return location, checksum
-
     # -- opening ----------------------------------------------------------------------------
 
-    def load_levels(self, root: Pointer, read_node: Callable[[int, int, str], bytes]) -> None:
-        """Fill levels >= 1 from disk, from the root down; leaves become STORED.
+    def load_levels(self, root: Pointer, read_node: ReadNode) -> I64:
+        """Take over a tree from disk; its leaves become STORED, UNIFORM or HOLE.
 
-        Arguments:
-            read_node: called with location, checksum and a name; returns the verified block.
+        Returns the slots of all its nodes, leaves included.
         """
-        self.levels[-1][0] = root
-        for depth in range(len(self.levels) - 1, 0, -1):
-            upper, lower = self.levels[depth], self.levels[depth - 1]
-            for node in self._used(depth).tolist():
-                location, checksum = upper[node].tolist()
-                below = lower[node * self.fanout : (node + 1) * self.fanout]
-                if location & layout.SLOT_MASK == layout.PROVISIONED:
-                    n = min(self._n_nodes(depth - 1) - node * self.fanout, self.fanout)
-                    below[:n, 0] = location
-                else:
-                    raw = read_node(location, checksum, f"node {node} of level {depth}")
-                    below[:] = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)
-                self._add_nodes(1)
-        leaves = self._used(0)
-        pointers = self.levels[0][leaves, 0]
-        self.states[leaves[layout.holds_slot(pointers)]] = STORED
-        self.states[leaves[layout.is_provisioned(pointers)]] = UNIFORM
-
-    def _n_nodes(self, depth: int) -> int:
-        """Entries of `levels[depth]` that stand for something."""
-        n = self.n_leaves
-        for _ in range(depth):
-            n = -(-n // self.fanout)
-        return n
-
-    def _used(self, depth: int) -> Leaves:
-        """The indices of the entries of `levels[depth]` that are not HOLE.
-
-        Looks only below entries that are in use or changed, so that a level of a large and
-        mostly empty volume is not touched as a whole.
-        """
-        if depth == len(self.levels) - 1:
-            return np.flatnonzero(self.levels[depth][:, 0])
-        changed = np.fromiter(self.dirty_nodes[depth], np.int64)
-        nodes = np.union1d(self._used(depth + 1), changed)
-        entries = self.levels[depth].reshape(-1, self.fanout, 2)[nodes, :, 0]
-        row, column = np.nonzero(entries)
-        found: Leaves = nodes[row] * self.fanout + column
-        return found
-
-    def node_slots(self) -> I64:
-        """The slots of all nodes that levels >= 1 point to, int64."""
-        return np.concatenate([self.slots_at(depth) for depth in range(len(self.levels))])
-
-    def slots_at(self, depth: int) -> I64:
-        """The slots of the nodes that `levels[depth]` points to, int64."""
-        found = self.levels[depth][self._used(depth), 0]
-        return layout.slots_of(found[layout.holds_slot(found)])
+        parts = [np.empty(0, np.int64)]
+        for first_leaf, locations in self.nodes.load(root, read_node):
+            held = layout.holds_slot(locations)
+            parts.append(layout.slots_of(locations[held]))
+            if first_leaf >= 0:
+                leaves = np.arange(first_leaf, first_leaf + len(locations))
+                uniform = layout.is_provisioned(locations)
+                self.states[leaves[held]] = STORED
+                self.states[leaves[uniform]] = UNIFORM
+                epochs = locations[uniform] >> layout.NP_SLOT_BITS
+                self._uniform_epochs[leaves[uniform]] = epochs
+        return np.unique(np.concatenate(parts))
 
     # -- leaves -----------------------------------------------------------------------------
 
@@ -194,11 +122,6 @@ class BlockMap:
         found: Leaves = leaves[self.states[leaves] & KIND == STORED]
         return found
 
-    def leaf_pointer(self, leaf: int) -> Pointer:
-        """Level 1's entry of `leaf`: where it is on disk."""
-        location, checksum = self.levels[0][leaf].tolist()
-        return location, checksum
-
     def install(self, leaf: int, node: bytes) -> None:
         """Make a STORED leaf RESIDENT, with the bytes of its node."""
         assert self.states[leaf] & KIND == STORED
@@ -210,9 +133,7 @@ class BlockMap:
         return self.entries[leaf << self.leaf_shift : (leaf + 1) << self.leaf_shift]
 
     def _uniform_location(self, leaf: int) -> int:
-        if self.state_bytes[leaf] & DIRTY:
-            return layout.pack_location(layout.PROVISIONED, int(self._uniform_epochs[leaf]))
-        return int(self.levels[0][leaf, 0])
+        return layout.pack_location(layout.PROVISIONED, int(self._uniform_epochs[leaf]))
 
     def locations(self, start: int, stop: int) -> U64:
         """The locations of blocks `[start, stop)`, of which no leaf is STORED: a copy."""
@@ -313,8 +234,6 @@ class BlockMap:
     def _evict(self, leaves: Leaves) -> None:
         self._forget(leaves.tolist())
         self.states[leaves] = STORED
-        hollow = leaves[self.levels[0][leaves, 0] == 0]  # a checkpoint found only holes in it
-        self.states[hollow] = HOLE
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -347,31 +266,14 @@ class BlockMap:
 
     def leaf_written(self, leaf: int, pointer: Pointer) -> int:
         """The checkpoint has written `leaf`: level 1 points there; return the old location."""
-        old = int(self.levels[0][leaf, 0])
-        self.levels[0][leaf] = pointer
-        self.dirty_nodes[0].add(leaf >> self.leaf_shift)
+        old = self.nodes.leaf_written(leaf, pointer)
         if self.frozen.pop(leaf, None) is None:
             self.state_bytes[leaf] &= KIND
             self._add_dirty(-1)
+            if self.state_bytes[leaf] == RESIDENT and not pointer[0]:  # only holes are left in it
+                self._forget([leaf])
+                self.state_bytes[leaf] = HOLE
         return old
-
-    def nodes_written(self, depth: int, nodes: list[int], pointers: list[Pointer]) -> list[int]:
-        """The checkpoint has written `nodes` of `levels[depth]`: the level above points there.
-
-        Returns the locations that it pointed to before.
-        """
-        upper = self.levels[depth + 1]
-        old: list[int] = upper[nodes, 0].tolist()
-        upper[nodes] = pointers
-        self._add_nodes(sum(1 for new, _ in pointers if new) - sum(1 for was in old if was))
-        self.dirty_nodes[depth].difference_update(nodes)
-        self.dirty_nodes[depth + 1].update(node >> self.leaf_shift for node in nodes)
-        return old
-
-    def node_bytes(self, level: int, node: int) -> bytes:
-        """The bytes of the node of `levels[level]`'s entries `[node * fanout, ...)`."""
-        entries = self.levels[level][node * self.fanout : (node + 1) * self.fanout]
-        return entries.tobytes().ljust(self.block_size, b"\0")
 
     def abandon_freeze(self, leaves: Leaves) -> None:
         """A checkpoint failed: those of `leaves` that it has not written are dirty again."""
@@ -398,11 +300,7 @@ class BlockMap:
         new.entries.reshape(shape)[resident] = self.entries.reshape(shape)[resident]
         new._add_resident(len(resident))
         new._add_dirty(int(np.count_nonzero(new.states[:n] & DIRTY)))
-        for depth in range(min(len(self.levels), len(new.levels))):
-            used = self._used(depth)
-            new.levels[depth][used] = self.levels[depth][used]
-            new.dirty_nodes[depth] = set((used >> self.leaf_shift).tolist())
-            new._add_nodes(len(used) if depth else 0)
+        new.nodes = self.nodes.resized(new.n_leaves)
         self.retire()
         return new
 
@@ -416,16 +314,14 @@ class BlockMap:
             if self._leaf_entries(boundary)[inside:, 0].any():
                 return False
             boundary += 1
-        return not self.states[boundary:].any() and not any(
-            (self._used(depth) >= -(-n_blocks // self.fanout ** (depth + 1))).any()
-            for depth in range(len(self.levels))
-        )
+        # A clean HOLE's pointer is null; the nodes above were written without it.
+        return not self.states[boundary:].any() and self.nodes.is_empty_from(boundary)
 
     def retire(self) -> None:
         """Count no more: the volume has another map, or is gone."""
         self._totals.n_resident -= self.n_resident
         self._totals.n_dirty -= self.n_dirty
-        self._totals.n_nodes -= self.n_nodes
+        self.nodes.retire()
 
     def _add_resident(self, n: int) -> None:
         self.n_resident += n
@@ -434,7 +330,3 @@ class BlockMap:
     def _add_dirty(self, n: int) -> None:
         self.n_dirty += n
         self._totals.n_dirty += n
-
-    def _add_nodes(self, n: int) -> None:
-        self.n_nodes += n
-        self._totals.n_nodes += n

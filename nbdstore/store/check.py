@@ -189,7 +189,7 @@ class _Check:
         volumes = list(opened.registry.by_id.values())
         self._n_total = sum(v.info.n_mapped for v in volumes)
         for volume in volumes:
-            nodes = volume.map.node_slots()
+            nodes = opened.node_slots.get(volume.id, np.empty(0, np.int64))
             self._report.n_nodes += len(nodes)
             self._use(used, nodes, f"map of {volume.name}", slots.n_slots)
             self._walk_volume(opened, volume, used)

@@ -195,9 +195,10 @@ class Checkpointer:
 
     async def _write(self, frozen: _Frozen) -> None:
         for volume, info, leaves in frozen.volumes:
-            await self._write_leaves(volume.map, leaves, info.epoch, frozen)
+            await self._write_leaves(volume, leaves, info.epoch, frozen)
             await self._write_nodes(volume.map, info.epoch, frozen)
-            info.root = volume.info.root = volume.map.root
+            info.root = volume.info.root = volume.map.nodes.root
+            volume.services.memory.balance()  # what was dirty may be evicted now
         raw = catalogue.encode(frozen.next_id, [info for _, info, _ in frozen.volumes])
         catalogue_root = self._write_catalogue(raw, frozen)
         catalogue_slots = np.concatenate(frozen.own)
@@ -229,9 +230,11 @@ class Checkpointer:
         self.superblock = new
 
     async def _write_leaves(
-        self, blocks: BlockMap, leaves: Leaves, epoch: int, frozen: _Frozen
+        self, volume: Volume, leaves: Leaves, epoch: int, frozen: _Frozen
     ) -> None:
+        blocks, memory = volume.map, volume.services.memory
         for at in range(0, len(leaves), _SLICE_NODES):
+            await memory.load_nodes(lambda: blocks, leaves[at : at + _SLICE_NODES], volume.name)
             part = leaves[at : at + _SLICE_NODES].tolist()
             nodes = [blocks.frozen_leaf(leaf) for leaf in part]
             stored = [node for node in nodes if isinstance(node, bytes)]
@@ -244,15 +247,16 @@ class Checkpointer:
             await asyncio.sleep(0)
 
     async def _write_nodes(self, blocks: BlockMap, epoch: int, frozen: _Frozen) -> None:
-        for level in range(len(blocks.levels) - 1):
-            dirty = sorted(blocks.dirty_nodes[level])
+        tree = blocks.nodes
+        for level in range(tree.depth - 1):
+            dirty = sorted(tree.dirty[level])
             for at in range(0, len(dirty), _SLICE_NODES):
                 part = dirty[at : at + _SLICE_NODES]
-                nodes = [blocks.node_bytes(level, node) for node in part]
+                nodes = [tree.node_bytes(level, node) for node in part]
                 pointers = self._store_or_null(nodes, epoch, frozen)
-                self._replace(blocks.nodes_written(level, part, pointers))
+                self._replace(tree.written(level, part, pointers))
                 await asyncio.sleep(0)
-        blocks.dirty_nodes[-1].clear()
+        tree.dirty[-1].clear()
 
     def _store_or_null(self, nodes: list[bytes], epoch: int, frozen: _Frozen) -> list[Pointer]:
         """Store nodes; one full of holes is a hole itself."""

@@ -19,10 +19,10 @@ import xxhash
 
 from nbdstore.errors import Corruption, InvalidArgument, NoSpace, PoolFailed, StoreError
 from nbdstore.store import layout
-from nbdstore.store.blockmap import LeafCounts
 from nbdstore.store.disk import Disk, File
 from nbdstore.store.journal import Journal
 from nbdstore.store.layout import I64
+from nbdstore.store.nodes import MapCounts
 from nbdstore.store.slots import Slots
 
 log = logging.getLogger("nbdstore.store")
@@ -63,7 +63,7 @@ class Core:
     """The shared state of an open pool.
 
     Attributes:
-        leaves: counts the leaves of all maps.
+        map_counts: counts what all maps have in memory.
         failed: why the pool stopped acknowledging, or None.
         n_held: writes that wait for space now.
         n_corruptions: damaged blocks met by reads so far.
@@ -85,7 +85,7 @@ class Core:
         self.slots = slots
         self.block_size = block_size
         self.options = options
-        self.leaves = LeafCounts()
+        self.map_counts = MapCounts()
         self.failed: str | None = None
         self.n_held = 0
         self.n_corruptions = 0
@@ -134,12 +134,12 @@ class Core:
         to `n_leaves` more.
         """
         floor = self.reserve + self.slots.n_set_aside if n_holes else self.reserve // 2
-        return self.slots.allocate(n, floor + self.leaves.n_dirty + n_leaves)
+        return self.slots.allocate(n, floor + self.map_counts.n_dirty + n_leaves)
 
     def may_set_aside(self, n: int) -> bool:
         """Tell whether `n` more slots can be promised."""
         slots = self.slots
-        return slots.n_free - slots.n_set_aside - self.leaves.n_dirty - n >= self.reserve
+        return slots.n_free - slots.n_set_aside - self.map_counts.n_dirty - n >= self.reserve
 
     def space_changed(self) -> None:
         """Wake those who wait for slots, for room in the journal, or for the pool's end."""

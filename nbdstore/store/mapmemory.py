@@ -1,39 +1,46 @@
-"""Which leaves of which maps are in memory.
+"""Which leaves of which maps, and which nodes above them, are in memory.
 
-Owns loading leaves from disk and evicting clean ones under the memory limit; the arrays are the
-maps' (blockmap.py), dirty leaves become clean by checkpoints only.
+Owns loading them from disk and evicting clean ones under the memory limit; the arrays are the
+maps' (blockmap.py, nodes.py), dirty leaves become clean by checkpoints only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
 from nbdstore.store.blockmap import KIND, STORED, BlockMap, Leaves
 from nbdstore.store.core import Core
+from nbdstore.store.nodes import STORED as NODE_STORED
+from nbdstore.store.superblock import Pointer
 
-_LEAST_SHARE: Final = 4  # of the memory is for leaves, however many nodes there are
 _LOAD_LEAVES: Final = 64  # per thread call: 256 KiB at 4 KiB blocks
+_NODES_SHARE: Final = 8  # of the memory is for level 1, whose nodes cover 256 leaves each
+
+GetMap = Callable[[], BlockMap]
+"""Returns a volume's map; a resize replaces it."""
 
 
 class MapMemory:
     """The memory of all maps of one pool.
 
     Attributes:
-        counts: leaves in memory, and of those how many wait for a checkpoint.
+        counts: leaves and nodes in memory, and how many leaves wait for a checkpoint.
     """
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._maps: dict[int, Callable[[], BlockMap]] = {}
-        self._most = core.options.map_memory // core.block_size
-        self.counts = core.leaves
+        self._maps: dict[int, GetMap] = {}
+        most = core.options.map_memory // core.block_size
+        self._max_nodes = most // _NODES_SHARE
+        self._max_leaves = most - self._max_nodes
+        self.counts = core.map_counts
         self._turn = 0
 
-    def register(self, volume: int, get_map: Callable[[], BlockMap]) -> None:
-        """Count the map of `volume` in; `get_map` returns it (it is replaced by a resize)."""
+    def register(self, volume: int, get_map: GetMap) -> None:
+        """Count the map of `volume` in."""
         self._maps[volume] = get_map
 
     def unregister(self, volume: int) -> None:
@@ -41,68 +48,107 @@ class MapMemory:
         del self._maps[volume]
 
     @property
-    def _limit(self) -> int:
-        """Leaves that may be in memory: what the nodes above, which never leave, have left."""
-        return max(self._most - self.counts.n_nodes, self._most // _LEAST_SHARE)
-
-    @property
     def wants_checkpoint(self) -> bool:
         """Half of the memory is dirty: a checkpoint would let it be evicted."""
-        return 2 * self.counts.n_dirty > self._limit
+        return 2 * self.counts.n_dirty > self._max_leaves
 
     @property
     def is_crowded(self) -> bool:
         """The limit is used up by dirty leaves: writes wait for a checkpoint."""
-        return self.counts.n_dirty > self._limit
+        return self.counts.n_dirty > self._max_leaves
 
-    def balance(self, n_coming: int = 0) -> None:
-        """Evict clean leaves until `n_coming` more fit below the limit."""
-        excess = self.counts.n_resident + n_coming - self._limit
+    def balance(self, n_leaves: int = 0, n_nodes: int = 0) -> None:
+        """Evict what is clean until `n_leaves` and `n_nodes` more fit below the limits."""
+        leaves = self.counts.n_resident + n_leaves - self._max_leaves
+        nodes = self.counts.n_nodes + n_nodes - self._max_nodes
+        if leaves <= 0 and nodes <= 0:
+            return
         maps = [get() for get in self._maps.values()]
         for _ in range(len(maps)):
-            if excess <= 0:
-                return
             self._turn = (self._turn + 1) % len(maps)
-            excess -= maps[self._turn].evict(excess)
+            if leaves > 0:
+                leaves -= maps[self._turn].evict(leaves)
+            if nodes > 0:
+                nodes -= maps[self._turn].nodes.evict(nodes)
 
-    async def load(self, get_map: Callable[[], BlockMap], start: int, stop: int, name: str) -> None:
-        """Return with no leaf of blocks `[start, stop)` STORED.
+    # -- loading ----------------------------------------------------------------------------
+
+    async def load(self, get_map: GetMap, start: int, stop: int, name: str) -> None:
+        """Return with no leaf of blocks `[start, stop)` STORED, and no await after that.
+
+        Raises:
+            Corruption, ReadFailed: of a leaf or node.
+        """
+        while len(missing := get_map().missing(start, stop)):
+            leaves = missing[:_LOAD_LEAVES]
+            await self.load_nodes(get_map, leaves, name)
+            self.balance(len(leaves))
+            await self._load_leaves(get_map, leaves, name)
+
+    async def load_nodes(self, get_map: GetMap, leaves: Leaves, name: str) -> None:
+        """Return with the pointers to `leaves` in memory, and no await after that.
 
         Raises:
             Corruption, ReadFailed: of a node.
         """
-        while len(missing := get_map().missing(start, stop)):
-            chunk = missing[:_LOAD_LEAVES]
-            self.balance(len(chunk))
-            await self._load_leaves(get_map, chunk, name)
+        while len(missing := get_map().nodes.missing(leaves)):
+            found = get_map()
+            numbers = missing[:_LOAD_LEAVES].tolist()
+            self.balance(n_nodes=len(numbers))
+            pointers = [found.nodes.pointer(node) for node in numbers]
+            blocks = await self._read(numbers, pointers, f"map of {name}, level 1, node")
+            # Meanwhile others may have loaded a node, a checkpoint may have written it elsewhere,
+            # or the map may have been replaced: then this is of yesterday.
+            if get_map() is not found:
+                continue
+            for node, before, block in zip(numbers, pointers, blocks, strict=True):
+                stored = found.nodes.states[node] == NODE_STORED
+                if stored and found.nodes.pointer(node) == before:
+                    found.nodes.install(node, block)
 
-    async def _load_leaves(
-        self, get_map: Callable[[], BlockMap], leaves: Leaves, name: str
-    ) -> None:
-        core, found = self._core, get_map()
-        pointers = found.levels[0][leaves].tolist()
+    async def _load_leaves(self, get_map: GetMap, leaves: Leaves, name: str) -> None:
+        found = get_map()
+        if len(found.nodes.missing(leaves)):
+            return  # evicted between loading and here; the caller tries again
+        pointers = found.nodes.leaf_pointers(leaves)
         numbers = leaves.tolist()
+        blocks = await self._read(numbers, pointers, f"map of {name}, leaf")
+        # As above; a leaf may also have been changed and evicted again.
+        if get_map() is not found or len(found.nodes.missing(leaves)):
+            return
+        current = found.nodes.leaf_pointers(leaves)
+        for leaf, block, before, now in zip(numbers, blocks, pointers, current, strict=True):
+            if found.state_bytes[leaf] & KIND == STORED and before == now:
+                found.install(leaf, block)
+
+    async def _read(
+        self, numbers: Sequence[int], pointers: Sequence[Pointer], what: str
+    ) -> list[bytes]:
+        """Read the blocks that `pointers` point to, pinned meanwhile."""
+        core = self._core
 
         def read() -> list[bytes]:
             return [
-                core.read_block(location, checksum, f"map of {name}, leaf {leaf}")
-                for leaf, (location, checksum) in zip(numbers, pointers, strict=True)
+                core.read_block(location, checksum, f"{what} {number}")
+                for number, (location, checksum) in zip(numbers, pointers, strict=True)
             ]
 
         with core.slots.pinned(core.journal.seq):
-            nodes = await core.disk.offload(read)
-        # Meanwhile another request may have loaded a leaf (and changed it, and a checkpoint have
-        # written it elsewhere, and it may be evicted again), or the map was replaced.
-        if get_map() is not found:
-            return
-        current = found.levels[0][leaves].tolist()
-        for leaf, node, before, now in zip(numbers, nodes, pointers, current, strict=True):
-            if found.state_bytes[leaf] & KIND == STORED and before == now:
-                found.install(leaf, node)
+            return await core.disk.offload(read)
 
 
 def load_now(core: Core, found: BlockMap, start: int, stop: int, name: str) -> None:
     """Like :meth:`MapMemory.load`, but waits for the disk in place: for recovery and checks."""
-    for leaf in np.asarray(found.missing(start, stop)).tolist():
-        location, checksum = found.leaf_pointer(leaf)
+    missing = found.missing(start, stop)
+    load_nodes_now(core, found, missing, name)
+    for leaf, (location, checksum) in zip(
+        missing.tolist(), found.nodes.leaf_pointers(missing), strict=True
+    ):
         found.install(leaf, core.read_block(location, checksum, f"map of {name}, leaf {leaf}"))
+
+
+def load_nodes_now(core: Core, found: BlockMap, leaves: Leaves, name: str) -> None:
+    """Like :meth:`MapMemory.load_nodes`, but waits for the disk in place."""
+    for node in np.asarray(found.nodes.missing(leaves)).tolist():
+        what = f"map of {name}, level 1, node {node}"
+        found.nodes.install(node, core.read_block(*found.nodes.pointer(node), what))

@@ -246,6 +246,7 @@ class Pool:
     def status(self) -> dict[str, Any]:
         """What there is to know, JSON-able; sizes in bytes."""
         core, slots, size = self._core, self._core.slots, self._core.block_size
+        counts = core.map_counts
         volumes = self._registry.by_name.values()
         fill = self.fill
         return {
@@ -269,7 +270,7 @@ class Pool:
             "allocated_on_host": core.data.allocated,
             "free_on_host": self._disk.free_bytes(),
             "unsynced": self._committer.n_unsynced_bytes,
-            "map_memory": self._services.memory.counts.n_resident * size,
+            "map_memory": (counts.n_resident + counts.n_nodes) * size,
             "journal": {
                 "size": core.journal.size,
                 "used": core.journal.used,

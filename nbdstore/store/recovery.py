@@ -25,7 +25,7 @@ from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import catalogue, layout, superblock
-from nbdstore.store.blockmap import BlockMap, level_sizes
+from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, PoolOptions
@@ -34,6 +34,7 @@ from nbdstore.store.durability import Committer
 from nbdstore.store.journal import Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
+from nbdstore.store.nodes import ReadNode, level_sizes
 from nbdstore.store.ranges import apply_range
 from nbdstore.store.records import Group, Op, parse
 from nbdstore.store.registry import Registry
@@ -43,7 +44,6 @@ from nbdstore.store.volume import Services, Volume
 
 log = logging.getLogger("nbdstore.store")
 
-ReadNode = Callable[[int, int, str], bytes]
 OnDamage = Callable[[Corruption | ReadFailed], None]
 
 
@@ -83,6 +83,7 @@ class Opened:
     """The parts of an open pool.
 
     Attributes:
+        node_slots: by volume id, the slots of the nodes of its map at the last checkpoint.
         inline: blocks whose only durable copy is in the journal, by slot.
     """
 
@@ -90,6 +91,7 @@ class Opened:
     registry: Registry
     report: Report
     roots: Roots
+    node_slots: dict[int, I64]
     inline: dict[int, memoryview]
 
 
@@ -149,12 +151,11 @@ def open_parts(
         core, committer, super_file, current, roots, registry.by_id, next_id
     )
     services = Services(core, committer, MapMemory(core), checkpointer)
-    for info in infos:
-        _load_volume(services, registry, info, damage.levels)
+    node_slots = {info.id: _load_volume(services, registry, info, damage.levels) for info in infos}
     report = Report(current, faults)
-    replay = _Replay(services, registry, reader, report, durable_seq, roots)
-    replay.run()
-    return Opened(services, registry, report, roots, replay.inline)
+    replay = _Replay(services, registry, reader, report, durable_seq)
+    replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
+    return Opened(services, registry, report, roots, node_slots, replay.inline)
 
 
 def _scan(
@@ -241,20 +242,19 @@ def _reporting(core: Core, on_damage: OnDamage | None) -> ReadNode:
 
 def _load_volume(
     services: Services, registry: Registry, info: VolumeInfo, on_damage: OnDamage | None
-) -> None:
+) -> I64:
+    """Take up a volume as the last checkpoint has it; return the slots of its map\'s nodes."""
     core = services.core
     blocks = BlockMap(-(-info.size // core.block_size), core.block_size, services.memory.counts)
 
     read = _reporting(core, on_damage)
-    if info.root[0]:
-        blocks.load_levels(
-            info.root,
-            lambda location, checksum, what: read(
-                location, checksum, f"map of {info.name}, {what}"
-            ),
-        )
+    node_slots = blocks.load_levels(
+        info.root,
+        lambda location, checksum, what: read(location, checksum, f"map of {info.name}, {what}"),
+    )
     registry.add(services, info, blocks)
     core.slots.n_set_aside += info.n_provisioned
+    return node_slots
 
 
 # -- the journal ------------------------------------------------------------------------------
@@ -270,7 +270,6 @@ class _Replay:
         reader: Reader,
         report: Report,
         durable_seq: int,
-        roots: Roots,
     ) -> None:
         self._services = services
         self._core = services.core
@@ -278,13 +277,11 @@ class _Replay:
         self._reader = reader
         self._report = report
         self._durable_seq = durable_seq
-        self._roots = roots
         self.inline: dict[int, memoryview] = {}
 
-    def run(self) -> None:
-        """Do what the log says."""
+    def run(self, nodes: I64) -> None:
+        """Do what the log says; `nodes` are the slots of all trees' nodes."""
         slots = self._core.slots
-        nodes = [volume.map.node_slots() for volume in self._registry.by_id.values()]
         slots.begin_replay(self._forget_inline)
         self._find_dropped()
         for record in self._records():
@@ -295,7 +292,7 @@ class _Replay:
                     self._apply(group, record.seq)
         # The free map counts the trees' own nodes as used, but a record may free what stood in
         # the slot before the checkpoint, while it ran, wrote a node there.
-        slots.replay_used(np.concatenate([*nodes, self._roots.all_slots()]))
+        slots.replay_used(nodes)
         slots.end_replay(self._core.journal.found_seq)
 
     def _records(self) -> Iterator[Record]:

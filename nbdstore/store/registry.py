@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.mapmemory import load_nodes_now
 from nbdstore.store.volume import Services, Volume
 
 
@@ -65,7 +68,6 @@ class Registry:
             info.deleted = True
             del self.by_name[info.name]
         elif op == "remove":
-            services.checkpointer.drop(volume.map.node_slots())
             volume.map.retire()
             del self.by_id[info.id]
             services.committer.forget(volume)
@@ -81,6 +83,7 @@ def _resize(volume: Volume, size: int) -> None:
     volume.info.size = size
     if n_blocks == old.n_blocks:
         return
+    # If one leaf is left, its pointer becomes the root.
+    load_nodes_now(volume.core, old, np.zeros(1, np.int64), volume.name)
     volume.map = old.resized(n_blocks)
-    for depth in range(len(volume.map.levels), len(old.levels)):
-        volume.services.checkpointer.drop(old.slots_at(depth))
+    volume.services.checkpointer.drop(old.nodes.slots_from(volume.map.nodes.depth))

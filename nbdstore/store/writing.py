@@ -272,7 +272,7 @@ class Hold:
         if core.slots.n_quarantined and self._settled_at != core.journal.seq:
             await self._services.committer.settle()  # what was freed lately may be enough
             self._settled_at = core.journal.seq
-        elif core.leaves.n_dirty and self._checkpointed_at != core.journal.seq:
+        elif core.map_counts.n_dirty and self._checkpointed_at != core.journal.seq:
             await self.wait_for_journal()  # what is kept for a checkpoint may be enough
             self._checkpointed_at = core.journal.seq
         else:
