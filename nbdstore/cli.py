@@ -67,7 +67,8 @@ class CommandLine(OrderedGroup):
         """Run the command, telling apart what it raises before click sees it."""
         try:
             super().invoke(ctx)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is None when it was closed from the start (>&-)
+                sys.stdout.flush()
         except KeyboardInterrupt:
             raise _Died(signal.SIGINT) from None
         except BrokenPipeError:
@@ -96,7 +97,7 @@ def _usage_text(error: click.UsageError) -> str:
 def _die(signal_number: signal.Signals) -> NoReturn:
     """End the process by the signal itself, so that a shell's loop ends with it."""
     # What is still buffered cannot be written any more; Python must not try at its exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal_number, signal.SIG_DFL)
     os.kill(os.getpid(), signal_number)
     sys.exit(128 + signal_number)

@@ -6,7 +6,7 @@ import click
 
 from nbdstore.commands import parameters
 from nbdstore.commands.groups import OrderedGroup
-from nbdstore.commands.output import json_option, print_facts, print_json
+from nbdstore.commands.output import counted, json_option, print_facts, print_json
 from nbdstore.commands.session import Session, pass_session
 from nbdstore.control.model import PoolInfo
 from nbdstore.sizes import format_size
@@ -82,9 +82,9 @@ def show(session: Session, as_json: bool) -> None:
 def _facts(info: PoolInfo) -> list[tuple[str, str]]:
     state = info.state + (f": {info.failure}" if info.failure else "")
     if info.held_writes:
-        state += f", {info.held_writes} writes wait for space"
+        state += f", {counted(info.held_writes, 'write')} waiting for space"
     if info.corruptions:
-        state += f", {info.corruptions} damaged blocks found: run 'nbdstore check'"
+        state += f", {counted(info.corruptions, 'damaged block')} found: run 'nbdstore check'"
     return [
         ("pool", info.directory),
         ("uuid", info.uuid),

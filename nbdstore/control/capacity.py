@@ -30,7 +30,8 @@ class CapacityReport(Record):
     """The model in numbers, in bytes and counts.
 
     overcommit: provisioned / C_b, so 2.0 means that twice the pool was promised.
-    used: D and the pool's own maps. free: what clients may still write. fill: used / C_b, 0..1.
+    used: D and the pool's own maps. free: what clients may still
+    write, so without reserves. fill: used / C_b, 0..1.
     growth_bytes_per_s, exhausted_in_s: from recent growth; None = not known, or not growing.
     """
 

@@ -70,7 +70,7 @@ class Operations:
             block_size=pool.block_size,
             capacity=pool.capacity,
             used=pool.used,
-            free=pool.free,
+            free=max(pool.free - pool.reserved, 0),
             mapped=pool.mapped,
             sizes=[volume.size for volume in self._pool.volumes.values()],
             growth=self._growth.growth() if self._growth else None,

@@ -124,7 +124,9 @@ class TestSignals:
     """The ends that shells look at; in processes of their own, since they are the end."""
 
     def run(self, code: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        program = f"import click, os, signal\nfrom nbdstore.cli import cli, main\n{code}\nmain()"
+        program = (
+            f"import click, os, signal, sys\nfrom nbdstore.cli import cli, main\n{code}\nmain()"
+        )
         return subprocess.run(
             [sys.executable, "-c", program, "buggy"],
             stderr=subprocess.PIPE,
@@ -152,6 +154,13 @@ class TestSignals:
         )
         os.close(writing)
         assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+    def test_no_standard_output_at_all(self) -> None:
+        done = self.run(
+            "os.close(1)\nsys.stdout = None\n"
+            "@cli.command('buggy')\ndef buggy():\n    click.echo('nobody reads this')\n",
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 class TestDefaults:

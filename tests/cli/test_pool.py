@@ -66,6 +66,10 @@ class TestCapacity:
         assert "block storage C_b  1 GiB       262144 x 4 KiB\n" in text
         assert "runs out           unknown: a running server knows" in text
 
+    def test_what_is_left_is_what_clients_may_write(self, either: CommandLine) -> None:
+        pool = either.json("pool", "show")
+        assert 0 < either.json("capacity")["free"] == pool["free"] - pool["reserved"]
+
     def test_durations(self) -> None:
         assert [format_duration(s) for s in (5, 60, 3 * 3600, 36 * 3600, 864000)] == [
             "5 seconds",
