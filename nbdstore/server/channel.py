@@ -177,18 +177,21 @@ class Channel:
             self._say_goodbye()
             self.sock.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(linger_s):
-                while await self._discard():
-                    pass
+                await self._discard()
         except (OSError, TimeoutError):
             pass
         finally:
             self.abort()
 
-    async def _discard(self) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            return bool(self.sock.recv(HANDSHAKE_RECV_BYTES))
-        await self.readable()
-        return True
+    async def _discard(self) -> None:
+        """Read past what the peer still sends, undecrypted, to its end.
+
+        Waits before every read, or a peer that floods would never let the deadline come.
+        """
+        while True:
+            await self.readable()
+            if not socket.socket.recv(self.sock, HANDSHAKE_RECV_BYTES):
+                return
 
     def _say_goodbye(self) -> None:
         """Send what the layer below NBD wants to be sent last."""
@@ -266,13 +269,6 @@ class TlsChannel(Channel):
         """Send close_notify; the peer's is not waited for (proto.md, "Termination")."""
         with contextlib.suppress(ssl.SSLError):
             self.tls.unwrap()
-
-    async def _discard(self) -> bool:
-        """Read past what the peer still sends, undecrypted."""
-        with contextlib.suppress(BlockingIOError):
-            return bool(socket.socket.recv(self.tls, HANDSHAKE_RECV_BYTES))
-        await self.readable()
-        return True
 
 
 def _set_once(future: asyncio.Future[None]) -> None:

@@ -119,6 +119,8 @@ class Connection:
             log.warning("%s: TLS failed: %s", self.peer, fault.reason or fault)
         except OSError as fault:
             log.debug("%s: gone in the handshake: %s", self.peer, fault)
+        except Exception:
+            log.exception("bug: the connection of %s broke", self.peer)
         finally:
             if linger_s:
                 await self._channel.close(linger_s)
@@ -151,7 +153,10 @@ class Connection:
             if handshake.phase in (Phase.TRANSMISSION, Phase.CLOSED):
                 log.debug("%s: %s", self.peer, handshake.reason or "handshake done")
                 return handshake
-            if not handshake.advance():
+            if handshake.advance():
+                # A client that floods with options must let others, and its deadline, come.
+                await asyncio.sleep(0)
+            else:
                 data = await self._channel.receive()
                 if not data:
                     raise ConnectionResetError("closed by the client")

@@ -27,6 +27,8 @@ class Limits:
             and a TRIM that frees a full pool must not queue behind the writes that wait for it.
         max_held_bytes: payloads of requests in flight, and replies not yet sent. One request
             is always served, however large, so a connection holds at most this and 32 MiB.
+        max_unsent_bytes: replies that wait for the client to read; with more of them, nothing
+            new is begun.
         max_round_bytes: content of READs served in one go, before others get their turn.
         max_extents: extents in one reply to BLOCK_STATUS, per metadata context.
         linger_s: how long a closed connection may take to read its last replies.
@@ -37,6 +39,7 @@ class Limits:
     max_options: int = 64
     max_in_flight: int = 1024
     max_held_bytes: int = 64 << 20
+    max_unsent_bytes: int = 4 << 20
     max_round_bytes: int = 4 << 20
     max_extents: int = 16 << 10
     linger_s: float = 2.0

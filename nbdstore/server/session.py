@@ -159,7 +159,7 @@ class Session:
                 self._run_scheduled = True
                 self._loop.call_soon(self._guard, self._run_backlog)
         elif not self._ending:
-            self._watch(self._held() < self._limits.max_held_bytes and self._has_slot())
+            self._watch(not self._is_full())
         else:
             self._watch(False)
             if not (self.in_flight or self._outbox.n_bytes or self._blocked or self._done.done()):
@@ -178,8 +178,13 @@ class Session:
     def _held(self) -> int:
         return self._bytes_in_flight + self._outbox.n_bytes
 
-    def _has_slot(self) -> bool:
-        return self.in_flight < self._limits.max_in_flight
+    def _is_full(self) -> bool:
+        """Whether nothing more may be begun before something ends."""
+        return (
+            self._outbox.n_bytes >= self._limits.max_unsent_bytes
+            or self._held() >= self._limits.max_held_bytes
+            or self.in_flight >= self._limits.max_in_flight
+        )
 
     def _weigh(self, request: Request) -> int:
         """Bytes that a request makes the server hold until its reply is sent."""
@@ -192,7 +197,7 @@ class Session:
         held = self._held()
         if not held and not self.in_flight:
             return True
-        return held + self._weigh(request) <= self._limits.max_held_bytes and self._has_slot()
+        return not self._is_full() and held + self._weigh(request) <= self._limits.max_held_bytes
 
     # --- Rounds ------------------------------------------------------------------------------
 
@@ -251,7 +256,7 @@ class Session:
                         continue
                 if segments is None:
                     self._start_task(request, weight)
-                    if not self._has_slot():
+                    if self.in_flight >= self._limits.max_in_flight:
                         self._backlog = requests[position + 1 :]
                         break
                 else:

@@ -7,7 +7,6 @@ it wrong. Bytes are written by hand where a well-behaved client could not send t
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
 
@@ -27,6 +26,7 @@ from nbdstore.protocol.constants import (
 )
 from nbdstore.server import Limits
 from tests.server.conftest import SIZE
+from tests.server.loop import until
 from tests.server.memory_pool import BLOCK
 
 SIMPLE, STRUCTURED, EXTENDED = ReplyMode
@@ -401,10 +401,3 @@ async def test_tls_that_is_off_never_asks_for_tls(pool, client):
     assert await client.last(Option.STARTTLS) == OptionReply.ERR_POLICY
     assert (await client.try_go("disk")).reply == OptionReply.ERR_POLICY
     assert [a.reply for a in await client.ask(Option.LIST)] == [OptionReply.ACK]
-
-
-async def until(condition) -> None:
-    """Let the loop run until something is so."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0)

@@ -15,7 +15,7 @@ from nbdstore.protocol.client import build_info, build_option
 from nbdstore.protocol.constants import REQUEST, REQUEST_MAGIC, Command, Errno, Option
 from nbdstore.server import Limits, listener
 from tests.server.conftest import SIZE
-from tests.server.test_conformance import until
+from tests.server.loop import until
 
 MIB = 1 << 20
 
@@ -87,7 +87,7 @@ async def test_a_half_closed_client_gets_its_replies(client):
 @pytest.mark.parametrize("length", [4096, 32 * MIB])
 async def test_a_client_that_never_reads_is_not_read_from(serve, connect, tmp_path, length):
     """What it makes the server hold stays below the limit and one request."""
-    limits = Limits(max_held_bytes=8 * MIB, max_round_bytes=MIB, linger_s=0.1)
+    limits = Limits(max_unsent_bytes=2 * MIB, max_round_bytes=MIB, linger_s=0.1)
     server = await serve(limits=limits)
     deaf = await connect()
     await deaf.go()
@@ -100,10 +100,35 @@ async def test_a_client_that_never_reads_is_not_read_from(serve, connect, tmp_pa
     await until(lambda: session._blocked and not session._reading)
     for _ in range(10):
         assert await other.read(0, 4096) == bytes(4096)
-        assert session._held() <= limits.max_held_bytes + 32 * MIB
+        assert session._held() <= limits.max_unsent_bytes + max(MIB, length) + MIB
     assert not session._reading
     assert session.bytes_read < n_requests * length
     deaf.writer.transport.abort()
+
+
+async def test_a_client_that_floods_with_options_lets_others_work(pool, serve, connect):
+    for i in range(50):
+        pool.create(f"volume{i}", MIB)
+    await serve(limits=Limits(max_options=1_000_000))
+    flooding, other = await connect(), await connect()
+    flooding.send(build_option(Option.LIST) * 5000)
+    reading = asyncio.ensure_future(flooding.until_closed())
+    await other.go("disk")
+    assert await other.read(0, 1) == b"\0"
+    flooding.writer.transport.abort()
+    await reading
+
+
+async def test_a_client_that_never_stops_sending_is_closed_after_a_while(serve, connect):
+    """Lingering for the sake of replies has an end, and does not stop the loop."""
+    server = await serve(limits=Limits(linger_s=0.05))
+    client = await connect()
+    await client.go()
+    client.start(Command.DISC)
+    for _ in range(1000):
+        client.send(bytes(1 << 16))
+    await client.until_closed()
+    await until(lambda: not server.connections)
 
 
 async def test_a_client_that_never_reads_its_option_replies(serve, connect):

@@ -25,8 +25,8 @@ from nbdstore.protocol.constants import U16, Command, Errno, Info, Option, Optio
 from nbdstore.server import Limits, Server, ServerOptions
 from nbdstore.server.listener import parse_address
 from tests.server.conftest import SIZE
+from tests.server.loop import until
 from tests.server.nbd_client import NbdClient
-from tests.server.test_conformance import until
 
 # --- Exports -------------------------------------------------------------------------------------
 
