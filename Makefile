@@ -15,12 +15,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 ARGS ?=
+LISTEN ?= 127.0.0.1:10809
 
 .PHONY: serve test lint types tests memory-test format packages clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.ready
-	@$(BIN)/nbdstore serve --demo --listen 127.0.0.1:10809
+	@$(BIN)/nbdstore serve --demo --listen $(LISTEN)
 
 test: packages lint types tests
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ class Children:
                 stderr=file,
                 env={**os.environ, **(env or {})},
                 pass_fds=pass_fds,
+                start_new_session=True,
             )
         self.processes.append(process)
         return process
@@ -99,9 +101,10 @@ class Children:
         return path
 
     def close(self) -> None:
-        """Kill all that still run, the youngest first."""
+        """Kill all that still run, and what they have started, the youngest first."""
         for process in reversed(self.processes):
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         for process in reversed(self.processes):
             process.wait(KILL_TIMEOUT_S)
         self.processes.clear()

@@ -6,29 +6,22 @@ Owns the life of the server; what clients do to it is the business of the tests.
 from __future__ import annotations
 
 import json
-import os
 import random
-import select
 import signal
 import socket
 import subprocess
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
 from tests.children import Children
+from tests.readiness import ReadinessSocket, ServerFailed
 
-NBDSTORE = os.environ.get("NBDSTORE_PROGRAM", Path(sysconfig.get_path("scripts")) / "nbdstore")
-READY_TIMEOUT_S = 60.0
+NBDSTORE = Path(sysconfig.get_path("scripts")) / "nbdstore"
 STOP_TIMEOUT_S = 60.0
 # Below the range from which the kernel takes ports for outgoing connections, which could take
 # the port of a server that is being restarted.
 PORTS = range(20000, 30000)
-
-
-class ServerFailed(AssertionError):
-    """The server did not start, stop or serve as it should."""
 
 
 class ServedPool:
@@ -74,34 +67,15 @@ class ServedPool:
     def start(self, *options: str) -> None:
         """Start to serve and return when clients can connect."""
         self.options = options
-        self.notify_path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(str(self.notify_path))
-            self.process = self.children.start(
-                *(NBDSTORE, "--pool", self.directory, "serve", *options),
+        with ReadinessSocket(self.notify_path) as readiness:
+            process = self.children.start(
+                *(str(NBDSTORE), "--pool", str(self.directory), "serve", *options),
                 *("--listen", f"127.0.0.1:{self.port}", "--listen", f"unix:{self.socket_path}"),
                 log=self.log.name,
-                env={"NOTIFY_SOCKET": str(self.notify_path)},
+                env=readiness.env,
             )
-            self.wait_until_ready(notify)
-
-    def wait_until_ready(self, notify: socket.socket) -> None:
-        """Wait for the server's READY=1, see sd_notify(3)."""
-        assert self.process
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        ended = os.pidfd_open(self.process.pid)
-        try:
-            while left_s := max(0.0, deadline - time.monotonic()):
-                readable, _, _ = select.select([notify.fileno(), ended], [], [], left_s)
-                if ended in readable:
-                    status = self.process.wait()
-                    self.process = None
-                    raise ServerFailed(f"the server ended with status {status}: see server.log")
-                if readable and b"READY=1" in notify.recv(4096).split(b"\n"):
-                    return
-        finally:
-            os.close(ended)
-        raise ServerFailed(f"the server was not ready within {READY_TIMEOUT_S} s")
+            readiness.wait(process)
+        self.process = process
 
     def stop(self) -> None:
         """Ask the server to stop, as systemd does; it must end with status 0."""
