@@ -190,6 +190,7 @@ class _Check:
         self._n_total = sum(v.info.n_mapped for v in volumes)
         for volume in volumes:
             nodes = opened.node_slots.get(volume.id, np.empty(0, np.int64))
+            nodes = np.setdiff1d(nodes, opened.services.checkpointer.dropped())
             self._report.n_nodes += len(nodes)
             self._use(used, nodes, f"map of {volume.name}", slots.n_slots)
             self._walk_volume(opened, volume, used)

@@ -129,8 +129,7 @@ class Pool:
         except NoSpace:
             if report.dropped:
                 raise  # what was dropped must not be read again before what comes now
-            await self._committer.commit_all()
-            core.check_alive()
+            await self._disk.offload(core.data.fdatasync)
             core.journal.begin_without_checkpoint()
 
     async def close(self) -> None:

@@ -293,6 +293,7 @@ class _Replay:
         # The free map counts the trees' own nodes as used, but a record may free what stood in
         # the slot before the checkpoint, while it ran, wrote a node there.
         slots.replay_used(nodes)
+        self._forget_inline(nodes)
         slots.end_replay(self._core.journal.found_seq)
 
     def _records(self) -> Iterator[Record]:
@@ -333,7 +334,7 @@ class _Replay:
 
     def _apply(self, group: Group, seq: int) -> None:
         if group.op is Op.DATA:
-            self.inline.update(group.data(self._core.block_size))
+            self._take_inline(group.data(self._core.block_size))
         elif group.op is Op.ADMIN:
             self._registry.apply(self._services, group.volume, group.admin(), seq)
         elif group.op is Op.MAP:
@@ -356,6 +357,12 @@ class _Replay:
         self._forget_inline(slots)
         self._core.slots.replay_used(slots)
         volume.release(old, seq, n_mapped=len(blocks))
+
+    def _take_inline(self, blocks: dict[int, memoryview]) -> None:
+        """Keep what a flush wrote into the journal, for slots that are in use still."""
+        slots = np.fromiter(blocks, np.int64)
+        for slot in slots[self._core.slots.is_used(slots)].tolist():
+            self.inline[slot] = blocks[slot]
 
     def _forget_inline(self, slots: I64) -> None:
         """`slots` are freed, or used anew: what the journal has for them is of a former life."""
