@@ -22,6 +22,7 @@ and a server that answers 200,000 requests per second has 5 us for everything.
 
 from __future__ import annotations
 
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TypeAlias
 
 from nbdstore.errors import ProtocolError
@@ -66,6 +67,7 @@ _DISC = int(Command.DISC)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _FUA = int(CommandFlag.FUA)
 _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
+_EINVAL = int(Errno.EINVAL)
 _WRITING = frozenset(int(command) for command in WRITING)
 
 
@@ -98,19 +100,18 @@ class RequestParser:
         self._max_discard = max_discard
 
         assert receive_bytes >= 2 * (self._header.size + direct_bytes)
-        self._buffer = bytearray(receive_bytes)
-        self._view = memoryview(self._buffer)
+        self._view = memoryview(reserve(receive_bytes))
         self._start = 0
         self._end = 0
         self._missing = 0
         """Bytes that the request at ``_start`` still lacks."""
 
         self._direct: memoryview | None = None
-        self._direct_buffer: bytearray | None = None
+        self._direct_buffer: mmap | None = None
         self._direct_request: Request | None = None
         self._filled = 0
-        self._lent: bytearray | None = None
-        self._spare: bytearray | None = None
+        self._lent: mmap | None = None
+        self._spare: mmap | None = None
 
         self._refused: Request | None = None
         self._left_to_skip = 0
@@ -127,7 +128,7 @@ class RequestParser:
             return self._direct[self._filled :]
         if self._start == self._end:
             self._start = self._end = 0
-        elif len(self._buffer) - self._end < max(self._missing, self._direct_bytes):
+        elif len(self._view) - self._end < max(self._missing, self._direct_bytes):
             # At most one incomplete request is left, so this moves at most DIRECT_BYTES.
             left = self._end - self._start
             self._view[:left] = self._view[self._start : self._end]
@@ -166,14 +167,14 @@ class RequestParser:
 
     def _parse(self, requests: list[Request]) -> None:
         """Append all complete requests. The hot loop: reads and plain writes come first."""
-        buffer, view, end, position = self._buffer, self._view, self._end, self._start
+        view, end, position = self._view, self._end, self._start
         unpack, header_size, magic = self._header.unpack_from, self._header.size, self._magic
         size, writable_size = self._rules.size, self._writable_size
         max_payload, payload_flag = self._rules.max_payload, self._payload_flag
         append = requests.append
         self._missing = header_size
         while position + header_size <= end:
-            found, flags, command, cookie, offset, length = unpack(buffer, position)
+            found, flags, command, cookie, offset, length = unpack(view, position)
             if found != magic:
                 raise ProtocolError(f"a request starts with {found:#010x}, not {magic:#010x}")
             body = position + header_size
@@ -275,8 +276,9 @@ class RequestParser:
     def _receive_directly(self, request: Request, available: int) -> None:
         """Give a payload its own buffer, with the ``available`` bytes that have arrived."""
         length = request[4]
-        buffer = self._spare if self._spare and len(self._spare) >= length else bytearray(length)
-        self._spare = None
+        buffer, self._spare = self._spare, None
+        if buffer is None or len(buffer) < length:
+            buffer = reserve(length)
         self._direct_buffer = buffer
         self._direct = memoryview(buffer)[:length]
         self._direct[:available] = self._view[self._start : self._end]
@@ -310,4 +312,10 @@ class RequestParser:
         return True
 
 
-_EINVAL = int(Errno.EINVAL)
+def reserve(n_bytes: int) -> mmap:
+    """Reserve memory that costs nothing before something is received into it.
+
+    A bytearray would be filled with zeroes: then every idle connection would hold a whole receive
+    buffer, and a header that announces 32 MiB would cost 32 MiB though none of them ever comes.
+    """
+    return mmap(-1, n_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import random
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -292,12 +294,28 @@ async def test_effects_of_gigabytes_are_one_request(pool, serve, connect, comman
     assert sum(length for _, length in calls) == 0xFFFFF000
 
 
-async def test_lengths_that_lie_about_a_payload_wait_for_it(client):
-    """A WRITE that announces 32 MiB and sends none costs no memory but its buffer."""
-    await client.go()
-    client.send(REQUEST.pack(REQUEST_MAGIC, 0, Command.WRITE, bytes(8), 0, 32 * MIB))
-    client.writer.write_eof()
-    assert await client.until_closed() == b""
+async def test_lengths_that_lie_about_a_payload_cost_nothing(serve, connect):
+    """A WRITE that announces 32 MiB and sends none: 40 of them would be 1.25 GiB."""
+    server = await serve()
+    clients = [await connect() for _ in range(40)]
+    for client in clients:
+        await client.go()
+    before = resident_bytes()
+    for client in clients:
+        client.start(Command.READ, 0, 1)
+        client.send(REQUEST.pack(REQUEST_MAGIC, 0, Command.WRITE, bytes(8), 0, 32 * MIB))
+        client.send(bytes(10))
+    sessions = [connection.session for connection in server._connections]
+    await until(lambda: all(not session._parser.is_between_requests for session in sessions))
+    assert resident_bytes() - before < 64 * MIB
+    for client in clients:
+        client.writer.write_eof()
+        await client.until_closed()
+
+
+def resident_bytes() -> int:
+    n_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return n_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 async def test_a_payload_beyond_everything_closes(client):
