@@ -12,6 +12,7 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- PoolFormatError    not a pool, or of a format not known here
      |   +- Corruption         bytes on disk are not what was written: where, expected, found
      |   +- NoSpace            the pool, or the disk under it, is full   NBD ENOSPC
+     |   +- NotFast            it would have to wait, which was ruled out NBD ENOTSUP
      |   +- PoolFailed         a sync failed; nothing is acknowledged until a restart
      |   +- ReadFailed         the disk returned an error for a read     NBD EIO
      |   +- WriteFailed        the disk returned an error for a write    NBD EIO
@@ -108,6 +109,12 @@ class NoSpace(StoreError):
 
     code = "no-space"
     http_status = 507
+
+
+class NotFast(StoreError):
+    """It would have to wait, and was asked to fail instead."""
+
+    code = "not-fast"
 
 
 class PoolFailed(StoreError):

@@ -197,7 +197,10 @@ class Disk:
         try:
             fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         except OSError as error:
-            raise _write_error(f"{self.directory}/lock", "opening it", error) from error
+            raise StoreError(
+                f"cannot lock the pool {self.directory}: {error.strerror}: "
+                "work on it as the user who owns it"
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

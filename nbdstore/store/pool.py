@@ -187,9 +187,9 @@ class Pool:
 
         Raises:
             InvalidArgument, AlreadyExists: of name, size and properties.
-            NoSpace: the pool is nearly full.
+            NoSpace: the pool is nearly full, or holds writes for want of space.
         """
-        if self.fill >= _REFUSE_NEW_AT:
+        if self.fill >= _REFUSE_NEW_AT or self._core.n_held:
             raise NoSpace(
                 f"the pool is {self.fill:.0%} full: trim, delete or enlarge it "
                 "before making new volumes"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nbdstore.errors import NotFound, StoreError
+from nbdstore.errors import NotFast, NotFound, StoreError
 from nbdstore.store import layout
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
@@ -131,13 +131,22 @@ class Volume:
         self.check_range(offset, length)
         await self.ranges.trim(offset, length)
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False
+    ) -> None:
         """Make `[offset, offset + length)` read as zeros; with `no_hole` keep space for it.
 
+        Arguments:
+            fast: rather fail, having done nothing, than wait for space.
+
         Raises:
+            NotFast: with `fast` and `no_hole`, where there is not enough space at once.
             NoSpace: with `no_hole`, as for writes; else only for the merging of the two ends.
         """
         self.check_range(offset, length)
+        n_blocks = length // self.block_size + 2
+        if fast and no_hole and not self.core.may_set_aside(n_blocks):
+            raise NotFast(f"volume {self.name}: no space at once for {length} bytes of zeroes")
         await self.ranges.write_zeroes(offset, length, no_hole=no_hole)
 
     async def extents(self, offset: int, length: int, *, max_extents: int) -> list[Extent]:
