@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 # The kernel kills the child when the thread that started it dies.
-DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+DIE_WITH_PARENT = ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--")
 # A program that does not die from SIGKILL hangs in the kernel: do not wait for it for ever.
 KILL_TIMEOUT_S = 30.0
 
