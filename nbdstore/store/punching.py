@@ -3,9 +3,13 @@
 Owns the choice of what to punch and when; what is free is slots.py's.
 
 Only whole chunks of 1 MiB that are free are punched: holes of single blocks would break the data
-file into millions of extents.  Some free space that the host has allocated already is kept, since
-writing into it is several times faster than making the file hold more.  What is free in the live
-bitmap is so durably (see slots.py), so that no crash can bring a punched block back into use.
+file into millions of extents.  Writing into space that the host has allocated already is several
+times faster than making the file hold more, so some is kept, and what goes back is only what was
+left unused over a whole while: a volume that is overwritten again and again frees and takes
+gigabytes all the time.  When the host's filesystem is nearly full there is no such wait.
+
+What is free in the live bitmap is so durably (see slots.py), so that no crash can bring a punched
+block back into use.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from nbdstore.store.core import Core
 CHUNK_BYTES: Final = 1 << 20
 KEEP_BYTES: Final = 256 << 20
 KEEP_SHARE: Final = 20  # of what is used
-_PAUSE_S: Final = 5.0  # a pass looks at the whole bitmap, 0.2 ms a region
-_LONG_PAUSE_S: Final = 60.0  # after a pass that found nothing to punch
+WHILE_S: Final = 60.0
+_SCARCE_BYTES: Final = 1 << 30
+_SCARCE_S: Final = 5.0  # a pass looks at the whole bitmap, 0.2 ms a region
 
 
 class Puncher:
@@ -29,28 +34,33 @@ class Puncher:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._able = True
-        self._next_at = 0.0
+        self._while_began = time.monotonic()
+        self._least: int | None = None
 
     async def work(self) -> None:
         """Punch if more free space is allocated on the host than is worth keeping.
 
         Called often; does something now and then.
         """
-        now = time.monotonic()
-        if not self._able or now < self._next_at:
+        if not self._able:
             return
         excess = self._excess()
-        if excess <= 0:
-            self._next_at = now + _PAUSE_S
+        self._least = excess if self._least is None else min(self._least, excess)
+        now = time.monotonic()
+        scarce = self._core.host_full or self._core.disk.free_bytes() < _SCARCE_BYTES
+        if now - self._while_began < (_SCARCE_S if scarce else WHILE_S):
             return
-        left = excess
+        await self._punch(self._least)
+        self._while_began, self._least = now, None
+
+    async def _punch(self, wanted: int) -> None:
+        """Punch chunks all over the file, `wanted` bytes if there are that many."""
         # The last regions first: allocation goes on in the first ones.
         for region in reversed(range(self._core.slots.n_used_regions)):
-            left -= self._punch_region(region, left)
-            if left <= 0 or not self._able:
-                break
+            if wanted <= 0 or not self._able:
+                return
+            wanted -= self._punch_region(region, wanted)
             await asyncio.sleep(0)
-        self._next_at = time.monotonic() + (_PAUSE_S if left < excess else _LONG_PAUSE_S)
 
     def _excess(self) -> int:
         """Bytes that the host has allocated for free slots, beyond what is kept."""

@@ -36,7 +36,7 @@ from typing import Final
 
 import xxhash
 
-from nbdstore.errors import Corruption, PoolFormatError
+from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import layout
 from nbdstore.store.disk import File
 
@@ -160,6 +160,8 @@ def read(file: File) -> tuple[Superblock, list[Corruption]]:
             found.append(decode(raw, f"{file.name}, copy {copy}"))
         except Corruption as error:
             faults.append(error)
+        except ReadFailed as error:
+            faults.append(Corruption(str(error), "a readable block", "an error of the disk"))
     if not found:
         raise faults[0]
     return max(found, key=lambda s: s.generation), faults
