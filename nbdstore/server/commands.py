@@ -10,7 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from nbdstore.errors import Corruption, NoSpace, NotFound, ReadFailed, StoreError, WriteFailed
+from nbdstore.errors import (
+    Corruption,
+    NoSpace,
+    NotFast,
+    NotFound,
+    ReadFailed,
+    StoreError,
+    WriteFailed,
+)
 from nbdstore.protocol.agreement import MetaContext
 from nbdstore.protocol.constants import (
     EXTENDED_EXTENT,
@@ -109,10 +117,17 @@ async def _trim(target: Target, request: Request, out: list[Buffer]) -> int:
 
 
 async def _write_zeroes(target: Target, request: Request, out: list[Buffer]) -> int:
-    """Zero a range. FAST_ZERO needs nothing more: this never writes zeroes block by block."""
+    """Zero a range: an operation on the map, which waits only for space that NO_HOLE wants.
+
+    The one place that answers ENOTSUP, since only FAST_ZERO allows it (proto.md, "Error values").
+    """
     _, flags, cookie, offset, length, _, _ = request
-    no_hole = bool(flags & CommandFlag.NO_HOLE)
-    await target.volume.write_zeroes(offset, length, no_hole=no_hole)
+    no_hole, fast = bool(flags & CommandFlag.NO_HOLE), bool(flags & CommandFlag.FAST_ZERO)
+    try:
+        await target.volume.write_zeroes(offset, length, no_hole=no_hole, fast=fast)
+    except NotFast:
+        text = "The pool has no space for these zeroes at once."
+        return target.replies.error(out, cookie, offset, Errno.ENOTSUP, text)
     if flags & CommandFlag.FUA:
         await target.volume.flush()
     return target.replies.done(out, cookie, offset)

@@ -40,7 +40,7 @@ READ_WRITE_FLAGS = (
 )
 """CAN_MULTI_CONN is honest: all connections share one volume object, a read sees every write that
 was acknowledged on any of them, and a flush covers all of them. FAST_ZERO is, too: zeroing is an
-operation on the map."""
+operation on the map, and where it would have to wait for space it fails at once."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from nbdstore.errors import NotFast
 from nbdstore.store import Extent, ExtentKind
 
 BLOCK = 4096
@@ -93,8 +94,14 @@ class MemoryVolume:
             del self.blocks[block]
         self.provisioned.difference_update(b for b in list(self.provisioned) if first <= b < stop)
 
-    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool = False) -> None:
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False
+    ) -> None:
         self.calls.append(f"write_zeroes no_hole={no_hole}")
+        if no_hole and not self.space.is_set():
+            if fast:
+                raise NotFast("full")
+            await self.space.wait()
         if no_hole:
             first, stop = offset // BLOCK, -(-(offset + length) // BLOCK)
             self.provisioned.update(range(first, stop))

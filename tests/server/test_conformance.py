@@ -12,7 +12,7 @@ import struct
 
 import pytest
 
-from nbdstore.errors import Corruption
+from nbdstore.errors import Corruption, NotFast
 from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.client import build_info, build_meta_context, build_option
 from nbdstore.protocol.constants import (
@@ -31,6 +31,7 @@ from tests.server.memory_pool import BLOCK
 
 SIMPLE, STRUCTURED, EXTENDED = ReplyMode
 CONTEXTS = ("base:allocation", "qemu:allocation-depth")
+FAST_NO_HOLE = CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO
 U32 = struct.Struct(">I")
 
 
@@ -261,9 +262,30 @@ async def test_24_zeroing_is_exact_and_trimming_shrinks(pool, client):
     assert (await client.read(0, 3 * BLOCK)).count(b"x") == 2 * BLOCK
     assert (await client.do(Command.WRITE_ZEROES, 5, 2)).error == 0
     assert await client.read(4, 4) == b"x\0\0x"
-    flags = CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO
-    assert (await client.do(Command.WRITE_ZEROES, 0, BLOCK, flags)).error == 0
+    assert (await client.do(Command.WRITE_ZEROES, 0, BLOCK, FAST_NO_HOLE)).error == 0
     assert pool.volumes["disk"].calls[-1] == "write_zeroes no_hole=True"
+
+
+@pytest.mark.parametrize("mode", [SIMPLE, STRUCTURED, EXTENDED])
+async def test_24_fast_zeroes_never_wait_for_space(pool, client, caplog, mode):
+    """proto.md, "NBD_CMD_FLAG_FAST_ZERO": ENOTSUP at once, and nothing changed."""
+    await client.go("disk", mode)
+    await client.write(0, b"x" * BLOCK)
+    pool.volumes["disk"].space.clear()
+    for flags in (FAST_NO_HOLE, FAST_NO_HOLE | CommandFlag.FUA):
+        assert (await client.do(Command.WRITE_ZEROES, 0, BLOCK, flags)).error == Errno.ENOTSUP
+    assert await client.read(0, BLOCK) == b"x" * BLOCK
+    assert (await client.do(Command.WRITE_ZEROES, 0, BLOCK, CommandFlag.FAST_ZERO)).error == 0
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == [], "no fault of anybody's"
+
+
+async def test_24_not_supported_is_for_fast_zeroes_only(pool, client):
+    """proto.md, "Error values": ENOTSUP in answer to anything else breaks clients."""
+    await client.go("disk", STRUCTURED)
+    pool.volumes["disk"].error = NotFast("a bug in the store")
+    for command, payload in ((Command.READ, None), (Command.WRITE, b"x"), (Command.FLUSH, None)):
+        length = 1 if command == Command.READ else 0
+        assert (await client.do(command, 0, length, 0, payload)).error == Errno.EIO
 
 
 @pytest.mark.parametrize("mode", [STRUCTURED, EXTENDED])

@@ -136,6 +136,12 @@ async def test_a_full_pool_is_enospc_and_trim_helps(real_pool, served, connect):
         assert n_written < 65
     reply = await client.do(Command.WRITE, 200 * MIB, payload=payload)
     assert (reply.error, reply.message) == (Errno.ENOSPC, "The pool is full.")
+    for flags, error in (
+        (CommandFlag.NO_HOLE, Errno.ENOSPC),
+        (CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO, Errno.ENOTSUP),
+        (CommandFlag.FAST_ZERO, 0),
+    ):
+        assert (await client.do(Command.WRITE_ZEROES, 200 * MIB, 8 * MIB, flags)).error == error
     assert await client.read(0, MIB) == payload
     assert (await client.do(Command.TRIM, 0, 256 * MIB)).error == 0
     assert (await client.do(Command.FLUSH)).error == 0
