@@ -6,7 +6,8 @@ next option. A connection keeps the size it negotiated.
 
 A volume's property ``allow`` lists the names (subject CN or DNS SAN) of client certificates that
 may attach it; empty means that everybody may whom the server lets in. A volume that is not
-allowed to a client is not listed to it.
+allowed to a client is not listed to it. Nor is one with the property ``importing``, which nobody
+may attach: what it holds is not whole yet, and would change under its client.
 """
 
 from __future__ import annotations
@@ -117,8 +118,18 @@ class Exports:
     def _refusal(self, volume: Volume, identity: Identity) -> OptionRefused | None:
         """Say why a client may not have a volume; None if it may."""
         allowed = volume.properties.get("allow")
-        if not allowed or set(identity.names).intersection(allowed):
-            return None
+        if allowed and not set(identity.names).intersection(allowed):
+            return self._not_allowed(volume, identity)
+        if volume.properties.get("importing"):
+            return OptionRefused(
+                OptionReply.ERR_POLICY,
+                f"The import into the export {volume.name!r} is not finished: wait for it, "
+                "or import again.",
+            )
+        return None
+
+    def _not_allowed(self, volume: Volume, identity: Identity) -> OptionRefused:
+        """Say what a client lacks that the volume's list does not have."""
         if identity.tls:
             who = " or ".join(repr(name) for name in identity.names) or "without a name"
             return OptionRefused(

@@ -79,6 +79,21 @@ async def test_infos_tell_name_and_description(pool, client):
     assert server.data.endswith(b"diskof the web shop")
 
 
+@pytest.mark.parametrize("name", ["disk", ""])
+async def test_a_half_import_is_not_served(pool, client, name):
+    properties = pool.volumes["disk"].properties
+    properties["importing"] = True
+    answer = await client.try_go(name)
+    assert answer.reply == OptionReply.ERR_POLICY
+    assert answer.data == (
+        b"The import into the export 'disk' is not finished: wait for it, or import again."
+    )
+    assert [reply.reply for reply in await client.ask(Option.LIST)] == [OptionReply.ACK]
+    assert (await client.ask(Option.INFO, build_info("disk")))[-1].reply == OptionReply.ERR_POLICY
+    properties["importing"] = False
+    await client.go("disk")
+
+
 # --- Errors of the store -------------------------------------------------------------------------
 
 
