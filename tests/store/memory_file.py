@@ -1,0 +1,31 @@
+"""A file in memory, for the parts of the store that need one and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbdstore.store.disk import Buffer
+
+
+class MemoryFile:
+    """Stands in for disk.File; `raw` is what it holds."""
+
+    def __init__(self, name: str = "file", raw: bytes = b"") -> None:
+        self.name = name
+        self.raw = bytearray(raw)
+        self.n_syncs = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.raw)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        data = b"".join(buffers)
+        self.raw.extend(bytes(max(0, offset + len(data) - len(self.raw))))
+        self.raw[offset : offset + len(data)] = data
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return bytes(self.raw[offset : offset + length])
+
+    def fdatasync(self) -> None:
+        self.n_syncs += 1

@@ -1,0 +1,75 @@
+"""The catalogue: what goes in comes out; names and sizes that make no sense do not go in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nbdstore.errors import InvalidArgument
+from nbdstore.store import catalogue, layout
+from nbdstore.store.catalogue import VolumeInfo
+
+INFO = VolumeInfo(
+    id=7,
+    name="a.b-c_D9",
+    size=512,
+    epoch=3,
+    root=((1 << 64) - 1, 5),
+    n_mapped=1,
+    n_provisioned=2,
+    deleted=True,
+    properties={"allow": ["Ä", {"x": None}]},
+)
+
+
+def test_volumes_round_trip() -> None:
+    other = VolumeInfo(1, "x", 1 << 50)
+    assert catalogue.decode(catalogue.encode(12, [INFO, other])) == (12, [INFO, other])
+
+
+def test_an_empty_catalogue_round_trips() -> None:
+    assert catalogue.decode(catalogue.encode(1, [])) == (1, [])
+
+
+def test_fields_of_a_newer_version_are_ignored() -> None:
+    raw = json.loads(catalogue.encode(1, [INFO]))
+    raw["later"] = raw["volumes"][0]["later"] = 1
+    assert catalogue.decode(json.dumps(raw).encode()) == (1, [INFO])
+
+
+def test_each_volume_has_a_uuid_of_its_own() -> None:
+    assert VolumeInfo(1, "a", 512).uuid != VolumeInfo(1, "a", 512).uuid
+
+
+@pytest.mark.parametrize("name", ["a", "0", "v1.2-3_4", "A" * 255, "a..", "9-"])
+def test_good_names_are_taken(name: str) -> None:
+    catalogue.check_name(name)
+
+
+BAD_NAMES = ["", ".", "-a", "_a", "a b", "a/b", "a@b", "ä", "a\n", "a\0", "A" * 256, "a" * 10_000]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_are_refused_with_the_name_and_the_rule(name: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        catalogue.check_name(name)
+    assert repr(name[:64])[1:-1] in str(caught.value)
+    assert "letters" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("size", [512, 1024, 10 << 40, layout.MAX_VOLUME_SIZE])
+def test_good_sizes_are_taken(size: int) -> None:
+    catalogue.check_size(size)
+
+
+@pytest.mark.parametrize("size", [0, -512, 1, 511, 513, 4097, layout.MAX_VOLUME_SIZE + 512])
+def test_bad_sizes_are_refused_with_the_size(size: int) -> None:
+    with pytest.raises(InvalidArgument, match=str(size)):
+        catalogue.check_size(size)
+
+
+def test_an_odd_size_is_refused_with_the_next_good_one() -> None:
+    with pytest.raises(InvalidArgument, match="1024"):
+        catalogue.check_size(700)
