@@ -44,6 +44,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger(__name__)
 
+NAME = "{name:[^{}/]*}"
+"""A name may be empty in a path: that is a volume which is not there, not a path which is not."""
+
 
 def application(operations: Operations, *, token: str | None = None) -> web.Application:
     """Build the API; with `token`, callers must present it as ``Authorization: Bearer``."""
@@ -62,11 +65,11 @@ def application(operations: Operations, *, token: str | None = None) -> web.Appl
             web.get("/v1/connections", routes.connections),
             web.get("/v1/volumes", routes.volumes),
             web.post("/v1/volumes", routes.create),
-            web.get("/v1/volumes/{name}", routes.volume),
-            web.patch("/v1/volumes/{name}", routes.update),
-            web.delete("/v1/volumes/{name}", routes.delete),
-            web.get("/v1/volumes/{name}/data", routes.read_content, allow_head=False),
-            web.put("/v1/volumes/{name}/data", routes.write_content),
+            web.get(f"/v1/volumes/{NAME}", routes.volume),
+            web.patch(f"/v1/volumes/{NAME}", routes.update),
+            web.delete(f"/v1/volumes/{NAME}", routes.delete),
+            web.get(f"/v1/volumes/{NAME}/data", routes.read_content, allow_head=False),
+            web.put(f"/v1/volumes/{NAME}/data", routes.write_content),
         ]
     )
     app.on_response_prepare.append(_sign)

@@ -4,13 +4,16 @@ The control API calls this inside the server; the command line calls it on a poo
 for the moment, with no server. The store checks its own truths (names, sizes, space). Here lives
 what the store cannot know: that a volume is attached, that an import runs into it, who may attach.
 
-Concurrency: everything runs on the loop of the pool. Between a check ("nobody is attached") and
-the store's answer a client may attach; it then finds its export gone, like any export that is
-deleted under its client, and no data of other volumes is touched.
+Concurrency: everything runs on the loop of the pool, and changes of volumes take turns, the
+beginning and the end of an import included: what one has checked (the name, that no import runs)
+still holds when the store has done it. Only clients do not take turns: one may attach between a
+check ("nobody is attached") and the store's answer. It then finds its export gone, like any export
+that is deleted under its client; an import looks again once nobody new can attach.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -45,7 +48,9 @@ class Operations:
         self._server = server
         self._server_info = server_info
         self._growth = growth
-        self._imports: set[str] = set()
+        self._imports: set[int] = set()
+        """Ids of the volumes that are imported into."""
+        self._turn = asyncio.Lock()
 
     # The pool
 
@@ -107,7 +112,7 @@ class Operations:
 
     async def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
         """Create a thin volume of `size` bytes, durably; `allow` as in `VolumeInfo`."""
-        properties = {"allow": list(allow)} if allow else {}
+        properties = {"allow": checked_names(allow)} if allow else {}
         return self._describe(await self._pool.create_volume(name, size, properties))
 
     async def update_volume(
@@ -124,22 +129,25 @@ class Operations:
         Each change is durable by itself; when one fails those before it, in the order of the
         arguments, stay done.
         """
-        volume = self._find(name)
-        if size is not None and size != volume.size:
-            if size < volume.size:
-                self._require_detached(volume, "shrinking it")
-            await self._pool.resize_volume(volume, size, force=force)
-        if new_name is not None and new_name != name:
-            await self._pool.rename_volume(volume, new_name)
-        if allow is not None:
-            await self._set(volume, allow=list(allow))
-        return self._describe(volume)
+        names = None if allow is None else checked_names(allow)
+        async with self._turn:
+            volume = self._find(name)
+            if size is not None and size != volume.size:
+                if size < volume.size:
+                    self._require_detached(volume, "shrinking it")
+                await self._pool.resize_volume(volume, size, force=force)
+            if new_name is not None and new_name != name:
+                await self._pool.rename_volume(volume, new_name)
+            if names is not None:
+                await self._set(volume, allow=names)
+            return self._describe(volume)
 
     async def delete_volume(self, name: str) -> None:
         """Delete a volume that nobody is attached to."""
-        volume = self._find(name)
-        self._require_detached(volume, "deleting it")
-        await self._pool.delete_volume(volume)
+        async with self._turn:
+            volume = self._find(name)
+            self._require_detached(volume, "deleting it")
+            await self._pool.delete_volume(volume)
 
     # Content
 
@@ -155,24 +163,36 @@ class Operations:
 
         While this runs, and for good if it is killed, the volume is marked as `importing`.
         """
-        created = name not in self._pool.volumes
-        if created:
-            volume = await self._pool.create_volume(name, size, {"importing": True})
-        else:
-            volume = self._importable(name, size, overwrite)
-            await self._set(volume, importing=True)
-        self._imports.add(name)
+        async with self._turn:
+            created = name not in self._pool.volumes
+            if created:
+                volume = await self._pool.create_volume(name, size, {"importing": True})
+            else:
+                volume = await self._marked(self._importable(name, size, overwrite))
+            self._imports.add(volume.id)
         try:
             await content.write_pieces(volume, pieces, erase=not created)
             await volume.flush()
-            await self._set(volume, importing=False)
+            async with self._turn:
+                await self._set(volume, importing=False)
         except BaseException:
             if created:
                 await self._discard(volume)
             raise
         finally:
-            self._imports.discard(name)
+            self._imports.discard(volume.id)
         return self._describe(volume)
+
+    async def _marked(self, volume: VolumeLike) -> VolumeLike:
+        """Mark a volume as `importing`, after which nobody can attach it; Busy if one just did."""
+        before = bool(volume.properties.get("importing"))
+        await self._set(volume, importing=True)
+        try:
+            self._require_detached(volume, "importing into it")
+        except Busy:
+            await self._set(volume, importing=before)
+            raise
+        return volume
 
     def _importable(self, name: str, size: int, overwrite: bool) -> VolumeLike:
         volume = self._find(name)
@@ -194,7 +214,7 @@ class Operations:
         """Remove a new volume whose import failed; if that fails too it stays `importing`."""
         try:
             await self._pool.delete_volume(volume)
-        except StoreError:
+        except (StoreError, NotFound):
             pass  # the reason is the import's own error, which goes up
 
     # Shared parts
@@ -222,7 +242,7 @@ class Operations:
 
     def _require_detached(self, volume: VolumeLike, before: str) -> None:
         """Raise Busy, saying who, while the volume is attached or imported into."""
-        if volume.name in self._imports:
+        if volume.id in self._imports:
             raise Busy(f"an import into volume '{volume.name}' is running: wait before {before}")
         n_attached = self._server.attached(volume) if self._server else 0
         if not n_attached:
@@ -234,3 +254,14 @@ class Operations:
             f"volume '{volume.name}' is attached{who} ({n_attached} connection{plural}): "
             f"detach it before {before}"
         )
+
+
+def checked_names(names: Sequence[str]) -> list[str]:
+    """Return the names of certificates, or raise InvalidArgument for one that cannot be any."""
+    for name in names:
+        if not name or not name.isprintable():
+            raise InvalidArgument(
+                f"{name!r} cannot be the name of a client certificate: give its subject CN or one "
+                "of its DNS names"
+            )
+    return list(names)

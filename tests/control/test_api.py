@@ -82,6 +82,8 @@ class TestCalls:
 
 MISTAKES = [
     ("GET", "/v1/volumes/nope", None, 404, "not-found", "no volume 'nope'"),
+    ("GET", "/v1/volumes/", None, 404, "not-found", "no volume ''"),
+    ("GET", "/v1/volumes//data", None, 404, "not-found", "no volume ''"),
     ("GET", "/v1/nope", None, 404, "not-found", "no /v1/nope"),
     ("GET", "/v1/volumes/../../etc/passwd", None, 404, "not-found", ""),
     ("PUT", "/v1/pool", None, 405, "invalid-argument", "use GET"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
+from nbdstore.control.model import VolumeInfo
 from nbdstore.control.stream import Piece
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NbdstoreError, NotFound
 from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
@@ -58,6 +61,20 @@ class TestAttachedVolumes:
     async def test_connections_without_an_export_are_not_listed(self, attached: Bench) -> None:
         assert [item.export for item in attached.operations.attachments()] == ["db"]
 
+    async def test_who_attaches_while_the_import_begins_is_noticed(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        set_properties = bench.pool.set_properties
+
+        async def slow(volume: Any, properties: dict[str, Any]) -> None:
+            bench.server.connections[:] = [MemoryConnection("db")]
+            await set_properties(volume, properties)
+
+        bench.pool.set_properties = slow  # type: ignore[method-assign]
+        with pytest.raises(Busy, match="importing"):
+            await bench.operations.write_content("db", SIZE, pieces((0, b"x")))
+        assert not bench.operations.volume("db").importing
+        assert bench.pool.volumes["db"].blocks == {}
+
 
 class TestChanges:
     async def test_several_at_once(self, bench: Bench) -> None:
@@ -74,6 +91,37 @@ class TestChanges:
     async def test_an_empty_list_lets_anyone_in(self, bench: Bench) -> None:
         await bench.operations.create_volume("db", SIZE, ["alice"])
         assert (await bench.operations.update_volume("db", allow=[])).allow == []
+
+    @pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "\ud800"])
+    async def test_names_that_no_certificate_has(self, bench: Bench, name: str) -> None:
+        await bench.operations.create_volume("db", SIZE, ["alice"])
+        with pytest.raises(InvalidArgument, match="cannot be the name of a client certificate"):
+            await bench.operations.update_volume("db", size=2 * SIZE, allow=["bob", name])
+        with pytest.raises(InvalidArgument):
+            await bench.operations.create_volume("db2", SIZE, [name])
+        info = bench.operations.volume("db")
+        assert (info.size, info.allow) == (SIZE, ["alice"]), "nothing was changed"
+
+    async def test_changes_of_properties_do_not_undo_each_other(self, bench: Bench) -> None:
+        set_properties = bench.pool.set_properties
+
+        async def slow(volume: Any, properties: dict[str, Any]) -> None:
+            await asyncio.sleep(0)
+            await set_properties(volume, properties)
+
+        async def meanwhile() -> AsyncIterator[Piece]:
+            yield Piece(0, b"x")
+            changes.append(
+                asyncio.create_task(bench.operations.update_volume("db", allow=["alice"]))
+            )
+            await asyncio.sleep(0)
+
+        changes: list[asyncio.Task[Any]] = []
+        bench.pool.set_properties = slow  # type: ignore[method-assign]
+        await bench.operations.write_content("db", SIZE, meanwhile())
+        await changes[0]
+        info = bench.operations.volume("db")
+        assert (info.allow, info.importing) == (["alice"], False)
 
     async def test_a_volume_that_is_not_there(self, bench: Bench) -> None:
         with pytest.raises(NotFound, match="no volume 'db'"):
@@ -131,6 +179,48 @@ class TestImport:
                 await bench.operations.write_content("db", SIZE, pieces())
 
         await bench.operations.write_content("db", SIZE, meanwhile())
+
+    async def test_a_new_name_does_not_hide_one_that_runs(self, bench: Bench) -> None:
+        async def meanwhile() -> AsyncIterator[Piece]:
+            yield Piece(0, b"x" * BLOCK)
+            await bench.operations.update_volume("db", new_name="data")
+            with pytest.raises(Busy, match="import into volume 'data' is running"):
+                await bench.operations.delete_volume("data")
+            await bench.operations.create_volume("db", SIZE)
+            await bench.operations.delete_volume("db")
+
+        info = await bench.operations.write_content("db", SIZE, meanwhile())
+        assert (info.name, info.importing) == ("data", False)
+
+    @pytest.mark.parametrize("is_there", [False, True])
+    async def test_two_that_begin_at_once_do_not_mix(self, bench: Bench, is_there: bool) -> None:
+        create_volume, set_properties = bench.pool.create_volume, bench.pool.set_properties
+
+        async def slow_create(*args: Any) -> Any:
+            volume = await create_volume(*args)  # there for all to see, but not durable yet
+            await asyncio.sleep(0)
+            return volume
+
+        async def slow_set(*args: Any) -> None:
+            await asyncio.sleep(0)
+            await set_properties(*args)
+
+        async def slowly(data: bytes) -> AsyncIterator[Piece]:
+            for offset in range(0, SIZE, BLOCK):
+                await asyncio.sleep(0)
+                yield Piece(offset, data)
+
+        if is_there:
+            await bench.operations.create_volume("db", SIZE)
+        bench.pool.create_volume = slow_create  # type: ignore[method-assign]
+        bench.pool.set_properties = slow_set  # type: ignore[method-assign]
+        results = await asyncio.gather(
+            bench.operations.write_content("db", SIZE, slowly(b"x" * BLOCK)),
+            bench.operations.write_content("db", SIZE, slowly(b"y" * BLOCK)),
+            return_exceptions=True,
+        )
+        assert [type(result) for result in results] == [VolumeInfo, Busy]
+        assert {piece.data for piece in await content_of(bench, "db")} == {b"x" * BLOCK}
 
 
 class TestExport:
