@@ -22,7 +22,7 @@ def size(text: str) -> int:
 def host_port(text: str) -> tuple[str, int]:
     """Read ``HOST:PORT``, with ``[...]`` around an IPv6 address."""
     host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    if not colon or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise click.BadParameter(
             f"'{text}' is not HOST:PORT, such as 127.0.0.1:10810 or [::1]:10810"
         )

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
-from nbdstore.control import problems, stream, unix_socket
+from nbdstore import unix_socket
+from nbdstore.control import problems, stream
 from nbdstore.control.capacity import CapacityReport
 from nbdstore.control.model import AttachmentInfo, PoolInfo, VolumeInfo
 from nbdstore.control.service import Content
@@ -160,6 +161,10 @@ class ControlClient:
                 scheme = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
                 connection = scheme(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
                 connection.connect()
+        except UnicodeError:  # of the encoding of host names, IDNA
+            raise InvalidArgument(
+                f"{self._host!r} in {self.url} is neither a host name nor an IP address"
+            ) from None
         except OSError as error:
             self._unreachable(error)
         assert isinstance(connection.sock, socket.socket)

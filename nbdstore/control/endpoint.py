@@ -15,7 +15,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from nbdstore.control import unix_socket
+from nbdstore import unix_socket
 from nbdstore.control.api import application
 from nbdstore.control.operations import Operations
 from nbdstore.errors import ControlError, InvalidArgument
@@ -108,6 +108,10 @@ def _bind(host: str, port: int) -> socket.socket:
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
+    except UnicodeError:  # of the encoding of host names, IDNA
+        raise InvalidArgument(
+            f"{host!r} is neither a host name nor an IP address: give another for --control"
+        ) from None
     except OSError as error:
         reason = error.strerror or os.strerror(error.errno or 0)
         raise InvalidArgument(

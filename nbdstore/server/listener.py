@@ -17,6 +17,7 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nbdstore import unix_socket
 from nbdstore.errors import InvalidArgument
 from nbdstore.server.options import DEFAULT_PORT
 
@@ -49,7 +50,8 @@ class Listener:
         self._addresses = addresses
         self._on_connect = on_connect
         self._sockets = list(sockets)
-        self._unix_files: list[tuple[Path, int]] = []
+        self._unix_files: dict[socket.socket, tuple[Path, int]] = {}
+        """Of the sockets made here: their path and inode."""
         self._pause: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -78,7 +80,7 @@ class Listener:
             self._loop.remove_reader(sock)
             sock.close()
         self._sockets.clear()
-        for path, inode in self._unix_files:
+        for path, inode in self._unix_files.values():
             with contextlib.suppress(OSError):
                 # Another server may have put its own socket there since.
                 if path.stat().st_ino == inode:
@@ -88,7 +90,11 @@ class Listener:
     @property
     def addresses(self) -> list[str]:
         """Where clients can connect: ``127.0.0.1:10809``, ``unix:/run/x.sock``."""
-        return [name_address(sock) for sock in self._sockets]
+        files = self._unix_files
+        return [
+            f"unix:{files[sock][0]}" if sock in files else name_address(sock)
+            for sock in self._sockets
+        ]
 
     # --- Accepting ---------------------------------------------------------------------------
 
@@ -124,7 +130,7 @@ class Listener:
 
     def _bind(self, address: str) -> list[socket.socket]:
         if address.startswith("unix:"):
-            return [self._bind_unix(Path(address.removeprefix("unix:")))]
+            return [self._bind_unix(Path(address.removeprefix("unix:")).absolute())]
         host, port = parse_address(address)
         return bind_tcp(host, port)
 
@@ -132,8 +138,9 @@ class Listener:
         remove_stale_socket(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.bind(str(path))
-            self._unix_files.append((path, path.stat().st_ino))
+            with unix_socket.address(path) as short:
+                sock.bind(short)
+            self._unix_files[sock] = (path, path.stat().st_ino)
             sock.listen(BACKLOG)
         except OSError as error:
             sock.close()
@@ -148,7 +155,7 @@ def parse_address(address: str) -> tuple[str | None, int]:
     host, colon, port = address.rpartition(":")
     if not colon or (address.startswith("[") and address.endswith("]")):
         host, port = address, str(DEFAULT_PORT)
-    if not (port.isascii() and port.isdecimal() and int(port) <= 65535):
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535):
         raise InvalidArgument(
             f"{port!r} in the address {address!r} is not a port; use a number from 0 to 65535"
         )
@@ -167,6 +174,8 @@ def bind_tcp(host: str | None, port: int) -> list[socket.socket]:
         )
     except OSError as error:
         raise InvalidArgument(f"the host {host!r} is not known: {error.strerror}") from None
+    except UnicodeError:  # of the encoding of host names, IDNA
+        raise InvalidArgument(f"{host!r} is neither a host name nor an IP address") from None
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, where in dict.fromkeys(found):
@@ -205,12 +214,16 @@ def remove_stale_socket(path: Path) -> None:
     if not stat.S_ISSOCK(mode):
         raise InvalidArgument(f"{path} exists and is no socket; choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
-            probe.connect(str(path))
+            with unix_socket.address(path) as short:
+                probe.connect(short)
         except ConnectionRefusedError:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             return
+        except BlockingIOError:
+            pass  # somebody listens, and is too busy to accept: a connect would wait for ever
         except OSError as error:
             raise InvalidArgument(f"cannot use {path}: {error.strerror or error}") from None
     raise InvalidArgument(f"another server listens on {path}; stop it, or choose another path")
@@ -220,6 +233,7 @@ def name_address(sock: socket.socket) -> str:
     """Name where a socket listens."""
     where = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return f"unix:{os.fsdecode(where)}"
+        # An abstract address begins with a zero byte, which people write as "@" (unix(7)).
+        return f"unix:{os.fsdecode(where).replace(chr(0), '@', 1)}"
     host, port = where[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

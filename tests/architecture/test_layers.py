@@ -21,10 +21,11 @@ LAYERS: dict[str, set[str]] = {
     "nbdstore.errors": set(),
     "nbdstore.sizes": set(),
     "nbdstore.systemd": set(),
+    "nbdstore.unix_socket": set(),
     "nbdstore.protocol": set(),
     "nbdstore.store": set(),
-    "nbdstore.server": {"protocol", "store"},
-    "nbdstore.control": {"store", "server", "sizes"},
+    "nbdstore.server": {"protocol", "store", "unix_socket"},
+    "nbdstore.control": {"store", "server", "sizes", "unix_socket"},
     "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
     "nbdstore.commands": {
         *("protocol", "store", "server", "control", "daemon", "systemd", "sizes"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nbdstore.control import unix_socket
+from nbdstore import unix_socket
 from nbdstore.control.client import ControlClient
 from nbdstore.store import Pool
 from nbdstore.store.disk import Disk

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from nbdstore import unix_socket
 from nbdstore.cli import cli
 from nbdstore.commands import session
 from nbdstore.commands.session import SOCKET_NAME, read_token
-from nbdstore.control import endpoint, unix_socket
+from nbdstore.control import endpoint
 from nbdstore.errors import InvalidArgument
 from nbdstore.store.disk import Disk
 from tests.cli.conftest import CommandLine, HeldPool

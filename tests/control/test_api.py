@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from nbdstore.control import bodies, unix_socket
+from nbdstore import unix_socket
+from nbdstore.control import bodies
 from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.stream import Piece, StreamWriter
 from nbdstore.errors import InvalidArgument

@@ -142,9 +142,14 @@ class TestServersThatAreNotThere:
         def denied(*_args: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("nbdstore.control.unix_socket.connect", denied)
+        monkeypatch.setattr("nbdstore.unix_socket.connect", denied)
         with pytest.raises(ControlError, match="do this as the pool's owner"):
             ControlClient("unix:/run/control.sock").reachable()
+
+    @pytest.mark.parametrize("host", ["a..b", "x" * 70])
+    def test_hosts_that_make_no_sense(self, host: str) -> None:
+        with pytest.raises(InvalidArgument, match="neither a host name nor an IP address"):
+            ControlClient(f"http://{host}:1").pool()
 
     def test_nobody_at_a_port(self) -> None:
         with socket.socket() as bound:

@@ -10,6 +10,7 @@ import stat
 
 import pytest
 
+from nbdstore import unix_socket
 from nbdstore.errors import (
     Corruption,
     InvalidArgument,
@@ -219,7 +220,10 @@ def test_addresses(address, parsed):
     assert parse_address(address) == parsed
 
 
-@pytest.mark.parametrize("address", ["host:", "host:http", "host:70000", "::1:80", "h:-1", "h:0x1"])
+@pytest.mark.parametrize(
+    "address",
+    ["host:", "host:http", "host:70000", "::1:80", "h:-1", "h:0x1", "h:" + "9" * 5000],
+)
 def test_addresses_that_make_no_sense(address):
     with pytest.raises(InvalidArgument, match=r"use|write"):
         parse_address(address)
@@ -240,7 +244,9 @@ async def test_a_port_in_use(pool):
         ("no-such-host.invalid:80", "is not known"),
         ("unix:/nonexistent/nbd.sock", "cannot listen on the unix socket"),
         ("unix:/tmp", "is no socket"),
-        ("unix:/tmp/" + "x" * 200, "AF_UNIX path too long"),
+        ("unix:/tmp/" + "x" * 200, r"the socket's name is \d+ bytes too long"),
+        ("127.0.0..1:80", "neither a host name nor an IP address"),
+        ("x" * 70 + ":80", "neither a host name nor an IP address"),
     ],
 )
 async def test_addresses_that_cannot_be_had(pool, address, message):
@@ -271,6 +277,40 @@ async def test_a_socket_in_use_is_not(serve, pool, tmp_path):
     with pytest.raises(InvalidArgument, match="another server listens"):
         await Server(pool, ServerOptions(listen=[f"unix:{path}"])).start()
     assert stat.S_ISSOCK(path.stat().st_mode)
+
+
+async def test_a_socket_in_use_by_somebody_busy_is_not(pool, tmp_path):
+    path = tmp_path / "nbd.sock"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))  # fills the queue: another connect would wait for ever
+        with pytest.raises(InvalidArgument, match="another server listens"):
+            await Server(pool, ServerOptions(listen=[f"unix:{path}"])).start()
+
+
+async def test_paths_that_do_not_fit_in_an_address(serve, tmp_path):
+    directory = tmp_path / ("d" * 100) / ("e" * 100)
+    directory.mkdir(parents=True)
+    path = directory / "nbd.sock"
+    for _ in range(2):
+        with unix_socket.listen(path):
+            pass  # what a server leaves behind that is killed
+        server = await serve(listen=[f"unix:{path}"])
+        assert server.addresses == [f"unix:{path}"]
+        client = await NbdClient.over(unix_socket.connect(path))
+        assert (await client.go()).size == SIZE
+        client.close()
+        await server.drain(5)
+        assert list(directory.iterdir()) == []
+
+
+async def test_abstract_sockets_have_a_name(serve):
+    with socket.socket(socket.AF_UNIX) as passed:
+        passed.bind(f"\0nbdstore-test-{os.getpid()}")
+        passed.listen()
+        server = await serve(listen=[], sockets=[passed])
+        assert server.addresses == [f"unix:@nbdstore-test-{os.getpid()}"]
 
 
 async def test_a_socket_that_was_replaced_is_left_alone(serve, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdstore.control import unix_socket
+from nbdstore import unix_socket
 
 
 @pytest.fixture(params=[0, 60, 300, 1000], ids="{} more bytes of path".format)

@@ -8,6 +8,7 @@ and without a change of the working directory, which would be seen by the whole 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout_s)
-        with _short(path) as address:
-            sock.connect(address)
+        with address(path) as short:
+            sock.connect(short)
     except BaseException:
         sock.close()
         raise
@@ -43,8 +44,8 @@ def listen(path: Path, *, backlog: int = 128) -> socket.socket:
     try:
         with contextlib.suppress(FileNotFoundError):
             fresh.unlink()
-        with _short(fresh) as address:
-            sock.bind(address)
+        with address(fresh) as short:
+            sock.bind(short)
         fresh.chmod(MODE)
         sock.listen(backlog)
         fresh.rename(path)
@@ -57,13 +58,21 @@ def listen(path: Path, *, backlog: int = 128) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _short(path: Path) -> Iterator[str]:
-    """Yield an address of `path` that fits."""
+def address(path: Path) -> Iterator[str]:
+    """Yield an address of `path` that fits, for bind(2) or connect(2) at once.
+
+    Raises:
+        OSError: the directory cannot be opened, or the name alone is too long.
+    """
     if len(os.fsencode(path)) <= MAX_ADDRESS:
         yield str(path)
         return
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
+        short = f"/proc/self/fd/{directory}/{path.name}"
+        if (excess := len(os.fsencode(short)) - MAX_ADDRESS) > 0:
+            reason = f"the socket's name is {excess} bytes too long"
+            raise OSError(errno.ENAMETOOLONG, reason, str(path))
+        yield short
     finally:
         os.close(directory)
