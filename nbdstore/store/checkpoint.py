@@ -135,7 +135,7 @@ class Checkpointer:
             task.exception()  # those who joined have it; without any, run() has logged it
 
     async def run(self) -> None:
-        """Write a checkpoint of the present; the caller must not be cancelled.
+        """Write a checkpoint of the present.
 
         Raises:
             NoSpace: there is no space for it; the pool goes on, the journal keeps what it has.
@@ -145,7 +145,23 @@ class Checkpointer:
             await self.run_locked()
 
     async def run_locked(self) -> None:
-        """Like :meth:`run`, for the holder of `lock`."""
+        """Like :meth:`run`, for the holder of `lock`.
+
+        A cancelled caller waits for the end all the same: once the superblock's write has begun,
+        nobody knows which one a crash leaves, so there is no turning back half-way.
+        """
+        task = asyncio.create_task(self._run())
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        task.result()
+
+    async def _run(self) -> None:
         self._core.check_alive()
         frozen = self._freeze()
         flipped = False
@@ -217,11 +233,7 @@ class Checkpointer:
         self._replaced = doomed
 
     async def _flip(self, new: Superblock) -> None:
-        """Make `new` the superblock.
-
-        Once its write has begun, nobody knows which one a crash leaves: no failure can be taken
-        back, nor may this be interrupted.
-        """
+        """Make `new` the superblock; a failure cannot be taken back, so it fails the pool."""
         try:
             superblock.write(self._super_file, new)
         except NoSpace as error:
