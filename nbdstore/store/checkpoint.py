@@ -157,7 +157,7 @@ class Checkpointer:
                 await asyncio.wait([task])
             except asyncio.CancelledError as error:
                 cancelled = error
-        if cancelled is not None:
+        if cancelled is not None and task.exception() is None:
             raise cancelled
         task.result()
 
