@@ -158,6 +158,17 @@ class RequestParser:
             return payload
         return memoryview(bytes(payload))
 
+    def close(self) -> None:
+        """Give the buffers back now; payloads not kept are lost, and nothing more is received.
+
+        Whoever holds a parser may be part of a cycle, and live until garbage is collected: there
+        is too little of it for that to be soon, but each may have a payload of 32 MiB.
+        """
+        self.finished = True
+        self._view = memoryview(b"")
+        self._direct = self._direct_buffer = self._direct_request = None
+        self._lent = self._spare = None
+
     @property
     def is_between_requests(self) -> bool:
         """Whether the stream may end here without cutting a request."""

@@ -7,6 +7,7 @@ connections.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -138,6 +139,7 @@ async def _cache(target: Target, request: Request, out: list[Buffer]) -> int:
     for start in range(offset, offset + length, CACHE_BYTES):
         if target.abandoned:
             break
+        await asyncio.sleep(0)  # the store may do a step without waiting, and others want a turn
         await target.volume.cache(start, min(CACHE_BYTES, offset + length - start))
     return target.replies.done(out, cookie, offset)
 

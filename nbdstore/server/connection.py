@@ -20,10 +20,11 @@ from nbdstore.protocol.agreement import Agreement, TlsMode
 from nbdstore.protocol.constants import TransmissionFlag
 from nbdstore.protocol.handshake import Handshake, HandshakeLimits, Phase
 from nbdstore.server.channel import Channel
-from nbdstore.server.exports import Exports, ExportsView
+from nbdstore.server.exports import Exports, ExportsView, VolumeOffer
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
 from nbdstore.server.tls import identify
+from nbdstore.store import Volume
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,12 @@ class Connection:
         self._channel = Channel(sock)
         self._view = ExportsView(settings.exports)
         self._agreement: Agreement | None = None
+
+    @property
+    def volume(self) -> Volume | None:
+        """The volume this client has attached: from when that was agreed, before it is told so."""
+        offer = self._agreement.offer if self._agreement else None
+        return offer.volume if isinstance(offer, VolumeOffer) else None
 
     @property
     def info(self) -> ConnectionInfo:
@@ -154,6 +161,7 @@ class Connection:
                 log.debug("%s: %s", self.peer, handshake.reason or "handshake done")
                 return handshake
             if handshake.advance():
+                self._agreement = handshake.agreement
                 # A client that floods with options must let others, and its deadline, come.
                 await asyncio.sleep(0)
             else:
@@ -172,7 +180,6 @@ class Connection:
     # --- Session -----------------------------------------------------------------------------
 
     async def _serve(self, agreement: Agreement, first_bytes: bytes) -> None:
-        self._agreement = agreement
         self.session = session = Session(self._channel, agreement, self._settings.limits)
         name = session.volume.name
         log.info(

@@ -30,7 +30,8 @@ class Limits:
         max_unsent_bytes: replies that wait for the client to read; with more of them, nothing
             new is begun.
         max_round_bytes: content of READs served in one go, before others get their turn.
-        max_extents: extents in one reply to BLOCK_STATUS, per metadata context.
+        max_extents: extents in one reply to BLOCK_STATUS, per metadata context. Finding them holds
+            up all others: 20 ms for 4096 that are blocks.
         linger_s: how long a closed connection may take to read its last replies.
     """
 
@@ -41,7 +42,7 @@ class Limits:
     max_held_bytes: int = 64 << 20
     max_unsent_bytes: int = 4 << 20
     max_round_bytes: int = 4 << 20
-    max_extents: int = 16 << 10
+    max_extents: int = 4 << 10
     linger_s: float = 2.0
 
 

@@ -93,8 +93,7 @@ class Server:
 
     def attached(self, volume: Volume) -> int:
         """Count the connections that have a volume attached."""
-        sessions = [connection.session for connection in self._connections]
-        return sum(session is not None and session.volume is volume for session in sessions)
+        return sum(connection.volume is volume for connection in self._connections)
 
     # --- Connections -------------------------------------------------------------------------
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import random
 import socket
+import struct
+import weakref
 from pathlib import Path
 
 import pytest
 
+from nbdstore.protocol import transmission
 from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.client import build_info, build_option
 from nbdstore.protocol.constants import REQUEST, REQUEST_MAGIC, Command, Errno, Option
 from nbdstore.server import Limits, listener
+from nbdstore.store import Extent, ExtentKind
 from tests.server.conftest import SIZE
 from tests.server.loop import until
 
@@ -175,6 +180,88 @@ async def test_requests_in_flight_are_bounded(pool, serve, connect):
     assert data == bytes(range(256)) * 3 + bytes(range(1000 - 768))
 
 
+async def test_tiny_writes_in_flight_are_bounded(pool, serve, connect):
+    """A full pool: thousands of them come in one round, and each would be a task."""
+    volume = pool.volumes["disk"]
+    server = await serve(limits=Limits(max_in_flight=8))
+    client = await connect()
+    await client.go()
+    volume.space.clear()
+    cookies = [client.start(Command.WRITE, i, payload=bytes([i % 256])) for i in range(2000)]
+    session = next(iter(server._connections)).session
+    await until(lambda: session.in_flight and not session._reading)
+    assert session.in_flight < 2 * 8
+    volume.space.set()
+    for cookie in cookies:
+        assert (await client.reply(cookie)).error == 0
+    assert await client.read(0, 2000) == (bytes(range(256)) * 8)[:2000]
+
+
+@pytest.mark.parametrize("command", [Command.BLOCK_STATUS, Command.CACHE])
+async def test_commands_that_keep_the_loop_busy_take_turns(pool, serve, connect, command):
+    """None of them may have to wait, so each would delay all others by its own time."""
+    volume, n_calls, most = pool.volumes["disk"], 0, 0
+
+    async def busy(*_, **__):
+        nonlocal n_calls
+        n_calls += 1
+        return [Extent(SIZE, ExtentKind.HOLE)]
+
+    async def watch():
+        nonlocal most
+        while True:
+            before = n_calls
+            await asyncio.sleep(0)
+            most = max(most, n_calls - before)
+
+    volume.extents = volume.cache = busy
+    await serve()
+    client = await connect()
+    await client.go("disk", ReplyMode.STRUCTURED, ["base:allocation"])
+    watcher = asyncio.create_task(watch())
+    cookies = [client.start(command, 0, SIZE) for _ in range(50)]
+    for cookie in cookies:
+        assert (await client.reply(cookie)).error == 0
+    watcher.cancel()
+    assert n_calls >= 50
+    assert most <= 2
+
+
+@pytest.mark.parametrize("leave", ["in the middle", "properly", "by a reset"])
+async def test_memory_of_clients_that_left_is_free_at_once(serve, connect, monkeypatch, leave):
+    """Not when garbage is collected: of that there is too little for it to be soon."""
+    buffers = []
+
+    def reserve(n_bytes):
+        buffer = transmission.mmap(-1, n_bytes)
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(transmission, "reserve", reserve)
+    server = await serve()
+    client = await connect()
+    await client.go()
+    gc.disable()
+    try:
+        await client.write(0, b"x" * MIB)
+        if leave != "properly":
+            client.send(REQUEST.pack(REQUEST_MAGIC, 0, Command.WRITE, bytes(8), 0, MIB) + b"yes")
+            session = next(iter(server._connections)).session
+            await until(lambda: not session._parser.is_between_requests)
+        if leave == "by a reset":
+            sock = client.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.writer.transport.abort()
+        else:
+            client.writer.write_eof()
+            await client.until_closed()
+        await until(lambda: not server.connections)
+        assert len(buffers) >= 2
+        assert [buffer() for buffer in buffers if buffer() is not None] == []
+    finally:
+        gc.enable()
+
+
 async def test_held_writes_survive_the_receive_buffer(pool, serve, connect):
     """Payloads that wait are copied out of it, or handed over."""
     volume = pool.volumes["disk"]
@@ -292,6 +379,25 @@ async def test_effects_of_gigabytes_are_one_request(pool, serve, connect, comman
     await client.go("huge", ReplyMode.SIMPLE)
     assert (await client.do(command, 0, 0xFFFFF000)).error == 0
     assert sum(length for _, length in calls) == 0xFFFFF000
+
+
+async def test_a_large_cache_lets_others_come_between(pool, serve, connect):
+    volume, steps = pool.create("huge", 1 << 41), []
+
+    async def at_once(offset, length):
+        steps.append(offset)
+
+    volume.cache = at_once
+    await serve()
+    client, other = await connect(), await connect()
+    await client.go("huge", ReplyMode.EXTENDED)
+    await other.go("disk")
+    cookie = client.start(Command.CACHE, 0, 1 << 41)
+    await until(lambda: steps)
+    await other.read(0, 1)
+    assert len(steps) < (1 << 41) // (32 * MIB)
+    assert (await client.reply(cookie)).error == 0
+    assert len(steps) == (1 << 41) // (32 * MIB)
 
 
 async def test_lengths_that_lie_about_a_payload_cost_nothing(serve, connect):

@@ -24,6 +24,7 @@ from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.client import build_info
 from nbdstore.protocol.constants import U16, Command, Errno, Info, Option, OptionReply
 from nbdstore.server import Limits, Server, ServerOptions
+from nbdstore.server.channel import Channel
 from nbdstore.server.listener import parse_address
 from tests.server.conftest import SIZE
 from tests.server.loop import until
@@ -149,6 +150,23 @@ async def test_connections_are_told(pool, serve, connect, caplog):
         f"{second.peer} attached disk (read-only)",
         f"{second.peer} detached disk: read 5000 bytes, wrote 0 bytes",
     ]
+
+
+async def test_who_was_promised_a_volume_is_attached(pool, serve, connect, monkeypatch):
+    """Else it could be deleted, or imported into, before the client has read the answer to GO."""
+    server, found = await serve(), []
+    send_all = Channel.send_all
+
+    async def look_and_send(channel, data):
+        found.append(server.attached(pool.volumes["disk"]))
+        await send_all(channel, data)
+
+    client = await connect()
+    await client.try_go("nope")
+    assert server.attached(pool.volumes["disk"]) == 0
+    monkeypatch.setattr(Channel, "send_all", look_and_send)
+    await client.go("disk")
+    assert found == [1, 1], "one export info, one ACK"
 
 
 async def test_bytes_are_counted_on_all_paths(pool, serve, connect):
