@@ -36,7 +36,7 @@ types: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 tests: $(VENV)/.ready-test
-	$(BIN)/pytest --numprocesses=$(TEST_PROCESSES) $(ARGS)
+	$(BIN)/pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal $(ARGS)
 
 memory-test: $(VENV)/.ready-test
 	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py

@@ -79,7 +79,7 @@ def test_an_idle_server_stays_under_80_mib(empty: ServedPool, children: Children
 
 
 @pytest.mark.requires("nbdsh")
-@pytest.mark.timeout(7200 if FULL else 600)
+@pytest.mark.timeout(7200 if FULL else 900)
 def test_a_hundred_volumes_of_1_tib_stay_under_1_gib(
     empty: ServedPool, children: Children, tmp_path: Path
 ) -> None:
@@ -91,7 +91,7 @@ def test_a_hundred_volumes_of_1_tib_stay_under_1_gib(
         control.create_volume(f"volume-{n}", TIB)
     constants = {"N_VOLUMES": N_VOLUMES, "FULL": FULL, "URI": empty.unix_uri("NAME")}
     head = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
-    nbdsh(children, "", head + WRITE, timeout_s=3600 if FULL else 300)
+    nbdsh(children, "", head + WRITE, timeout_s=3600 if FULL else 600)
     assert memory(empty, "VmHWM") < GIB
 
     empty.stop()
