@@ -240,7 +240,7 @@ def apply_range(volume: Volume, start: int, stop: int, op: Op, seq: int) -> None
         _apply_part(volume, start, stop, op, seq)
         return
     if start < first_whole << shift:
-        _apply_part(volume, start, first_whole << shift, op, seq)
+        _apply_part(volume, start, min(first_whole << shift, stop), op, seq)
     if last_whole << shift < stop:
         _apply_part(volume, last_whole << shift, stop, op, seq)
     _apply_leaves(volume, first_whole, last_whole, op, seq)
