@@ -162,8 +162,6 @@ def _check_usage(asked: Asked) -> None:
         raise click.UsageError("--stdin serves one client, --listen many: give one of them")
     if asked.control and not asked.control_token_file:
         raise click.UsageError("--control wants --control-token-file: TCP has no other guard")
-    if asked.control_token_file and not asked.control:
-        raise click.UsageError("--control-token-file is for --control, which is not given")
 
 
 def _check_tls_usage(asked: Asked) -> None:
@@ -237,6 +235,8 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
     for_nbd = [item for item in passed if item.name != CONTROL_SOCKET_NAME]
     listening = [item.socket for item in for_nbd if item.listening]
     clients = [item.socket for item in for_nbd if not item.listening] + ([client] if client else [])
+    if asked.control_token_file and not (asked.control or for_control):
+        raise click.UsageError("--control-token-file is for --control, which is not given")
     listen = asked.listen or (() if listening or clients else (DEFAULT_LISTEN,))
     return DaemonOptions(
         pool=session.require_local("serve"),

@@ -7,11 +7,14 @@ that a killed server left behind.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from aiohttp import web
 
@@ -21,6 +24,9 @@ from nbdstore.control.operations import Operations
 from nbdstore.errors import ControlError, InvalidArgument
 
 SOCKET_NAME = "control.sock"
+MAX_CONNECTIONS = 64
+"""Callers over TCP at a time, whoever they are: they would else take the descriptors that the NBD
+clients of the same process need. Over the unix socket there is only the owner."""
 STOP_TIMEOUT_S = 5.0
 """Seconds that calls under way get to finish when the server stops."""
 
@@ -56,6 +62,7 @@ class Endpoint:
         self._token = token
         self._sockets = list(sockets)
         self._runners: list[web.AppRunner] = []
+        self._servers: list[asyncio.Server] = []
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -78,8 +85,11 @@ class Endpoint:
         """Take the socket's name away, let calls finish, close."""
         with contextlib.suppress(OSError):
             self._path.unlink()
+        for server in self._servers:
+            server.close()
         for runner in self._runners:
             await runner.cleanup()
+        self._servers.clear()
         self._runners.clear()
 
     def _family(self, *, unix: bool) -> list[socket.socket]:
@@ -90,16 +100,45 @@ class Endpoint:
             application(self._operations, token=token),
             access_log=None,
             shutdown_timeout=STOP_TIMEOUT_S,
+            auto_decompress=False,  # no caller of ours compresses, and a bomb is not unpacked
         )
         await runner.setup()
         self._runners.append(runner)
         for sock in sockets:
-            await web.SockSite(runner, sock).start()
+            await self._listen(runner, sock)
             if sock.family != socket.AF_UNIX:
                 host, port = sock.getsockname()[:2]
                 self.addresses.append(
                     f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
                 )
+
+    async def _listen(self, runner: web.AppRunner, sock: socket.socket) -> None:
+        server = runner.server
+        assert server is not None
+        limit = MAX_CONNECTIONS if sock.family != socket.AF_UNIX else sys.maxsize
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_server(lambda: _Turnstile(server, limit), sock=sock))
+
+
+class _Turnstile(asyncio.Protocol):
+    """Hands a new connection to aiohttp, or closes it if there are too many.
+
+    Not decided when the protocol is made: a whole batch of connections is accepted before the
+    first of them counts.
+    """
+
+    def __init__(self, server: web.Server, limit: int) -> None:
+        self._server = server
+        self._limit = limit
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        stream = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        if len(self._server.connections) >= self._limit:
+            stream.abort()
+            return
+        handler = self._server()
+        stream.set_protocol(handler)
+        handler.connection_made(transport)
 
 
 def _bind(host: str, port: int) -> socket.socket:

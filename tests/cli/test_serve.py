@@ -230,6 +230,19 @@ class TestSystemd:
             assert ControlClient(f"unix:{control}").pool().directory == str(serving.pool)
             assert serving.end(signal.SIGTERM) == 0
 
+    def test_a_control_socket_over_tcp_has_a_token(self, serving: Serving) -> None:
+        token_file = serving.pool.with_name("token")
+        token_file.write_text("s3cret\n")
+        with socket.create_server(("127.0.0.1", 0)) as api:
+            serving.ready(
+                *("--listen", "127.0.0.1:0", "--control-token-file", str(token_file)),
+                passed=[api],
+                environ={"LISTEN_FDS": "1", "LISTEN_FDNAMES": "control"},
+            )
+            url = f"http://127.0.0.1:{api.getsockname()[1]}"
+            assert ControlClient(url, token="s3cret").pool().directory == str(serving.pool)
+            assert serving.end(signal.SIGTERM) == 0
+
     def test_a_connection_is_served_until_it_ends(self, serving: Serving) -> None:
         ours, theirs = socket.socketpair()
         serving.ready(passed=[theirs], environ={"LISTEN_FDS": "1"})

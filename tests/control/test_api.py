@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
+import zlib
 from typing import Any
 
 import pytest
 
 from nbdstore import unix_socket
 from nbdstore.control import bodies
-from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
+from nbdstore.control.endpoint import MAX_CONNECTIONS, SOCKET_NAME, Endpoint
 from nbdstore.control.stream import Piece, StreamWriter
 from nbdstore.errors import InvalidArgument
 from tests.control.conftest import TOKEN, Answering
@@ -154,6 +156,26 @@ class TestTcp:
 
     def test_health_needs_none(self, answering: Answering) -> None:
         assert call(answering, "GET", "/healthz", tcp=True)[0] == 200
+
+    def test_a_crowd_does_not_take_all_descriptors(self, answering: Answering) -> None:
+        """Nobody asks them for the token before they send something."""
+        host, _, port = answering.http_url.removeprefix("http://").rpartition(":")
+        crowd = [socket.create_connection((host, int(port))) for _ in range(MAX_CONNECTIONS)]
+        with socket.create_connection((host, int(port))) as refused:
+            refused.settimeout(30)
+            with contextlib.suppress(ConnectionResetError):
+                assert refused.recv(1) == b""
+        assert call(answering, "GET", "/healthz")[0] == 200, "over the unix socket"
+        for sock in crowd:
+            sock.close()
+        call(answering, "GET", "/healthz")
+        assert call(answering, "GET", "/healthz", tcp=True)[0] == 200
+
+    def test_nothing_is_unpacked_for_strangers(self, answering: Answering) -> None:
+        body = zlib.compress(json.dumps(VOLUME).encode())
+        found = call(answering, "POST", "/v1/volumes", body, {"Content-Encoding": "deflate"})
+        assert found[0] == 400
+        assert "not JSON" in found[1]["detail"]
 
     def test_is_not_offered_without_a_token(self, tmp_path: Any) -> None:
         with pytest.raises(InvalidArgument, match="--control-token-file"):
