@@ -237,6 +237,8 @@ class Handshake:
             if handler is None:
                 raise OptionRefused(OptionReply.ERR_UNSUP, f"Option {option} is not supported.")
             if data is None:
+                if option == Option.SET_META_CONTEXT:
+                    self._forget_contexts()
                 limit = self._limits.max_option_length
                 raise OptionRefused(
                     OptionReply.ERR_TOO_BIG, f"Options may have {limit} bytes of data."
@@ -316,8 +318,7 @@ class Handshake:
         self._reply(option, OptionReply.ACK)
 
     def _set_meta_context(self, option: int, data: bytes) -> None:
-        # Even a failing SET replaces what was set before (proto.md, "NBD_OPT_SET_META_CONTEXT").
-        self._contexts, self._contexts_export = (), None
+        self._forget_contexts()
         if self._mode is ReplyMode.SIMPLE:
             raise invalid("Metadata contexts need structured replies or extended headers.")
         name, queries = parse_meta_context(data)
@@ -326,6 +327,10 @@ class Handshake:
         for context in self._contexts:
             self._reply(option, OptionReply.META_CONTEXT, build_context(context.id, context))
         self._reply(option, OptionReply.ACK)
+
+    def _forget_contexts(self) -> None:
+        """Even a failing SET replaces what was set (proto.md, "NBD_OPT_SET_META_CONTEXT")."""
+        self._contexts, self._contexts_export = (), None
 
     def _find(self, name: str) -> Offer:
         """Look up an export for an option that must not answer ERR_TLS_REQD.

@@ -246,6 +246,7 @@ def test_filter_payloads_are_advertised_with_contexts_and_extended_headers(how):
         set_contexts("nothing"),
         set_contexts("secret"),
         build_option(Option.SET_META_CONTEXT, b"\xff"),
+        build_option(Option.SET_META_CONTEXT, bytes(HandshakeLimits.max_option_length + 1)),
         set_contexts(""),  # another name than that of GO, though the same export
     ],
 )
