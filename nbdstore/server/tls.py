@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterable
+from pathlib import Path
 
 from nbdstore.errors import InvalidArgument
 from nbdstore.server.exports import Identity
@@ -25,8 +26,8 @@ def make_context(options: TlsOptions) -> ssl.SSLContext:
     # NBD connections live for days; a ticket would only be written to clients that may be gone.
     context.num_tickets = 0
     for path in (options.certificate, options.key, options.client_ca):
-        if path is not None and not path.is_file():
-            raise InvalidArgument(f"the TLS file {path} does not exist, or is not a file")
+        if path is not None:
+            require_readable(path)
     try:
         # An answer is given to OpenSSL's question for a passphrase, or it would ask the terminal.
         context.load_cert_chain(options.certificate, options.key, password="")
@@ -44,6 +45,17 @@ def make_context(options: TlsOptions) -> ssl.SSLContext:
             ) from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def require_readable(path: Path) -> None:
+    """Raise InvalidArgument, naming the file, which OpenSSL's errors do not."""
+    try:
+        if path.is_file():
+            path.open("rb").close()
+            return
+    except OSError as error:
+        raise InvalidArgument(f"cannot read the TLS file {path}: {error.strerror}") from None
+    raise InvalidArgument(f"the TLS file {path} does not exist, or is not a file")
 
 
 def reason(error: Exception) -> str:

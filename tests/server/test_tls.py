@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import ssl
+from pathlib import Path
 
 import pytest
 
@@ -240,6 +242,19 @@ async def test_large_and_many_requests(serve, connect, tls_options, client_conte
 
 
 # --- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["open", "stat"])
+def test_files_that_may_not_be_read(pool, server_files, monkeypatch, method):
+    """The test may run as root, who may read everything."""
+
+    def denied(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, method, denied)
+    options = ServerOptions(tls=TlsOptions(REQUIRED, server_files.certificate, server_files.key))
+    with pytest.raises(InvalidArgument, match=r"cannot read the TLS file .*: Permission denied"):
+        Server(pool, options)
 
 
 def test_files_that_make_no_sense(pool, server_files, authority, tmp_path):
