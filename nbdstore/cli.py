@@ -104,7 +104,12 @@ def _die(signal_number: signal.Signals) -> NoReturn:
 
 
 def _default_pool() -> Path:
-    return SYSTEM_POOL if os.geteuid() == 0 else Path.home() / ".local/share/nbdstore"
+    if os.geteuid() == 0:
+        return SYSTEM_POOL
+    try:
+        return Path.home() / ".local/share/nbdstore"
+    except RuntimeError:  # a user without an entry in passwd(5) and $HOME, as in some containers
+        raise click.UsageError("nobody knows your home directory: say where with --pool") from None
 
 
 @click.group(

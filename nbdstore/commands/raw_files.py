@@ -175,7 +175,8 @@ def write_raw(file: str, size: int, pieces: Iterator[Piece], report: Report) -> 
         if path.exists() and not path.is_file():
             _write_in_place(path, size, pieces, report)
         else:
-            _write_and_rename(path.resolve(), size, pieces, report)
+            # Not Path.resolve, which raises a RuntimeError for links that go round in circles.
+            _write_and_rename(Path(os.path.realpath(path)), size, pieces, report)
 
 
 def _write_in_place(path: Path, size: int, pieces: Iterator[Piece], report: Report) -> None:
@@ -190,8 +191,12 @@ def _write_in_place(path: Path, size: int, pieces: Iterator[Piece], report: Repo
 
 def _write_and_rename(path: Path, size: int, pieces: Iterator[Piece], report: Report) -> None:
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    partial.unlink(missing_ok=True)
+    # O_EXCL: in a directory for all, somebody could have put a link there to write through.
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.fchmod(fd, stat.S_IMODE(path.stat().st_mode))
         _write_holes(fd, size, pieces, report)
         os.fsync(fd)
         partial.rename(path)

@@ -163,6 +163,13 @@ class TestSignals:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def raising(error: Exception) -> Any:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
 class TestDefaults:
     def test_the_pool_of_root(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(cli_module.os, "geteuid", lambda: 0)
@@ -172,6 +179,13 @@ class TestDefaults:
         monkeypatch.setattr(cli_module.os, "geteuid", lambda: 1000)
         monkeypatch.setenv("HOME", "/home/ada")
         assert cli_module._default_pool() == Path("/home/ada/.local/share/nbdstore")
+
+    def test_a_user_without_a_home(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(cli_module.os, "geteuid", lambda: 4242)
+        monkeypatch.setattr(Path, "home", raising(RuntimeError("no home")))
+        result = CliRunner().invoke(cli, ["pool", "show"])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "nobody knows your home directory: say where with --pool" in result.stderr
 
     def test_the_environment(self, commands: CommandLine) -> None:
         result = CliRunner().invoke(

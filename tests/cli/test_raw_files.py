@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,26 @@ class TestWriting:
         image.write_bytes(b"old" * 10_000)
         write(image, BLOCK, (0, b"new"))
         assert image.read_bytes() == b"new" + bytes(BLOCK - 3)
+
+    def test_a_file_that_was_there_keeps_its_mode(self, image: Path) -> None:
+        image.write_bytes(b"before")
+        image.chmod(0o600)
+        write(image, BLOCK)
+        assert stat.S_IMODE(image.stat().st_mode) == 0o600
+
+    def test_nobody_s_link_is_written_through(self, image: Path) -> None:
+        other = image.with_name("other")
+        other.write_bytes(b"precious")
+        link = image.with_name(f".{image.name}.{os.getpid()}.partial")
+        link.symlink_to(other)
+        write(image, BLOCK)
+        assert (other.read_bytes(), image.stat().st_size) == (b"precious", BLOCK)
+
+    def test_links_that_go_round_in_circles(self, image: Path) -> None:
+        image.symlink_to(image)
+        with pytest.raises(NbdstoreError, match="Too many levels of symbolic links"):
+            write(image, BLOCK)
+        assert list(image.parent.iterdir()) == [image]
 
     def test_a_failure_leaves_what_was_there(self, image: Path) -> None:
         def failing() -> Iterator[Piece]:
