@@ -99,7 +99,8 @@ def runs(slots: I64) -> list[tuple[int, int]]:
     n = len(slots)
     if n == 0:
         return []
-    if int(slots[-1]) - int(slots[0]) == n - 1 and (n < 3 or bool((np.diff(slots) == 1).all())):
+    joined = slots[1:] - slots[:-1] == 1
+    if bool(joined.all()):
         return [(0, n)]
-    cuts = (np.flatnonzero(np.diff(slots) != 1) + 1).tolist()
+    cuts = (np.flatnonzero(~joined) + 1).tolist()
     return list(zip([0, *cuts], [*cuts, n], strict=True))

@@ -35,13 +35,30 @@ def _plan(slots: I64) -> list[Run]:
     n = len(slots)
     if n == 1:
         return [(0, 1, int(slots[0]))]
-    steps = np.diff(slots)
-    joined = np.where(slots[:-1] == 0, steps == 0, steps == 1)
+    before = slots[:-1]
+    joined = slots[1:] - before == (before != 0)
     if bool(joined.all()):
         return [(0, n, int(slots[0]))]
     cuts = (np.flatnonzero(~joined) + 1).tolist()
     firsts = slots[[0, *cuts]].tolist()
     return list(zip([0, *cuts], [*cuts, n], firsts, strict=True))
+
+
+def _stretches(runs: Sequence[Run]) -> list[tuple[int, int, list[Run]]]:
+    """Join neighbouring runs of data: blocks `[start, stop)` and the runs that fill them.
+
+    A stretch of zeros has no runs.
+    """
+    found: list[tuple[int, int, list[Run]]] = []
+    for run in runs:
+        start, stop, slot = run
+        if slot and found and found[-1][2]:
+            first, _, parts = found[-1]
+            parts.append(run)
+            found[-1] = (first, stop, parts)
+        else:
+            found.append((start, stop, [run] if slot else []))
+    return found
 
 
 def _blocks_of(buffer: memoryview, block_size: int) -> list[memoryview]:
@@ -108,15 +125,17 @@ class Reading:
         size = self._size
         data = self._core.data
         segments: list[Segment] = []
-        for start, end, slot in _plan(slots):
-            if not slot:
+        for start, end, parts in _stretches(_plan(slots)):
+            if not parts:
                 segments.append((end - start) * size)
                 continue
             buffer = np.empty((end - start) * size, np.uint8).data
-            if not data.preadv_cached(buffer, slot * size):
-                return None
+            for first, stop, slot in parts:
+                part = buffer[(first - start) * size : (stop - start) * size]
+                if not data.preadv_cached(part, slot * size):
+                    return None
             if [*map(xxh3_64_intdigest, _blocks_of(buffer, size))] != checksums[start:end]:
-                return None
+                return None  # the waiting path reads again, past the page cache
             segments.append(buffer)
         return self._trim(segments, offset, length)
 
@@ -160,18 +179,20 @@ class Reading:
                 if slot:
                     data.will_need(slot * size, (end - start) * size)
         segments: list[Segment] = []
-        for start, end, slot in runs:
-            if not slot:
+        for start, end, parts in _stretches(runs):
+            if not parts:
                 segments.append((end - start) * size)
                 continue
             buffer = memoryview(bytearray((end - start) * size))
-            data.preadv(buffer, slot * size)
-            for index, block in enumerate(_blocks_of(buffer, size)):
-                expected = checksums[start + index]
-                if xxh3_64_intdigest(block) != expected:
-                    where = (first + start + index) * size
-                    what = f"volume {self._volume.name} at byte {where}"
-                    block[:] = self._core.reread_block(slot + index, expected, what)
+            for first_of_run, stop, slot in parts:
+                part = buffer[(first_of_run - start) * size : (stop - start) * size]
+                data.preadv(part, slot * size)
+                for index, block in enumerate(_blocks_of(part, size), first_of_run):
+                    expected = checksums[index]
+                    if xxh3_64_intdigest(block) != expected:
+                        what = f"volume {self._volume.name} at byte {(first + index) * size}"
+                        at = slot + index - first_of_run
+                        block[:] = self._core.reread_block(at, expected, what)
             segments.append(buffer)
         return segments
 

@@ -151,7 +151,7 @@ class Writing:
             return Wait.JOURNAL
         blocks_map.make_writable(blocks)
         old = blocks_map.entries[blocks, 0]
-        n_leaves = int(np.count_nonzero(np.diff(leaves))) + 1  # at most
+        n_leaves = int(np.count_nonzero(leaves[1:] != leaves[:-1])) + 1  # at most
         slots = core.take_slots(n, n - int(np.count_nonzero(old)), n_leaves)
         if slots is None:
             return Wait.SPACE
