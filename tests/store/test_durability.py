@@ -1,0 +1,254 @@
+"""Flushes: what they cost, what they cover, and how they share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nbdstore.errors import PoolFailed, WriteFailed
+from nbdstore.store import Pool, Volume
+from nbdstore.store.durability import INLINE_BYTES
+from tests.store.pools import MIB, Calls, hooked, opened, read, until
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def calls() -> Calls:
+    return Calls()
+
+
+@pytest.fixture
+async def counted(directory: Path, calls: Calls) -> AsyncIterator[Pool]:
+    """A pool whose calls to the disk are counted, and that does nothing unasked."""
+    with hooked(calls):
+        async with opened(directory, sync_interval_s=1e9, checkpoint_interval_s=1e9) as pool:
+            yield pool
+
+
+@pytest.fixture
+async def volume(counted: Pool, calls: Calls) -> Volume:
+    found = await counted.create_volume("v", 16 * MIB)
+    calls.clear()
+    return found
+
+
+async def test_a_small_flush_is_one_fdatasync_of_the_journal(volume: Volume, calls: Calls) -> None:
+    for number in range(5):
+        assert volume.write_now([(number * BLOCK, b"x" * BLOCK)])
+        calls.clear()
+        await volume.flush()
+        assert calls.syncs() == ["journal"]
+
+
+async def test_a_large_flush_syncs_data_and_journal(volume: Volume, calls: Calls) -> None:
+    assert volume.write_now([(0, b"x" * (INLINE_BYTES + BLOCK))])
+    await volume.flush()
+    assert sorted(calls.syncs()) == ["data", "journal"]
+
+
+@pytest.mark.parametrize(("n_bytes", "names"), [(INLINE_BYTES, 1), (INLINE_BYTES + BLOCK, 2)])
+async def test_the_border_between_small_and_large(
+    volume: Volume, calls: Calls, n_bytes: int, names: int
+) -> None:
+    for at in range(0, n_bytes, BLOCK):
+        assert volume.write_now([(at, b"x" * BLOCK)])
+    await volume.flush()
+    assert len(calls.syncs()) == names
+
+
+async def test_a_small_flush_does_not_wait_for_what_another_volume_has_written(
+    counted: Pool, volume: Volume, calls: Calls
+) -> None:
+    bulk = await counted.create_volume("bulk", 16 * MIB)
+    assert bulk.write_now([(0, b"b" * 8 * MIB)])
+    assert volume.write_now([(0, b"x" * BLOCK)])
+    calls.clear()
+    await volume.flush()
+    assert calls.syncs() == ["journal"]
+    await bulk.flush()
+    assert sorted(calls.syncs()) == ["data", "journal", "journal"]
+
+
+async def test_a_flush_with_nothing_to_do_syncs_nothing(volume: Volume, calls: Calls) -> None:
+    assert volume.write_now([(0, b"x" * BLOCK)])
+    await volume.flush()
+    calls.clear()
+    for _ in range(10):
+        await volume.flush()
+    assert calls == []
+
+
+@pytest.mark.parametrize("change", ["trim", "write_zeroes"])
+async def test_a_flush_covers_range_operations(volume: Volume, calls: Calls, change: str) -> None:
+    assert volume.write_now([(0, b"x" * BLOCK)])
+    await volume.flush()
+    calls.clear()
+    await getattr(volume, change)(0, BLOCK)
+    assert calls.syncs() == []
+    await volume.flush()
+    assert calls.syncs() == ["journal"]
+
+
+async def test_a_flush_makes_another_volumes_flush_no_cheaper_if_it_was_small(
+    counted: Pool, volume: Volume, calls: Calls
+) -> None:
+    other = await counted.create_volume("other", MIB)
+    assert volume.write_now([(0, b"x" * BLOCK)])
+    assert other.write_now([(0, b"y" * BLOCK)])
+    calls.clear()
+    await volume.flush()
+    await other.flush()
+    assert calls.syncs() == ["journal", "journal"]
+
+
+async def test_flushes_that_wait_together_share_a_round(
+    counted: Pool, volume: Volume, calls: Calls
+) -> None:
+    volumes = [await counted.create_volume(f"v{n}", MIB) for n in range(20)]
+    calls.clear()
+    for found in volumes:
+        assert found.write_now([(0, b"x" * 512)])
+    await asyncio.gather(*(found.flush() for found in volumes for _ in range(5)))
+    assert len(calls.syncs()) <= 2  # 80 KiB in all: data and journal, once
+
+
+async def test_n_writers_that_flush_share_rounds(volume: Volume, calls: Calls) -> None:
+    async def writer(number: int) -> None:
+        for round_ in range(10):
+            assert volume.write_now([(number * BLOCK, bytes([round_]) * BLOCK)])
+            await volume.flush()
+
+    await asyncio.gather(*map(writer, range(16)))
+    n_rounds = volume.core.journal.n_syncs
+    assert n_rounds < 16 * 10 / 4
+
+
+async def test_who_comes_while_a_round_runs_waits_for_the_next(
+    volume: Volume, calls: Calls
+) -> None:
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    first = asyncio.create_task(volume.flush())
+    await until(lambda: calls.syncs() == ["journal"])
+    assert volume.write_now([(BLOCK, b"2" * BLOCK)])
+    second = asyncio.create_task(volume.flush())
+    third = asyncio.create_task(volume.flush())
+    await first
+    await asyncio.gather(second, third)
+    assert calls.syncs() == ["journal", "journal"]
+
+
+async def test_a_flush_returns_only_after_a_sync_that_began_after_it(
+    volume: Volume, calls: Calls
+) -> None:
+    """The sync that runs when a write comes does not cover it."""
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    first = asyncio.create_task(volume.flush())
+    await until(lambda: bool(calls.syncs()))
+    assert volume.write_now([(BLOCK, b"2" * BLOCK)])
+    seq = volume.last_seq
+    await first
+    assert volume.durable_seq < seq
+    await volume.flush()
+    assert volume.durable_seq >= seq
+
+
+async def test_a_caller_that_goes_away_takes_nobody_with_it(volume: Volume, calls: Calls) -> None:
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    gone, stays = asyncio.create_task(volume.flush()), asyncio.create_task(volume.flush())
+    await until(lambda: bool(calls.syncs()))
+    gone.cancel()
+    await stays
+    assert volume.write_now([(0, b"2" * BLOCK)])
+    await volume.flush()
+
+
+# -- freed slots ---------------------------------------------------------------------------------
+
+
+async def test_overwriting_without_syncs_uses_new_slots(counted: Pool, volume: Volume) -> None:
+    seen = set()
+    for number in range(50):
+        assert volume.write_now([(0, bytes([number]) * BLOCK)])
+        seen.add(int(volume.map.words[0]))
+    assert len(seen) == 50
+    assert counted.status()["reclaimable"] >= 49 * BLOCK
+
+
+async def test_settling_makes_all_that_was_freed_usable(counted: Pool, volume: Volume) -> None:
+    for number in range(50):
+        assert volume.write_now([(0, bytes([number]) * BLOCK)])
+    free = counted.status()["free"]
+    await counted._committer.settle()
+    assert counted.status()["reclaimable"] == 0
+    assert counted.status()["free"] >= free + 49 * BLOCK
+
+
+async def test_what_is_freed_is_usable_only_when_a_durable_record_says_so(
+    counted: Pool, volume: Volume
+) -> None:
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    await volume.flush()
+    assert volume.write_now([(0, b"2" * BLOCK)])  # frees the first
+    await volume.flush()  # makes the freeing durable; no record says so yet
+    assert counted.status()["reclaimable"] > 0
+    assert volume.write_now([(BLOCK, b"3" * BLOCK)])  # says so; it is not durable itself
+    assert counted.status()["reclaimable"] > 0
+    await volume.flush()
+    assert counted.status()["reclaimable"] == 0
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["journal", "data"])
+async def test_a_failed_sync_is_final(directory: Path, broken: str) -> None:
+    fail = False
+
+    def hook(operation: str, name: str) -> None:
+        if fail and (operation, name) == ("sync", broken):
+            raise WriteFailed(f"{name}: Input/output error while syncing")
+
+    with hooked(hook):
+        async with opened(directory) as pool:
+            volume = await pool.create_volume("v", MIB)
+            await volume.write(0, b"x" * 100_000)
+            fail = True
+            waiters = [asyncio.create_task(volume.flush()) for _ in range(3)]
+            for found in await asyncio.gather(*waiters, return_exceptions=True):
+                assert isinstance(found, PoolFailed)
+                assert "Input/output error" in str(found)
+            fail = False  # the kernel has dropped the pages: a second sync would lie
+            for _ in range(2):
+                with pytest.raises(PoolFailed):
+                    await volume.flush()
+            with pytest.raises(PoolFailed):
+                volume.write_now([(0, b"y")])
+            with pytest.raises(PoolFailed):
+                await volume.write(0, b"y")
+            with pytest.raises(PoolFailed):
+                await volume.trim(0, BLOCK)
+            with pytest.raises(PoolFailed):
+                await pool.create_volume("w", MIB)
+            with pytest.raises(PoolFailed):
+                await pool.checkpoint()
+            assert pool.status()["state"] == "failed"
+            assert "Input/output error" in pool.status()["failure"]
+            assert await read(volume, 0, 100_000) == b"x" * 100_000  # reads go on
+    async with opened(directory) as pool:
+        assert pool.status()["state"] == "ok"
+        assert await read(pool.volumes["v"], 0, 100_000) == b"x" * 100_000
+
+
+async def test_what_is_unsynced_for_long_is_synced_unasked(directory: Path) -> None:
+    calls = Calls()
+    with hooked(calls):
+        async with opened(directory, sync_interval_s=0.0) as pool:
+            volume = await pool.create_volume("v", MIB)
+            calls.clear()
+            assert volume.write_now([(0, b"x" * BLOCK)])
+            await until(lambda: "data" in calls.syncs())
+            await until(lambda: pool.status()["unsynced"] == 0)
