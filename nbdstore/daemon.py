@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -79,10 +80,21 @@ async def run(options: DaemonOptions, announce: Announce) -> None:
         NbdstoreError: the start failed, or the pool could not be written out at the end.
     """
     stop = _StopSignals()
+    _raise_descriptor_limit()
     async with _open_pool(options) as pool:
         if not stop.requested.is_set():
             await _serve(pool, options, stop, announce)
     log.info("stopped; everything that was acknowledged is on disk")
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many open files as this process may: the soft limit is often 1024.
+
+    Python needs no select(2), which is what the low soft limit is there for.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _StopSignals:

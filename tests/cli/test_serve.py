@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -149,6 +150,17 @@ class TestALife:
     def test_other_signals_that_stop(self, serving: Serving, number: signal.Signals) -> None:
         serving.ready("--listen", "127.0.0.1:0")
         assert serving.end(number) == 0
+
+    def test_as_many_files_as_the_hard_limit_allows(self, serving: Serving) -> None:
+        few = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, few[1]))  # the server inherits it
+        try:
+            serving.ready("--listen", "127.0.0.1:0")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, few)
+        assert serving.process is not None
+        soft, hard = resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard == few[1]
 
     def test_a_second_signal_does_not_wait_for_clients(self, serving: Serving) -> None:
         path = serving.unix_address()
