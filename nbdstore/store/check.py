@@ -118,6 +118,8 @@ class _Check:
             opened = self._open(disk, repair)
             if opened is None:
                 return self._report
+            if repair:
+                recovery.check_writable(opened.report.superblock, self._directory)
             repair = repair and not self._unreadable_levels
             used = self._walk(opened)
             self._compare(opened, used, repair)

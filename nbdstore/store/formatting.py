@@ -6,7 +6,6 @@ is a whole pool or none; what a failed attempt made is removed again, and nothin
 
 from __future__ import annotations
 
-import shutil
 import time
 import uuid
 from pathlib import Path
@@ -39,8 +38,9 @@ def create_pool(
         except BaseException:
             for name in made_files:
                 disk.remove(name)
-            if made:
-                shutil.rmtree(directory, ignore_errors=True)
+            if made and not any(path.name != "lock" for path in directory.iterdir()):
+                disk.remove("lock")
+                directory.rmdir()
             raise
     finally:
         disk.close()

@@ -92,12 +92,7 @@ class Pool:
         try:
             disk.lock()
             opened = recovery.open_parts(disk, options)
-            unknown = opened.report.superblock.readonly_compatible
-            if unknown & ~layout.FEATURES_READONLY_COMPATIBLE:
-                raise PoolFormatError(
-                    f"pool {directory}: a newer nbdstore has written to it (features {unknown:#x})"
-                    ": this version may only check it; install the newer one"
-                )
+            recovery.check_writable(opened.report.superblock, directory)
             pool = cls(disk, opened, options)
             await pool._finish_recovery(opened)
         except BaseException:

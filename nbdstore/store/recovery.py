@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -76,6 +77,16 @@ class Report:
     superblock_faults: list[Corruption]
     n_records: int = 0
     dropped: dict[int, int] = field(default_factory=dict)
+
+
+def check_writable(current: Superblock, directory: Path) -> None:
+    """Raise PoolFormatError if the pool has features that only a newer version may write to."""
+    unknown = current.readonly_compatible & ~layout.FEATURES_READONLY_COMPATIBLE
+    if unknown:
+        raise PoolFormatError(
+            f"pool {directory}: a newer nbdstore has written to it (features {unknown:#x}): this "
+            "version may check it, but not change it; install the newer one"
+        )
 
 
 @dataclass
