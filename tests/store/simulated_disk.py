@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
@@ -157,7 +157,7 @@ class SimulatedDisk:
 
     def __init__(
         self,
-        images: Images,
+        images: Mapping[str, bytes | bytearray],
         seed: int = 0,
         *,
         share_uncached: float = 0.0,
@@ -353,16 +353,19 @@ class _GreedySlots(Slots):
 
 
 @contextmanager
-def inserted(disk: Any) -> Iterator[None]:
+def inserted(disk: Any, *, greedy: bool = True) -> Iterator[None]:
     """While this lasts, pools are opened and checked on `disk`; they are said to be at PLACE.
 
-    Their slots are given out again as soon as that is allowed, the last freed first, and their
-    checkpoints let others go on after each leaf.
+    Arguments:
+        greedy: give slots out again as soon as that is allowed, the last freed first.
+
+    Checkpoints let others go on after each leaf.
     """
+    slots = _GreedySlots if greedy else Slots
     with (
         mock.patch("nbdstore.store.pool.Disk", lambda _directory: disk),
         mock.patch("nbdstore.store.check.Disk", lambda _directory: disk),
-        mock.patch("nbdstore.store.recovery.Slots", _GreedySlots),
+        mock.patch("nbdstore.store.recovery.Slots", slots),
         mock.patch("nbdstore.store.checkpoint._SLICE_NODES", 1),
     ):
         yield

@@ -1,0 +1,125 @@
+"""Where everything lies in a pool's files: a second, simple reader of the format.
+
+Owns nothing of the store: it follows pointers from the superblock by what the format's docstrings
+say, so that a test can damage a chosen structure, and that the format is read twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from nbdstore.store.layout import PROVISIONED, SLOT_MASK
+from nbdstore.store.superblock import COPY_SIZE, Superblock, decode
+
+Entry = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block of the data file.
+
+    Attributes:
+        kind: "data", "leaf", "node", "catalogue", "catalogue node", "free map", "free map node".
+        volume, number: whose it is; the number counts blocks, leaves or nodes.
+        depth: of a node: levels above the leaves, from 1.
+    """
+
+    kind: str
+    slot: int
+    volume: str = ""
+    number: int = 0
+    depth: int = 0
+
+
+class Anatomy:
+    """All blocks that are reachable from the newest superblock; journal not looked at."""
+
+    def __init__(self, directory: Path) -> None:
+        raw = (directory / "super").read_bytes()
+        copies = [decode(raw[at : at + COPY_SIZE], "super") for at in (0, COPY_SIZE)]
+        self.superblock: Superblock = max(copies, key=lambda s: s.generation)
+        self.block_size = self.superblock.block_size
+        self._data = (directory / "data").read_bytes()
+        self.places: list[Place] = []
+        self.catalogue = self._read_catalogue()
+        self._read_free_map()
+        for volume in self.catalogue["volumes"]:
+            self._read_volume(volume)
+
+    def of_kind(self, kind: str) -> list[Place]:
+        return [place for place in self.places if place.kind == kind]
+
+    # -- following pointers -----------------------------------------------------------------
+
+    def _block(self, entry: Entry) -> bytes:
+        slot = entry[0] & SLOT_MASK
+        raw = self._data[slot * self.block_size : (slot + 1) * self.block_size]
+        assert xxhash.xxh3_64_intdigest(raw) == entry[1], f"slot {slot}"
+        return raw
+
+    def _entries(self, raw: bytes) -> list[Entry]:
+        return [(a, b) for a, b in np.frombuffer(raw, "<u8").reshape(-1, 2).tolist()]
+
+    def _heights(self, n_leaves: int) -> int:
+        """Levels of nodes above `n_leaves` blocks, at least one."""
+        fanout, depth = self.block_size // 16, 1
+        while n_leaves > fanout:
+            n_leaves = -(-n_leaves // fanout)
+            depth += 1
+        return depth
+
+    def _below(self, root: Entry, depth: int, place: Place) -> Iterator[tuple[int, Entry]]:
+        """Yield (number, entry) of what hangs below `depth` levels of nodes."""
+        nodes = [(0, root)] if root[0] else []
+        for level in range(depth, 0, -1):
+            below: list[tuple[int, Entry]] = []
+            for number, entry in nodes:
+                slot = entry[0] & SLOT_MASK
+                self.places.append(
+                    Place(f"{place.kind}node", slot, place.volume, number, depth=level)
+                )
+                found = self._entries(self._block(entry))
+                first = number * len(found)
+                below += [(first + i, e) for i, e in enumerate(found) if e[0]]
+            nodes = below
+        yield from nodes
+
+    def _read_catalogue(self) -> dict[str, Any]:
+        n_bytes = self.superblock.catalogue_bytes
+        depth = self._heights(-(-n_bytes // self.block_size))
+        raw = b""
+        for number, entry in self._below(self.superblock.catalogue, depth, Place("catalogue ", 0)):
+            self.places.append(Place("catalogue", entry[0] & SLOT_MASK, number=number))
+            raw += self._block(entry)
+        found: dict[str, Any] = json.loads(raw[:n_bytes])
+        return found
+
+    def _read_free_map(self) -> None:
+        n_blocks = -(-self.superblock.n_slots // (8 * self.block_size))
+        depth = self._heights(n_blocks)
+        for number, entry in self._below(self.superblock.free_map, depth, Place("free map ", 0)):
+            self.places.append(Place("free map", entry[0] & SLOT_MASK, number=number))
+            self._block(entry)
+
+    def _read_volume(self, volume: dict[str, Any]) -> None:
+        name = volume["name"]
+        fanout = self.block_size // 16
+        n_leaves = -(-volume["size"] // (fanout * self.block_size))
+        location, checksum = (int(word, 16) for word in volume["root"])
+        depth = self._heights(n_leaves) if n_leaves > 1 else 0
+        for leaf, entry in self._below((location, checksum), depth, Place("", 0, name)):
+            if entry[0] & SLOT_MASK == PROVISIONED:
+                continue
+            self.places.append(Place("leaf", entry[0] & SLOT_MASK, name, leaf))
+            for index, block in enumerate(self._entries(self._block(entry))):
+                slot = block[0] & SLOT_MASK
+                if slot not in (0, PROVISIONED):
+                    self._block(block)
+                    self.places.append(Place("data", slot, name, leaf * fanout + index))
