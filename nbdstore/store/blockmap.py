@@ -300,6 +300,7 @@ class BlockMap:
         new.entries.reshape(shape)[resident] = self.entries.reshape(shape)[resident]
         new._add_resident(len(resident))
         new._add_dirty(int(np.count_nonzero(new.states[:n] & DIRTY)))
+        new.nodes.retire()  # the empty ones it began with
         new.nodes = self.nodes.resized(new.n_leaves)
         self.retire()
         return new

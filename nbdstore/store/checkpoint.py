@@ -281,8 +281,12 @@ class Checkpointer:
         if not blocks:
             return []
         slots = self._take(len(blocks))
+        try:
+            self._core.write_slots(slots, list(blocks))
+        except BaseException:
+            self._core.slots.give_back(slots)
+            raise
         frozen.bitmap.set(slots)
-        self._core.write_slots(slots, list(blocks))
         return [
             (layout.pack_location(slot, epoch), xxh3_64_intdigest(block))
             for slot, block in zip(slots.tolist(), blocks, strict=True)

@@ -30,6 +30,7 @@ log = logging.getLogger("nbdstore.store")
 _RESERVE_SHARE: Final = 100
 _RESERVE_BYTES: Final = 64 << 20
 _RESERVE_MOST_SHARE: Final = 16  # of a small pool
+_OWN_SLOTS: Final = 4  # what a checkpoint of a small pool takes for its catalogue and free map
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,21 @@ class Core:
 
         Filling holes leaves the reserve and what is promised to PROVISIONED blocks; overwriting,
         which gives as much back with the next sync, may use half of the reserve.  Either leaves
-        what the next checkpoint needs: a slot for each dirty leaf, of which this write makes up
-        to `n_leaves` more.
+        what the next checkpoint needs: slots for the dirty leaves, of which this write makes up
+        to `n_leaves` more, and for the nodes above them.
         """
-        floor = self.reserve + self.slots.n_set_aside if n_holes else self.reserve // 2
-        return self.slots.allocate(n, floor + self.map_counts.n_dirty + n_leaves)
+        for_checkpoint = self.map_counts.slots_to_write(n_leaves)
+        if n_holes:
+            floor = self.reserve + self.slots.n_set_aside + for_checkpoint
+        else:
+            floor = max(self.reserve // 2, for_checkpoint + _OWN_SLOTS)
+        return self.slots.allocate(n, floor)
 
     def may_set_aside(self, n: int) -> bool:
-        """Tell whether `n` more slots can be promised."""
+        """Tell whether `n` more slots can be promised; those in quarantine will be free in time."""
         slots = self.slots
-        return slots.n_free - slots.n_set_aside - self.map_counts.n_dirty - n >= self.reserve
+        spoken_for = slots.n_set_aside + self.map_counts.slots_to_write(1)
+        return slots.n_free + slots.n_quarantined - spoken_for - n >= self.reserve
 
     def space_changed(self) -> None:
         """Wake those who wait for slots, for room in the journal, or for the pool's end."""

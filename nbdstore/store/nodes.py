@@ -40,14 +40,32 @@ ReadNode = Callable[[int, int, str], bytes]
 
 
 class MapCounts:
-    """What all maps of a pool have in memory: leaves, of those dirty ones, and level 1 nodes."""
+    """What all maps of a pool have together.
 
-    __slots__ = ("n_dirty", "n_nodes", "n_resident")
+    Attributes:
+        n_resident, n_dirty: leaves in memory, and leaves that wait for a checkpoint.
+        n_nodes: nodes of level 1 in memory.
+        level_nodes: nodes that level 1, 2, ... can have.
+    """
+
+    __slots__ = ("level_nodes", "n_dirty", "n_nodes", "n_resident")
 
     def __init__(self) -> None:
         self.n_resident = 0
         self.n_dirty = 0
         self.n_nodes = 0
+        self.level_nodes: list[int] = []
+
+    def slots_to_write(self, n_more: int) -> int:
+        """How many slots a checkpoint takes at most, were `n_more` more leaves dirty."""
+        n_dirty = self.n_dirty + n_more
+        return n_dirty + sum([min(n_dirty, n) for n in self.level_nodes])
+
+    def add_levels(self, sizes: list[int], sign: int) -> None:
+        """Count a map's nodes by level in (sign 1) or out (sign -1)."""
+        self.level_nodes += [0] * (len(sizes) - len(self.level_nodes))
+        for level, n in enumerate(sizes):
+            self.level_nodes[level] += sign * n
 
 
 def level_sizes(n_blocks: int, fanout: int) -> list[int]:
@@ -75,6 +93,8 @@ class Nodes:
         self.shift = self.fanout.bit_length() - 1
         self.n_leaves = n_leaves
         sizes = level_sizes(n_leaves, self.fanout) if n_leaves > 1 else [1]
+        self._sizes = sizes[1:]
+        totals.add_levels(self._sizes, 1)
         memories = [self._level(n) for n in sizes]
         self._first = memories[0]
         self.levels: list[U64] = [memory.array for memory in memories]
@@ -278,3 +298,4 @@ class Nodes:
     def retire(self) -> None:
         """Count no more: the volume has other nodes, or is gone."""
         self._totals.n_nodes -= self.n_resident
+        self._totals.add_levels(self._sizes, -1)

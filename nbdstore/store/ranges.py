@@ -158,12 +158,27 @@ class Ranges:
             hold = Hold(self._volume)
             try:
                 await self._wait_for_journal()
-                while not self._core.may_set_aside(part.stop - part.start):
-                    await hold.wait_for_slots()
-                while not self._change(part.start, part.stop, Op.PROVISION):
-                    await self._volume.load(part.start, part.stop)
+                while not self._try_to_provision(part.start, part.stop):
+                    if len(self._volume.map.missing(part.start, part.stop)):
+                        await self._volume.load(part.start, part.stop)
+                    else:
+                        await hold.wait_for_slots()
             finally:
                 hold.end()
+
+    def _try_to_provision(self, start: int, stop: int) -> bool:
+        """Do one slice; False, having done nothing, if a leaf is not in memory or space lacks.
+
+        Only holes need space: data gives up a slot for the promise, and the rest has it.
+        """
+        if len(self._volume.map.missing(start, stop)):
+            return False
+        uniform = self._next_slice(start, stop)
+        if uniform.uniform == HOLE and uniform.stop >= stop:
+            n_holes = stop - start
+        else:
+            n_holes = int(np.count_nonzero(self._volume.map.locations(start, stop) == 0))
+        return self._core.may_set_aside(n_holes) and self._change(start, stop, Op.PROVISION)
 
     async def _wait_for_journal(self) -> None:
         hold = Hold(self._volume)

@@ -247,8 +247,7 @@ class Hold:
         self._core = volume.core
         self._services = volume.services
         self._waited_s = 0.0
-        self._settled_at = -1
-        self._checkpointed_at = -1
+        self._step = 0
         self._counted = False
 
     async def wait_for_journal(self) -> None:
@@ -269,14 +268,16 @@ class Hold:
             NoSpace: the rule is not to wait, or to wait no longer.
         """
         core = self._core
-        if core.slots.n_quarantined and self._settled_at != core.journal.seq:
-            await self._services.committer.settle()  # what was freed lately may be enough
-            self._settled_at = core.journal.seq
-        elif core.map_counts.n_dirty and self._checkpointed_at != core.journal.seq:
-            await self.wait_for_journal()  # what is kept for a checkpoint may be enough
-            self._checkpointed_at = core.journal.seq
-        else:
-            await self._pause()
+        while True:
+            step, self._step = self._step, (self._step + 1) % 4
+            if step in (0, 2) and core.slots.n_quarantined:
+                # What was freed lately, or what the checkpoint replaced, may be enough.
+                return await self._services.committer.settle()
+            if step == 1 and core.map_counts.n_dirty:
+                # What is kept for a checkpoint may be enough.
+                return await self.wait_for_journal()
+            if step == 3:
+                return await self._pause()
 
     async def _pause(self) -> None:
         core = self._core
