@@ -18,7 +18,8 @@ import asyncio
 import time
 from typing import Final
 
-from nbdstore.store.core import Core
+from nbdstore.errors import StoreError
+from nbdstore.store.core import Core, log
 
 CHUNK_BYTES: Final = 1 << 20
 KEEP_BYTES: Final = 256 << 20
@@ -50,8 +51,11 @@ class Puncher:
         scarce = self._core.host_full or self._core.disk.free_bytes() < _SCARCE_BYTES
         if now - self._while_began < (_SCARCE_S if scarce else WHILE_S):
             return
-        await self._punch(self._least)
-        self._while_began, self._least = now, None
+        wanted, self._while_began, self._least = self._least, now, None
+        try:
+            await self._punch(wanted)
+        except StoreError as error:
+            log.warning("freed space is not given back to the host now: %s", error)
 
     async def _punch(self, wanted: int) -> None:
         """Punch chunks all over the file, `wanted` bytes if there are that many."""
@@ -66,7 +70,8 @@ class Puncher:
         """Bytes that the host has allocated for free slots, beyond what is kept."""
         slots, size = self._core.slots, self._core.block_size
         used = (slots.n_slots - slots.n_free) * size
-        return self._core.data.allocated - used - max(KEEP_BYTES, used // KEEP_SHARE)
+        kept = 0 if self._core.host_full else max(KEEP_BYTES, used // KEEP_SHARE)
+        return self._core.data.allocated - used - kept
 
     def _punch_region(self, region: int, wanted: int) -> int:
         """Punch free chunks of `region`, `wanted` bytes if there are that many; return how many.
@@ -80,6 +85,7 @@ class Puncher:
         given = 0
         for start, stop in core.slots.free_runs(chunk, region):
             first, last = -(-start // chunk) * chunk, stop // chunk * chunk
+            last = min(last, first + -(-(wanted - given) // CHUNK_BYTES) * chunk)
             if first < last:
                 if not core.data.punch(first * size, (last - first) * size):
                     self._able = False

@@ -170,6 +170,10 @@ class Slots:
         self._window = np.flatnonzero(np.unpackbits(bits, bitorder="little") == 0) + base
         self._window_at = 0
 
+    def begin_anew(self) -> None:
+        """Allocate from the lowest free slots again: the host has no space for fresh ones."""
+        self._window, self._window_at = _EMPTY, 0
+
     def give_back(self, slots: I64) -> None:
         """Free slots that nothing ever pointed to, at once."""
         self._unmark(slots)

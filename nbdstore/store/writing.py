@@ -160,6 +160,7 @@ class Writing:
             self._write_slots(slots, views)
         except NoSpace:  # of the host's filesystem
             core.slots.give_back(slots)
+            core.slots.begin_anew()
             core.host_full = True
             return Wait.SPACE
         except BaseException:
