@@ -80,6 +80,14 @@ class Administered:
     begun: bool
 
 
+@dataclass(frozen=True)
+class Refused:
+    """An administrative change that has begun was refused: it has done nothing."""
+
+    volume: int | None
+    about: Any
+
+
 @dataclass
 class History:
     """One volume, as far as a test saw it before the crash."""
@@ -158,6 +166,10 @@ class Model:
         """Take note of what happened."""
         if isinstance(mark, Administered):
             self._administer(mark)
+            return
+        if isinstance(mark, Refused):
+            waiting = self.volumes[mark.volume].about_in_flight if mark.volume else self.creating
+            waiting.remove(mark.about)
             return
         history = self.volumes[mark.volume]
         if isinstance(mark, Flushed):

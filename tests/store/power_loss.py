@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nbdstore.errors import NoSpace, PoolFailed, ReadFailed, WriteFailed
 from nbdstore.store import Pool, PoolOptions
 from nbdstore.store.check import check_pool
 from tests.store import virtual_clock
@@ -49,6 +50,8 @@ class Course:
     Attributes:
         n_generations: crashes that the pool has to outlive, one after the other.
         n_crashes: moments of each generation at which the power is cut for a look.
+        trouble: what the disk does: "full" now and then, "errors" for some reads and writes, or
+            from some sync on "broken".
     """
 
     settings: Settings
@@ -56,6 +59,7 @@ class Course:
     n_crashes: int = 5
     block_size: int = 4096
     capacity: int = 24 << 20
+    trouble: str = ""
     options: PoolOptions = OPTIONS
 
 
@@ -97,14 +101,47 @@ def assert_clean(images: Images) -> None:
     assert not serious, serious
 
 
+class Trouble:
+    """What a disk does to a pool that has done nothing wrong."""
+
+    def __init__(self, kind: str, rng: random.Random) -> None:
+        self._rng = rng
+        self._kind = kind
+        self._left = rng.randrange(1, 300)
+        self._full = False
+
+    def __call__(self, operation: str, name: str) -> None:
+        if self._kind == "full" and (operation, name) == ("write", "data"):
+            self._left -= 1
+            if self._left <= 0:
+                self._full = not self._full
+                self._left = self._rng.randrange(1, 30 if self._full else 200)
+            if self._full:
+                raise NoSpace("data: No space left on device while writing")
+        elif self._kind == "errors" and name == "data" and self._rng.random() < 0.02:
+            if operation == "read":
+                raise ReadFailed("data: Input/output error while reading")
+            if operation == "write" and self._left < 0:
+                raise WriteFailed("data: Input/output error while writing")
+            self._left -= 1
+        elif self._kind == "broken" and operation == "sync":
+            self._left -= 5
+            if self._left <= 0 and self._rng.random() < 0.5:
+                raise WriteFailed(f"{name}: Input/output error while syncing")
+
+
 def run_workload(disk: SimulatedDisk, model: Model, seed: int, course: Course) -> None:
     """Open the pool on `disk` and use it, leaving marks; it is not closed."""
 
     async def main() -> None:
-        pool = await Pool.open(PLACE, course.options)
+        try:
+            pool = await Pool.open(PLACE, course.options)
+        except (NoSpace, PoolFailed, ReadFailed):
+            return  # the disk is in trouble already
         work = Workload(pool, disk, seed, course.settings)
         work.adopt(model.volumes)
-        await work.run()
+        with contextlib.suppress(PoolFailed):
+            await work.run()
         # The process ends here: what still runs is never heard of again.
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
@@ -160,11 +197,14 @@ def run_seed(seed: int, course: Course) -> int:
         disk = SimulatedDisk(
             images, rng.randrange(1 << 30), share_uncached=rng.choice((0, 0.1, 0.9)), slow=True
         )
+        disk.fault = Trouble(course.trouble, random.Random(rng.random()))
         model = Model()
         model.volumes = base
         run_workload(disk, model, rng.randrange(1 << 30), course)
         n_events = len(disk.events)
-        for moment in sorted(rng.randint(0, n_events) for _ in range(course.n_crashes)):
+        # Soon after the start old and new records lie next to each other.
+        ends = [n_events if rng.random() < 0.8 else 60 for _ in range(course.n_crashes)]
+        for moment in sorted(rng.randint(0, min(end, n_events)) for end in ends):
             crashed = crash_images(disk, moment, Crash.random(rng), rng)
             context = f"seed {seed}, generation {_}, crash at event {moment} of {n_events}"
             try:
@@ -189,8 +229,13 @@ def courses(seed: int) -> Course:
         administration=rng.random() < 0.7,
         spread=Spread(rng.choice((WINDOW, WINDOW, 300 << 20, 70 << 30))),
     )
-    block_size = rng.choice((4096, 4096, 4096, 65536))
-    return Course(settings, n_generations=rng.choice((1, 3)), block_size=block_size)
+    return Course(
+        settings,
+        n_generations=rng.choice((1, 3)),
+        block_size=rng.choice((4096, 4096, 4096, 65536)),
+        capacity=rng.choice((24, 16)) << 20,
+        trouble=rng.choice(("", "", "", "full", "broken", "errors")),
+    )
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
+from types import ModuleType
 from typing import Any, Final, ParamSpec, TypeVar
 from unittest import mock
 
@@ -209,15 +210,15 @@ class SimulatedDisk:
         owner = getattr(call, "__self__", None)
         if isinstance(owner, SimulatedFile) and call == owner.fdatasync:
             covered = owner.begin_sync()
-            await self._pause()
+            await self.pause()
             owner.end_sync(covered)
             return None  # type: ignore[return-value]
-        await self._pause()
+        await self.pause()
         found = call(*args, **kwargs)
-        await self._pause()
+        await self.pause()
         return found
 
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
         """Let others do something, or a lot; an instant disk lets them only have a turn."""
         for _ in range(self.random.choice((0, 1, 2, 5)) if self.slow else 1):
             await asyncio.sleep(self.random.choice((0, 0, 0.001, 0.02)) if self.slow else 0)
@@ -352,14 +353,22 @@ class _GreedySlots(Slots):
         return np.concatenate([found, rest])
 
 
+def _with_sleep(sleep: Callable[[], Awaitable[None]]) -> ModuleType:
+    """The module asyncio, in which sleep is `sleep`."""
+    module = ModuleType("asyncio")
+    module.__dict__.update(asyncio.__dict__)
+    module.__dict__["sleep"] = lambda _delay: sleep()
+    return module
+
+
 @contextmanager
-def inserted(disk: Any, *, greedy: bool = True) -> Iterator[None]:
+def inserted(disk: SimulatedDisk, *, greedy: bool = True) -> Iterator[None]:
     """While this lasts, pools are opened and checked on `disk`; they are said to be at PLACE.
 
     Arguments:
         greedy: give slots out again as soon as that is allowed, the last freed first.
 
-    Checkpoints let others go on after each leaf.
+    Checkpoints let others go on after each leaf, on a slow disk for long.
     """
     slots = _GreedySlots if greedy else Slots
     with (
@@ -367,5 +376,6 @@ def inserted(disk: Any, *, greedy: bool = True) -> Iterator[None]:
         mock.patch("nbdstore.store.check.Disk", lambda _directory: disk),
         mock.patch("nbdstore.store.recovery.Slots", slots),
         mock.patch("nbdstore.store.checkpoint._SLICE_NODES", 1),
+        mock.patch("nbdstore.store.checkpoint.asyncio", _with_sleep(disk.pause)),
     ):
         yield

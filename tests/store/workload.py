@@ -7,12 +7,13 @@ crash is crash_model.py's.  Every read is compared with what was written.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbdstore.errors import NoSpace
+from nbdstore.errors import NoSpace, PoolFailed, ReadFailed, WriteFailed
 from nbdstore.store import Pool, Volume
 from nbdstore.store.reading import Segment
 from tests.store.crash_model import (
@@ -23,10 +24,13 @@ from tests.store.crash_model import (
     Failed,
     Flushed,
     History,
+    Refused,
 )
 from tests.store.simulated_disk import SimulatedDisk
 
 SECTOR: Final = 512
+REFUSALS: Final = (NoSpace, WriteFailed, ReadFailed)
+"""What a request may get from a disk in trouble; it has done nothing then, or a part."""
 
 
 WINDOW: Final = 1 << 20
@@ -141,7 +145,7 @@ class Client:
         self.begin(change)
         try:
             await request
-        except NoSpace:
+        except REFUSALS:
             self.world.disk.mark(Failed(self.volume.id, change))
             self.world.n_refused += 1
             if not change.whole:
@@ -194,7 +198,11 @@ class Client:
         writes = [self._a_write(rng) for _ in range(rng.choice(self.style.batches))]
         change = Change(tuple(writes))
         self.begin(change)
-        if self.volume.write_now([(self.spread.place(at), data) for at, data in writes]):
+        try:
+            done = self.volume.write_now([(self.spread.place(at), data) for at, data in writes])
+        except REFUSALS:
+            done = False
+        if done:
             self.acknowledge(change)
             return
         self.world.disk.mark(Failed(self.volume.id, change))
@@ -214,14 +222,24 @@ class Client:
         no_hole = rng.random() < 0.4
         offset, length = self._range(rng, one_window=no_hole)
         if rng.random() < 0.4:
-            await self._trim(offset, length)
+            try:
+                await self._trim(offset, length)
+            except REFUSALS:
+                await self.clear()
             return
         place, end = self.spread.place(offset), self.spread.end(offset + length)
         request = self.volume.write_zeroes(place, end - place, no_hole=no_hole)
         try:
             await self.do(Change(((offset, length),), whole=False), request)
-        except NoSpace:  # a part of it may be done: make it known what is there
-            await self._trim(0, len(self.content))
+        except REFUSALS:  # a part of it may be done: make it known what is there
+            await self.clear()
+
+    async def clear(self) -> None:
+        """Trim everything, sooner or later."""
+        while True:
+            with contextlib.suppress(*REFUSALS):
+                await self._trim(0, len(self.content))
+                return
 
     async def _trim(self, offset: int, length: int) -> None:
         size = self.volume.block_size
@@ -245,9 +263,12 @@ class Client:
     async def _read(self, rng: random.Random) -> None:
         offset, length = self._range(rng)
         place = self.spread.place(offset)
-        found = self.volume.read_now(place, length)
-        if found is None:
-            found = await self.volume.read(place, length)
+        try:
+            found = self.volume.read_now(place, length)
+            if found is None:
+                found = await self.volume.read(place, length)
+        except ReadFailed:
+            return
         assert joined(found) == self.content[offset : offset + length], "read other data"
 
     async def _race(self, rng: random.Random) -> None:
@@ -261,8 +282,11 @@ class Client:
                 await self.world.pause(rng)
             if rng.random() < 0.3:
                 await self.world.pool._committer.settle()  # frees slots as soon as it may be
-        found = joined(await reading)
         self.states = None
+        try:
+            found = joined(await reading)
+        except ReadFailed:
+            return
         for at in range(offset, offset + length):
             stop = min(at + SECTOR - at % SECTOR, offset + length)
             if at == offset or at % SECTOR == 0:
@@ -303,15 +327,16 @@ class Workload:
             asyncio.create_task(work(random.Random(self.rng.random())))
             for work in (self._administrate, self._checkpoint, self._settle)
         ]
+        errors: list[BaseException | None] = []
         done = set[int]()
         while new := [c for n, c in self.clients.items() if n not in done]:
             done |= {client.volume.id for client in new}
-            await asyncio.gather(*map(self._use, new))
+            errors += await asyncio.gather(*map(self._use, new), return_exceptions=True)
         for helper in helpers:
             helper.cancel()
-        found = await asyncio.gather(*helpers, return_exceptions=True)
-        for error in found:
-            if isinstance(error, Exception):
+        errors += await asyncio.gather(*helpers, return_exceptions=True)
+        for error in errors:
+            if isinstance(error, Exception) and not isinstance(error, PoolFailed):
                 raise error
 
     async def _use(self, client: Client) -> None:
@@ -321,7 +346,7 @@ class Workload:
                 break
             await client.step(rng)
             await self.pause(rng)
-        await asyncio.gather(*client.flushes)
+        await asyncio.gather(*client.flushes, return_exceptions=True)
 
     async def pause(self, rng: random.Random) -> None:
         """Let others go on, for longer or shorter."""
@@ -336,7 +361,7 @@ class Workload:
             try:
                 await self.pool._checkpointer.join()
                 await self.pool.checkpoint()
-            except NoSpace:
+            except REFUSALS:
                 self.n_refused += 1
                 continue
             for number, n_changes in counts.items():
@@ -383,7 +408,11 @@ class Workload:
             return
         self.disk.mark(Administered(None, about, begun=True))
         size = self.settings.spread.end(about["size"])
-        volume = await self.pool.create_volume(about["name"], size)
+        try:
+            volume = await self.pool.create_volume(about["name"], size)
+        except REFUSALS:
+            self.disk.mark(Refused(None, about))
+            return
         self.disk.mark(Administered(volume.id, about, begun=False))
         self._add(volume, bytearray(about["size"]))
 
@@ -391,7 +420,11 @@ class Workload:
         number = client.volume.id
         n_changes = client.n_acknowledged
         self.disk.mark(Administered(number, about, begun=True))
-        await request
+        try:
+            await request
+        except REFUSALS:
+            self.disk.mark(Refused(number, about))
+            return
         self.disk.mark(Administered(number, about, begun=False))
         self.disk.mark(Flushed(number, n_changes))
 
@@ -411,9 +444,10 @@ class Workload:
         await self._change(client, about, self.pool.set_properties(client.volume, found))
 
     async def _delete(self, client: Client, rng: random.Random) -> None:
-        await asyncio.gather(*client.flushes)
-        del self.clients[client.volume.id]
+        await asyncio.gather(*client.flushes, return_exceptions=True)
         await self._change(client, None, self.pool.delete_volume(client.volume))
+        if client.volume.info.deleted:
+            del self.clients[client.volume.id]
 
     async def _resize(self, client: Client, rng: random.Random) -> None:
         size, old = self._size(), len(client.content)
@@ -422,7 +456,13 @@ class Workload:
             changes.insert(0, Change(((size, old - size),), whole=False))
         for change in changes:
             client.begin(change)
-        await self.pool.resize_volume(client.volume, client.spread.end(size), force=True)
+        try:
+            await self.pool.resize_volume(client.volume, client.spread.end(size), force=True)
+        except REFUSALS:  # some of the tail may be gone: make it known what is there
+            for change in changes:
+                self.disk.mark(Failed(client.volume.id, change))
+            await client.clear()
+            return
         for change in changes:
             client.acknowledge(change)
         self.disk.mark(Flushed(client.volume.id, client.n_acknowledged))
@@ -430,4 +470,5 @@ class Workload:
     async def _grow(self, rng: random.Random) -> None:
         now = self.pool.status()["capacity"]
         if now < 400 << 20:
-            await self.pool.grow(now + rng.choice((0, 4096, 1 << 20, 100 << 20)))
+            with contextlib.suppress(*REFUSALS):
+                await self.pool.grow(now + rng.choice((0, 4096, 1 << 20, 100 << 20)))
