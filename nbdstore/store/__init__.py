@@ -1,8 +1,9 @@
 """The store: pools of thin volumes on a local filesystem.
 
-Layers within: layout, errors <- disk, lazyarray <- superblock, records, journal, slots, blockmap,
+Layers within: layout, errors <- host, lazyarray <- superblock, records, journal, slots, blockmap,
 catalogue <- core <- durability, mapmemory, reading, writing, ranges, checkpoint <- volume <-
-registry <- recovery <- pool, check.
+registry <- recovery <- pool, check.  host is the contract of the I/O layer, local_host its real
+implementation, which only pool and check know, as what is used by default.
 """
 
 from nbdstore.store.core import PoolOptions

@@ -19,6 +19,7 @@ from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFo
 from nbdstore.store import catalogue
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.formatting import check_capacity
+from nbdstore.store.host import Failpoint
 from nbdstore.store.ranges import ExtentKind
 from nbdstore.store.records import admin_group
 from nbdstore.store.registry import Registry
@@ -73,7 +74,15 @@ class Administration:
     async def _create(self, name: str, size: int, properties: dict[str, Any]) -> Volume:
         async with self._turn():
             self._check_new(name)
-            info = VolumeInfo(self._checkpointer.next_id, name, size, properties=dict(properties))
+            host = self._core.host
+            info = VolumeInfo(
+                self._checkpointer.next_id,
+                name,
+                size,
+                uuid=str(host.new_uuid()),
+                created=int(host.time()),
+                properties=dict(properties),
+            )
             await self._change(info.id, {"op": "create", "volume": info.to_json()})
             return self._registry.by_id[info.id]
 
@@ -192,7 +201,9 @@ class Administration:
             # The checkpoint's lock may be held: a checkpoint cannot be waited for here.
             raise NoSpace("the journal is full until the next checkpoint: try again in a moment")
         seq = self._core.append(group)
+        self._core.host.reached(Failpoint.CHANGE_JOURNALLED)
         self._registry.apply(self._services, volume_id, change, seq)
+        self._core.host.reached(Failpoint.CHANGE_MADE)
         await self._services.committer.commit_all()
         self._core.check_alive()
 

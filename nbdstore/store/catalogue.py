@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
-import uuid
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,24 +32,24 @@ class VolumeInfo:
     Attributes:
         id: number in the journal; never used twice in a pool.
         size: bytes.
+        created: seconds since 1970.
         epoch: counts snapshots, from 1; the birth epoch of what is written now.
         root: entry of the map's root at the last checkpoint.
         n_mapped, n_provisioned: blocks with a slot, and blocks with space set aside.
         deleted: it has lost its name; its blocks are being freed.
-        created: seconds since 1970.
         properties: what others keep with it; any JSON.
     """
 
     id: int
     name: str
     size: int
-    uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
+    uuid: str
+    created: int
     epoch: int = 1
     root: Pointer = NULL
     n_mapped: int = 0
     n_provisioned: int = 0
     deleted: bool = False
-    created: int = field(default_factory=lambda: int(time.time()))
     properties: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import layout, recovery
 from nbdstore.store.blockmap import KIND, RESIDENT
 from nbdstore.store.core import PoolOptions
-from nbdstore.store.disk import Disk
+from nbdstore.store.host import Disk, Host
 from nbdstore.store.layout import I64, U8
 from nbdstore.store.lazyarray import LazyArray
+from nbdstore.store.local_host import LOCAL
 from nbdstore.store.mapmemory import load_now
 from nbdstore.store.slots import bits_set, clear_bits, set_bits, test_bits
 from nbdstore.store.volume import Volume
@@ -83,23 +84,29 @@ class CheckReport:
 
 
 def check_pool(
-    directory: Path, *, repair: bool = False, progress: Progress | None = None
+    directory: Path,
+    *,
+    repair: bool = False,
+    progress: Progress | None = None,
+    host: Host = LOCAL,
 ) -> CheckReport:
     """Check the pool in `directory`, which must not be served.
 
     Arguments:
         repair: mend what can be mended, and write it.
         progress: called now and then.
+        host: what the pool stands on.
 
     Raises:
         PoolLocked: it is being served.
         PoolFormatError: there is no pool, or of a format not known here.
     """
-    return asyncio.run(_Check(directory, progress or (lambda _done, _all: None)).run(repair))
+    return asyncio.run(_Check(host, directory, progress or (lambda _done, _all: None)).run(repair))
 
 
 class _Check:
-    def __init__(self, directory: Path, progress: Progress) -> None:
+    def __init__(self, host: Host, directory: Path, progress: Progress) -> None:
+        self._host = host
         self._directory = directory
         self._progress = progress
         self._report = CheckReport()
@@ -110,9 +117,9 @@ class _Check:
     # -- the course of a check --------------------------------------------------------------
 
     async def run(self, repair: bool) -> CheckReport:
-        if not (self._directory / "super").exists():
+        if not self._host.exists(self._directory / "super"):
             raise PoolFormatError(f"{self._directory} holds no pool: nothing to check")
-        disk = Disk(self._directory)
+        disk = self._host.disk(self._directory)
         try:
             disk.lock()
             opened = self._open(disk, repair)
@@ -132,13 +139,15 @@ class _Check:
     def _open(self, disk: Disk, repair: bool) -> recovery.Opened | None:
         damages = recovery.OnDamages(self._level_damaged, self._free_map_damaged)
         try:
-            opened = recovery.open_parts(disk, PoolOptions(), damage=damages)
+            opened = recovery.open_parts(self._host, disk, PoolOptions(), damage=damages)
         except Corruption as error:
             finding = self._add("damage", error.where, error.expected, error.found)
             if not repair:
                 return None
             try:
-                opened = recovery.open_parts(disk, PoolOptions(), damage=damages, cut_damage=True)
+                opened = recovery.open_parts(
+                    self._host, disk, PoolOptions(), damage=damages, cut_damage=True
+                )
             except Corruption as second:
                 if (second.where, second.found) != (error.where, error.found):
                     self._add("damage", second.where, second.expected, second.found)

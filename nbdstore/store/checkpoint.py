@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -34,8 +33,8 @@ from nbdstore.store import catalogue, layout, superblock
 from nbdstore.store.blockmap import BlockMap, Leaves
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.core import Core
-from nbdstore.store.disk import File
 from nbdstore.store.durability import Committer
+from nbdstore.store.host import Failpoint, File
 from nbdstore.store.layout import I64, U64
 from nbdstore.store.slots import FrozenBitmap
 from nbdstore.store.superblock import NULL, Pointer, Superblock
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from nbdstore.store.volume import Volume
 
 log = logging.getLogger("nbdstore.store")
-
-_SLICE_NODES: Final = 128  # written between two turns of the loop: about 1 ms
 
 
 @dataclass
@@ -116,7 +113,7 @@ class Checkpointer:
         self.next_id = next_id
         self.lock = asyncio.Lock()
         self.seq = current.journal_seq - 1
-        self.done_at = time.monotonic()
+        self.done_at = core.host.monotonic()
         self.n_checkpoints = 0
 
     async def join(self) -> None:
@@ -164,6 +161,7 @@ class Checkpointer:
     async def _run(self) -> None:
         self._core.check_alive()
         frozen = self._freeze()
+        self._core.host.reached(Failpoint.CHECKPOINT_FROZEN)
         flipped = False
         try:
             await self._write(frozen)
@@ -183,6 +181,7 @@ class Checkpointer:
                 for slots in frozen.own:
                     self._core.slots.give_back(slots)
         self._release(frozen)
+        self._core.host.reached(Failpoint.CHECKPOINT_RELEASED)
 
     def drop(self, slots: I64) -> None:
         """Slots of nodes that the next checkpoint does not need any more."""
@@ -210,16 +209,21 @@ class Checkpointer:
     # -- 2. write ---------------------------------------------------------------------------
 
     async def _write(self, frozen: _Frozen) -> None:
+        reached = self._core.host.reached
         for volume, info, leaves in frozen.volumes:
             await self._write_leaves(volume, leaves, info.epoch, frozen)
+            reached(Failpoint.CHECKPOINT_LEAVES_WRITTEN)
             await self._write_nodes(volume.map, info.epoch, frozen)
+            reached(Failpoint.CHECKPOINT_NODES_WRITTEN)
             info.root = volume.info.root = volume.map.nodes.root
             volume.services.memory.balance()  # what was dirty may be evicted now
         raw = catalogue.encode(frozen.next_id, [info for _, info, _ in frozen.volumes])
         catalogue_root = self._write_catalogue(raw, frozen)
         catalogue_slots = np.concatenate(frozen.own)
         free_map_root, free_map, free_map_nodes, doomed = self._write_free_map(frozen)
+        reached(Failpoint.CHECKPOINT_WRITTEN)
         await self._core.disk.offload(self._core.data.fdatasync)
+        reached(Failpoint.CHECKPOINT_SYNCED)
         new = self.superblock.next(
             n_slots=self._core.slots.n_slots,
             journal_offset=frozen.journal_offset,
@@ -238,16 +242,19 @@ class Checkpointer:
             superblock.write(self._super_file, new)
         except NoSpace as error:
             raise WriteFailed(f"superblock: {error}") from error
+        self._core.host.reached(Failpoint.CHECKPOINT_FLIPPED)
         await self._core.disk.offload(self._super_file.fdatasync)
+        self._core.host.reached(Failpoint.CHECKPOINT_DURABLE)
         self.superblock = new
 
     async def _write_leaves(
         self, volume: Volume, leaves: Leaves, epoch: int, frozen: _Frozen
     ) -> None:
         blocks, memory = volume.map, volume.services.memory
-        for at in range(0, len(leaves), _SLICE_NODES):
-            await memory.load_nodes(lambda: blocks, leaves[at : at + _SLICE_NODES], volume.name)
-            part = leaves[at : at + _SLICE_NODES].tolist()
+        n_slice = self._core.options.checkpoint_slice_nodes
+        for at in range(0, len(leaves), n_slice):
+            await memory.load_nodes(lambda: blocks, leaves[at : at + n_slice], volume.name)
+            part = leaves[at : at + n_slice].tolist()
             nodes = [blocks.frozen_leaf(leaf) for leaf in part]
             stored = [node for node in nodes if isinstance(node, bytes)]
             places = iter(self._store(stored, epoch, frozen))
@@ -256,18 +263,18 @@ class Checkpointer:
                 for leaf, node in zip(part, nodes, strict=True)
             ]
             self._replace(old)
-            await asyncio.sleep(0)
+            await self._core.host.sleep(0)
 
     async def _write_nodes(self, blocks: BlockMap, epoch: int, frozen: _Frozen) -> None:
-        tree = blocks.nodes
+        tree, n_slice = blocks.nodes, self._core.options.checkpoint_slice_nodes
         for level in range(tree.depth - 1):
             dirty = sorted(tree.dirty[level])
-            for at in range(0, len(dirty), _SLICE_NODES):
-                part = dirty[at : at + _SLICE_NODES]
+            for at in range(0, len(dirty), n_slice):
+                part = dirty[at : at + n_slice]
                 nodes = [tree.node_bytes(level, node) for node in part]
                 pointers = self._store_or_null(nodes, epoch, frozen)
                 self._replace(tree.written(level, part, pointers))
-                await asyncio.sleep(0)
+                await self._core.host.sleep(0)
         tree.dirty[-1].clear()
 
     def _store_or_null(self, nodes: list[bytes], epoch: int, frozen: _Frozen) -> list[Pointer]:
@@ -381,7 +388,7 @@ class Checkpointer:
             core.slots.free_later(slots, core.journal.seq + 1)
         self._replaced = []
         self.seq = frozen.seq
-        self.done_at = time.monotonic()
+        self.done_at = core.host.monotonic()
         self.n_checkpoints += 1
         self._committer.raise_horizon(frozen.seq)
         core.space_changed()

@@ -19,7 +19,7 @@ import xxhash
 
 from nbdstore.errors import Corruption, InvalidArgument, NoSpace, PoolFailed, StoreError
 from nbdstore.store import layout
-from nbdstore.store.disk import Disk, File
+from nbdstore.store.host import Disk, File, Host
 from nbdstore.store.journal import Journal
 from nbdstore.store.layout import I64
 from nbdstore.store.nodes import MapCounts
@@ -43,6 +43,9 @@ class PoolOptions:
         map_memory: bytes of map leaves kept in memory; at least 16 MiB.
         sync_interval_s: how old unsynced data may get before it is synced unasked.
         checkpoint_interval_s: how old changes may get before a checkpoint writes the trees.
+        checkpoint_slice_nodes: nodes that a checkpoint writes between two turns of the event
+            loop; 128 take about 1 ms.
+        slots: makes the map of free slots, which decides where things are written.
     """
 
     on_full: str = "wait"
@@ -50,6 +53,8 @@ class PoolOptions:
     map_memory: int = 512 << 20
     sync_interval_s: float = 5.0
     checkpoint_interval_s: float = 60.0
+    checkpoint_slice_nodes: int = 128
+    slots: type[Slots] = Slots
 
     def __post_init__(self) -> None:
         if self.on_full not in ("wait", "error"):
@@ -73,6 +78,7 @@ class Core:
 
     def __init__(
         self,
+        host: Host,
         disk: Disk,
         data: File,
         journal: Journal,
@@ -80,6 +86,7 @@ class Core:
         block_size: int,
         options: PoolOptions,
     ) -> None:
+        self.host = host
         self.disk = disk
         self.data = data
         self.journal = journal

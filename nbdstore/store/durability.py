@@ -30,6 +30,7 @@ from xxhash import xxh3_64_intdigest
 from nbdstore.errors import ReadFailed, StoreError
 from nbdstore.store import records
 from nbdstore.store.core import Core, log
+from nbdstore.store.host import Failpoint
 from nbdstore.store.layout import I64
 
 INLINE_BYTES: Final = 64 << 10
@@ -167,12 +168,14 @@ class Committer:
             volume.unsynced = Unsynced()
         self._unsynced -= covered
         carried = core.journal.seal()
+        core.host.reached(Failpoint.COMMIT_SEALED)
         # While this waits, new records and unsynced data may come; they belong to a later round.
         if small:
             await core.journal.sync(core.disk)
         else:
             data = core.disk.offload(core.data.fdatasync)
             await asyncio.gather(data, core.journal.sync(core.disk))
+        core.host.reached(Failpoint.COMMIT_SYNCED)
         for volume in waiting:
             volume.durable_seq = max(volume.durable_seq, seq)
         if not small:

@@ -6,14 +6,12 @@ is a whole pool or none; what a failed attempt made is removed again, and nothin
 
 from __future__ import annotations
 
-import time
-import uuid
 from pathlib import Path
 from typing import Final
 
-from nbdstore.errors import AlreadyExists, InvalidArgument, StoreError
+from nbdstore.errors import AlreadyExists, InvalidArgument
 from nbdstore.store import layout, superblock
-from nbdstore.store.disk import Disk
+from nbdstore.store.host import Disk, Failpoint, Host
 from nbdstore.store.journal import format_ring
 from nbdstore.store.superblock import NULL, Superblock
 
@@ -21,12 +19,12 @@ _IGNORED: Final = frozenset({"lost+found", "lock"})
 
 
 def create_pool(
-    directory: Path, *, block_size: int, capacity: int | None, journal_size: int
+    host: Host, directory: Path, *, block_size: int, capacity: int | None, journal_size: int
 ) -> None:
     """Make an empty pool; see Pool.create."""
     check_geometry(block_size, capacity, journal_size)
-    made = _make_directory(directory)
-    disk = Disk(directory)
+    made = _make_directory(host, directory)
+    disk = host.disk(directory)
     try:
         disk.lock()  # not ours yet: if this fails, everything there is somebody else's
         made_files: list[str] = []
@@ -34,13 +32,13 @@ def create_pool(
             if capacity is None:
                 capacity = max(disk.total_bytes(), layout.MIN_CAPACITY)
             n_slots = min(capacity // block_size, layout.MAX_SLOTS)
-            _format(disk, block_size, n_slots, journal_size, made_files)
+            _format(host, disk, block_size, n_slots, journal_size, made_files)
         except BaseException:
             for name in made_files:
                 disk.remove(name)
-            if made and not any(path.name != "lock" for path in directory.iterdir()):
+            if made and host.list_directory(directory) == ["lock"]:
                 disk.remove("lock")
-                directory.rmdir()
+                host.remove_directory(directory)
             raise
     finally:
         disk.close()
@@ -73,21 +71,13 @@ def check_capacity(capacity: int, block_size: int) -> None:
         )
 
 
-def _make_directory(directory: Path) -> bool:
+def _make_directory(host: Host, directory: Path) -> bool:
     """Make `directory`, or make sure that it is empty; tell whether it was made."""
-    try:
-        directory.mkdir(mode=0o700, parents=True)
+    if host.make_directory(directory):
         return True
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise StoreError(f"cannot make {directory}: {error.strerror}") from error
-    if not directory.is_dir():
+    if not host.is_directory(directory):
         raise InvalidArgument(f"{directory} is not a directory: choose another place")
-    try:
-        found = sorted(p.name for p in directory.iterdir() if p.name not in _IGNORED)
-    except OSError as error:
-        raise StoreError(f"cannot read {directory}: {error.strerror}") from error
+    found = [name for name in host.list_directory(directory) if name not in _IGNORED]
     if "super" in found:
         raise AlreadyExists(f"{directory} holds a pool already: use it, or choose another place")
     if found:
@@ -97,7 +87,9 @@ def _make_directory(directory: Path) -> bool:
     return False
 
 
-def _format(disk: Disk, block_size: int, n_slots: int, journal_size: int, made: list[str]) -> None:
+def _format(
+    host: Host, disk: Disk, block_size: int, n_slots: int, journal_size: int, made: list[str]
+) -> None:
     """Write the files; note in `made` what is there to be removed if this fails."""
     ring = disk.open("journal", create=True)
     made.append("journal")
@@ -110,7 +102,7 @@ def _format(disk: Disk, block_size: int, n_slots: int, journal_size: int, made: 
     data.truncate(block_size)  # slot 0
     data.fdatasync()
     first = Superblock(
-        uuid=uuid.uuid4(),
+        uuid=host.new_uuid(),
         generation=0,
         block_size=block_size,
         n_slots=n_slots,
@@ -120,11 +112,13 @@ def _format(disk: Disk, block_size: int, n_slots: int, journal_size: int, made: 
         catalogue=NULL,
         catalogue_bytes=0,
         free_map=NULL,
-        created=int(time.time()),
+        created=int(host.time()),
     )
     superblock.write(super_file, first)
     superblock.write(super_file, first.next())
     super_file.fdatasync()
+    host.reached(Failpoint.POOL_FILES_WRITTEN)
     disk.rename("super.new", "super")
     made[-1] = "super"
+    host.reached(Failpoint.POOL_NAMED)
     disk.sync()

@@ -39,7 +39,7 @@ from typing import Final
 import numpy as np
 import xxhash
 
-from nbdstore.store.disk import Disk, File
+from nbdstore.store.host import Disk, File
 from nbdstore.store.layout import JOURNAL_PAGE
 
 MAGIC: Final = b"NBDSJRNL"

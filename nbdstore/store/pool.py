@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +17,9 @@ from nbdstore.errors import NoSpace, PoolFormatError, StoreError
 from nbdstore.store import layout, recovery
 from nbdstore.store.administration import Administration
 from nbdstore.store.core import PoolOptions
-from nbdstore.store.disk import Disk
 from nbdstore.store.formatting import create_pool
+from nbdstore.store.host import Disk, Failpoint, Host
+from nbdstore.store.local_host import LOCAL
 from nbdstore.store.punching import Puncher
 from nbdstore.store.volume import Volume
 
@@ -58,6 +58,7 @@ class Pool:
         block_size: int = 4096,
         capacity: int | None = None,
         journal_size: int = layout.DEFAULT_JOURNAL_SIZE,
+        host: Host = LOCAL,
     ) -> None:
         """Make an empty pool in `directory`, which is made too or must be empty.
 
@@ -69,13 +70,24 @@ class Pool:
             AlreadyExists: there is a pool already.
             StoreError, NoSpace: the disk refused; nothing is left behind.
         """
-        create_pool(directory, block_size=block_size, capacity=capacity, journal_size=journal_size)
+        create_pool(
+            host,
+            directory,
+            block_size=block_size,
+            capacity=capacity,
+            journal_size=journal_size,
+        )
 
     # -- opening and closing ----------------------------------------------------------------
 
     @classmethod
-    async def open(cls, directory: Path, options: PoolOptions | None = None) -> Pool:
+    async def open(
+        cls, directory: Path, options: PoolOptions | None = None, *, host: Host = LOCAL
+    ) -> Pool:
         """Open the pool in `directory` for this process alone, recovering what a crash left.
+
+        Arguments:
+            host: what the pool stands on; another one than this machine is for tests.
 
         Raises:
             PoolLocked: another process has it.
@@ -83,15 +95,15 @@ class Pool:
             Corruption: it is damaged; `nbdstore check` tells more.
         """
         options = options or PoolOptions()
-        if not (directory / "super").exists():
+        if not host.exists(directory / "super"):
             raise PoolFormatError(
                 f"{directory} holds no pool: make one with "
                 f"'nbdstore --pool {directory} pool create'"
             )
-        disk = Disk(directory)
+        disk = host.disk(directory)
         try:
             disk.lock()
-            opened = recovery.open_parts(disk, options)
+            opened = recovery.open_parts(host, disk, options)
             recovery.check_writable(opened.report.superblock, directory)
             pool = cls(disk, opened, options)
             await pool._finish_recovery(opened)
@@ -108,8 +120,10 @@ class Pool:
         report, core = opened.report, self._core
         for fault in report.superblock_faults:
             log.warning("superblock: %s; the other copy is used", fault)
+        core.host.reached(Failpoint.RECOVERY_REPLAYED)
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
+        core.host.reached(Failpoint.RECOVERY_INLINE_WRITTEN)
         for volume_id, seq in report.dropped.items():
             name = opened.registry.by_id[volume_id].name
             log.warning(
@@ -288,10 +302,11 @@ class Pool:
 
     async def _keep_house(self) -> None:
         """Sync what gets old, write checkpoints in time, give space back to the host."""
-        synced_at = time.monotonic()
+        host = self._core.host
+        synced_at = host.monotonic()
         while self._core.failed is None:
-            await asyncio.sleep(_TICK_S)
-            now = time.monotonic()
+            await host.sleep(_TICK_S)
+            now = host.monotonic()
             self._warn_of_fill()
             unsynced = self._committer.n_unsynced_bytes
             if unsynced > _UNSYNCED_BYTES or now - synced_at > self._options.sync_interval_s:

@@ -14,8 +14,6 @@ block back into use.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import Final
 
 from nbdstore.errors import StoreError
@@ -35,7 +33,7 @@ class Puncher:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._able = True
-        self._while_began = time.monotonic()
+        self._while_began = core.host.monotonic()
         self._least: int | None = None
 
     async def work(self) -> None:
@@ -47,7 +45,7 @@ class Puncher:
             return
         excess = self._excess()
         self._least = excess if self._least is None else min(self._least, excess)
-        now = time.monotonic()
+        now = self._core.host.monotonic()
         scarce = self._core.host_full or self._core.disk.free_bytes() < _SCARCE_BYTES
         if now - self._while_began < (_SCARCE_S if scarce else WHILE_S):
             return
@@ -64,7 +62,7 @@ class Puncher:
             if wanted <= 0 or not self._able:
                 return
             wanted -= self._punch_region(region, wanted)
-            await asyncio.sleep(0)
+            await self._core.host.sleep(0)
 
     def _excess(self) -> int:
         """Bytes that the host has allocated for free slots, beyond what is kept."""

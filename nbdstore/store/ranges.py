@@ -7,7 +7,6 @@ slices, each a journal record of its own, with the event loop let in between.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import itertools
 from collections.abc import AsyncIterator
@@ -99,7 +98,7 @@ class Ranges:
             yield part
             start = part.stop
             if start < stop:
-                await asyncio.sleep(0)
+                await self._volume.core.host.sleep(0)
 
     # -- trim and write_zeroes --------------------------------------------------------------
 

@@ -30,8 +30,8 @@ from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, PoolOptions
-from nbdstore.store.disk import Disk
 from nbdstore.store.durability import Committer
+from nbdstore.store.host import Disk, Host
 from nbdstore.store.journal import Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
@@ -39,7 +39,6 @@ from nbdstore.store.nodes import ReadNode, level_sizes
 from nbdstore.store.ranges import apply_range
 from nbdstore.store.records import Group, Op, parse
 from nbdstore.store.registry import Registry
-from nbdstore.store.slots import Slots
 from nbdstore.store.superblock import Pointer, Superblock
 from nbdstore.store.volume import Services, Volume
 
@@ -107,6 +106,7 @@ class Opened:
 
 
 def open_parts(
+    host: Host,
     disk: Disk,
     options: PoolOptions,
     *,
@@ -151,8 +151,8 @@ def open_parts(
         tail=current.journal_offset,
         head=align(end, JOURNAL_PAGE),
     )
-    slots = Slots(current.n_slots, current.block_size)
-    core = Core(disk, data, journal, slots, current.block_size, options)
+    slots = options.slots(current.n_slots, current.block_size)
+    core = Core(host, disk, data, journal, slots, current.block_size, options)
     roots = _load_free_map(core, current, damage.free_map)
     next_id, infos, catalogue_slots = _load_catalogue(core, current)
     roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)

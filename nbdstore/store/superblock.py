@@ -38,7 +38,7 @@ import xxhash
 
 from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import layout
-from nbdstore.store.disk import File
+from nbdstore.store.host import File
 
 COPY_SIZE: Final = 4096
 MAGIC: Final = b"NBDSTORE"

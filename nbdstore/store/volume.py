@@ -20,8 +20,8 @@ from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer
 from nbdstore.store.core import Core
-from nbdstore.store.disk import Buffer
 from nbdstore.store.durability import Committer, Unsynced
+from nbdstore.store.host import Buffer
 from nbdstore.store.layout import U64
 from nbdstore.store.mapmemory import MapMemory
 from nbdstore.store.ranges import Extent, Ranges

@@ -13,7 +13,6 @@ two of them on one block cannot lose each other's bytes.
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +22,7 @@ from xxhash import xxh3_64_intdigest
 from nbdstore.errors import NoSpace
 from nbdstore.store import layout, records
 from nbdstore.store.blockmap import KIND, STORED
-from nbdstore.store.disk import Buffer
+from nbdstore.store.host import Buffer
 from nbdstore.store.layout import I64, U64
 
 if TYPE_CHECKING:
@@ -289,9 +288,9 @@ class Hold:
         if not self._counted:
             self._counted = True
             core.begin_hold()
-        before = time.monotonic()
+        before = core.host.monotonic()
         await core.wait_for_change(min(_HOST_POLL_S, limit or _HOST_POLL_S))
-        self._waited_s += time.monotonic() - before
+        self._waited_s += core.host.monotonic() - before
 
     def end(self) -> None:
         """The request went on, or failed."""

@@ -20,7 +20,7 @@ import pytest
 from nbdstore import unix_socket
 from nbdstore.control.client import ControlClient
 from nbdstore.store import Pool
-from nbdstore.store.disk import Disk
+from nbdstore.store.local_host import LocalDisk
 
 NBDSTORE = (sys.executable, "-m", "nbdstore")
 TIMEOUT_S = 60
@@ -180,7 +180,7 @@ class TestALife:
         assert [volume.name for volume in serving.client.volumes()] == ["db"]
 
     def test_a_pool_that_a_command_has_open_is_waited_for(self, serving: Serving) -> None:
-        disk = Disk(serving.pool)
+        disk = LocalDisk(serving.pool)
         disk.lock()
         process = serving.start("--listen", "127.0.0.1:0")
         assert process.stderr is not None

@@ -18,7 +18,7 @@ from nbdstore.commands import session
 from nbdstore.commands.session import SOCKET_NAME, read_token
 from nbdstore.control import endpoint
 from nbdstore.errors import InvalidArgument
-from nbdstore.store.disk import Disk
+from nbdstore.store.local_host import LocalDisk
 from tests.cli.conftest import CommandLine, HeldPool
 from tests.control.conftest import TOKEN, Answering
 
@@ -51,7 +51,7 @@ def test_a_pool_at_a_path_too_long_for_a_socket(tmp_path: Path, hold: Hold) -> N
 class TestLockedPools:
     def test_one_that_nobody_answers_for(self, commands: CommandLine, monkeypatch: Any) -> None:
         monkeypatch.setattr(session, "LOCK_PATIENCE_S", 0.0)
-        disk = Disk(commands.directory)
+        disk = LocalDisk(commands.directory)
         disk.lock()
         try:
             message = commands.fail("volume", "list")
@@ -64,7 +64,7 @@ class TestLockedPools:
         self, commands: CommandLine, monkeypatch: Any
     ) -> None:
         """As when two commands run at once: the second finds the pool open, and tries again."""
-        disk = Disk(commands.directory)
+        disk = LocalDisk(commands.directory)
         disk.lock()
         monkeypatch.setattr(session.time, "sleep", lambda _s: disk.close())
         assert commands.json("volume", "list") == []
@@ -72,7 +72,7 @@ class TestLockedPools:
     def test_a_command_turns_to_a_server_that_starts_meanwhile(
         self, commands: CommandLine, hold: Hold, monkeypatch: Any
     ) -> None:
-        disk = Disk(commands.directory)
+        disk = LocalDisk(commands.directory)
         disk.lock()
 
         def start_server(_seconds: float) -> None:
@@ -140,7 +140,7 @@ class TestCompletion:
         assert self.complete(CommandLine(tmp_path / "none"), "volume", "show", "d") == []
 
     def test_a_locked_pool_does_not_keep_the_shell_waiting(self, commands: CommandLine) -> None:
-        disk = Disk(commands.directory)
+        disk = LocalDisk(commands.directory)
         disk.lock()
         assert self.complete(commands, "volume", "show", "d") == []
         disk.close()

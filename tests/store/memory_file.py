@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbdstore.store.disk import Buffer
+from nbdstore.store.host import Buffer
 
 
 class MemoryFile:
-    """Stands in for disk.File; `raw` is what it holds."""
+    """Stands in for host.File; `raw` is what it holds."""
 
     def __init__(self, name: str = "file", raw: bytes = b"") -> None:
         self.name = name

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
-from nbdstore.store import Pool, PoolOptions, Volume, disk
+from nbdstore.store import Pool, PoolOptions, Volume, local_host
 from nbdstore.store.check import CheckReport, check_pool
-from nbdstore.store.disk import Buffer
+from nbdstore.store.host import Buffer
 from tests.store.workload import joined
 
 MIB: Final = 1 << 20
@@ -91,7 +91,7 @@ Hook = Callable[[str, str], None]
 def hooked(hook: Hook) -> Iterator[None]:
     """Call `hook` before whatever files opened from now on are asked to do."""
 
-    class HookedFile(disk.File):
+    class HookedFile(local_host.LocalFile):
         def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
             hook("write", self.name)
             super().pwritev(buffers, offset)
@@ -116,7 +116,7 @@ def hooked(hook: Hook) -> Iterator[None]:
             hook("punch", self.name)
             return super().punch(offset, length)
 
-    with mock.patch("nbdstore.store.disk.File", HookedFile):
+    with mock.patch("nbdstore.store.local_host.LocalFile", HookedFile):
         yield
 
 
@@ -134,5 +134,5 @@ class Calls(list[tuple[str, str]]):
 @contextmanager
 def cold() -> Iterator[None]:
     """While this lasts, no read finds anything in the page cache."""
-    with mock.patch("nbdstore.store.disk.File.preadv_cached", lambda *_: False):
+    with mock.patch("nbdstore.store.local_host.LocalFile.preadv_cached", lambda *_: False):
         yield

@@ -31,8 +31,8 @@ from tests.store.simulated_disk import (
     Images,
     Mark,
     SimulatedDisk,
+    adversarial,
     crash_images,
-    inserted,
     load_images,
 )
 from tests.store.workload import WINDOW, Settings, Spread, Workload
@@ -83,20 +83,18 @@ def recover(disk: SimulatedDisk, spread: Spread) -> Found:
     """Open the pool on `disk`, read everything, close it."""
 
     async def main() -> Found:
-        pool = await Pool.open(PLACE)
+        pool = await Pool.open(PLACE, adversarial(), host=disk.host)
         try:
             return await read_all(pool, spread)
         finally:
             await pool.close()
 
-    with inserted(disk):
-        return virtual_clock.run(main())
+    return virtual_clock.run(main())
 
 
 def assert_clean(images: Images) -> None:
     """Assert that a check finds nothing."""
-    with inserted(SimulatedDisk(images)):
-        report = check_pool(PLACE)
+    report = check_pool(PLACE, host=SimulatedDisk(images).host)
     serious = [str(f) for f in report.findings if f.severity != "notice"]
     assert not serious, serious
 
@@ -135,7 +133,7 @@ def run_workload(disk: SimulatedDisk, model: Model, seed: int, course: Course) -
 
     async def main() -> None:
         try:
-            pool = await Pool.open(PLACE, course.options)
+            pool = await Pool.open(PLACE, adversarial(course.options), host=disk.host)
         except (NoSpace, PoolFailed, ReadFailed):
             return  # the disk is in trouble already
         work = Workload(pool, disk, seed, course.settings)
@@ -146,8 +144,7 @@ def run_workload(disk: SimulatedDisk, model: Model, seed: int, course: Course) -
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
-    with inserted(disk):
-        virtual_clock.run(main())
+    virtual_clock.run(main())
 
 
 def model_at(base: dict[int, History], disk: SimulatedDisk, at: int) -> Model:

@@ -20,7 +20,7 @@ from nbdstore.errors import Corruption, ReadFailed, StoreError
 from nbdstore.store import Pool, Volume
 from nbdstore.store.check import check_pool
 from tests.store.power_loss import new_pool
-from tests.store.simulated_disk import PLACE, Images, SimulatedDisk, inserted
+from tests.store.simulated_disk import PLACE, Images, SimulatedDisk, adversarial
 from tests.store.workload import joined
 
 BLOCK: Final = 4096
@@ -46,7 +46,7 @@ def subject(*, closed: bool) -> tuple[dict[str, bytes], States]:
     states: States = {}
 
     async def main() -> None:
-        pool = await Pool.open(PLACE)
+        pool = await Pool.open(PLACE, adversarial(), host=disk.host)
         volumes = [await pool.create_volume(name, PLACES[-1] + LENGTH) for name in ("one", "two")]
 
         async def write(volume: Volume) -> None:
@@ -71,8 +71,7 @@ def subject(*, closed: bool) -> tuple[dict[str, bytes], States]:
             for found in states.values():
                 del found[:-1]
 
-    with inserted(disk):
-        asyncio.run(main())
+    asyncio.run(main())
     return {name: bytes(image) for name, image in disk.images.items()}, states
 
 
@@ -116,8 +115,8 @@ def damage(rng: random.Random, images: Images) -> str:
 # -- what may come of it -----------------------------------------------------------------------
 
 
-async def _look(states: States) -> str:
-    pool = await Pool.open(PLACE)
+async def _look(disk: SimulatedDisk, states: States) -> str:
+    pool = await Pool.open(PLACE, adversarial(), host=disk.host)
     try:
         assert set(pool.volumes) == set(states), "a volume is gone, or came from nowhere"
         kinds = {await _look_at(volume, states[name]) for name, volume in pool.volumes.items()}
@@ -160,36 +159,33 @@ def run_seed(seed: int) -> str:
 
 def _judge(rng: random.Random, images: Images, states: States) -> str:
     try:
-        with inserted(SimulatedDisk(images)):
-            clean = check_pool(PLACE).clean
+        clean = check_pool(PLACE, host=SimulatedDisk(images).host).clean
     except StoreError:
         clean = False
     try:
-        with inserted(SimulatedDisk(images)):
-            outcome = asyncio.run(_look(states))
+        outcome = asyncio.run(_look(SimulatedDisk(images), states))
     except StoreError:
         outcome = "refused"
     assert not (clean and outcome != "harmless"), "check found nothing"
     disk = SimulatedDisk(images)
     try:
-        with inserted(disk):
-            if not check_pool(PLACE, repair=True).clean:
-                return outcome
+        if not check_pool(PLACE, repair=True, host=disk.host).clean:
+            return outcome
     except StoreError:
         return outcome
     # What repair calls mended works, and whatever is still readable is right.
-    with inserted(disk):
-        assert check_pool(PLACE).clean, "repair left something, and did not say so"
-        if outcome != "refused":
-            assert asyncio.run(_look(states)) == "harmless", "repair lost data and did not say so"
-        else:
-            asyncio.run(_open_and_read())
-            outcome = "repaired"
+    assert check_pool(PLACE, host=disk.host).clean, "repair left something, and did not say so"
+    if outcome != "refused":
+        looked = asyncio.run(_look(disk, states))
+        assert looked == "harmless", "repair lost data and did not say so"
+    else:
+        asyncio.run(_open_and_read(disk))
+        outcome = "repaired"
     return outcome
 
 
-async def _open_and_read() -> None:
-    pool = await Pool.open(PLACE)
+async def _open_and_read(disk: SimulatedDisk) -> None:
+    pool = await Pool.open(PLACE, adversarial(), host=disk.host)
     for volume in pool.volumes.values():
         await content(volume)
     await pool.close()

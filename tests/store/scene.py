@@ -16,8 +16,8 @@ from tests.store.simulated_disk import (
     Fault,
     Images,
     SimulatedDisk,
+    adversarial,
     crash_images,
-    inserted,
 )
 
 Act = Callable[[Pool], Awaitable[None]]
@@ -40,13 +40,14 @@ class Scene:
         """Open the pool and let `act` go on; then close it, or kill the process."""
 
         async def main() -> None:
-            pool = await Pool.open(PLACE, PoolOptions(**options))
+            chosen = PoolOptions(**options)
+            chosen = adversarial(chosen) if self._greedy else chosen
+            pool = await Pool.open(PLACE, chosen, host=self.disk.host)
             await act(pool)
             if close:
                 await pool.close()
 
-        with inserted(self.disk, greedy=self._greedy):
-            virtual_clock.run(main())
+        virtual_clock.run(main())
 
     def begin_again(self, images: Images | None = None, fault: Fault | None = None) -> None:
         """Go on with `images`, by default what the last act left, on a disk without a past."""

@@ -1,4 +1,4 @@
-"""A disk in memory that remembers what power loss may take: a stand-in for ``disk.Disk``.
+"""A host in memory that remembers what power loss may take: the simulated I/O layer.
 
 Owns the log of everything that was done to the files of a pool, and the making of what could be
 on the platter after a crash at any moment of it; knows nothing of what the bytes mean.
@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PosixPath
-from types import ModuleType
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
-from unittest import mock
 
 import numpy as np
 
 from nbdstore.errors import StoreError
-from nbdstore.store.disk import Buffer
+from nbdstore.store import PoolOptions
+from nbdstore.store.host import Buffer, Failpoint, Host
 from nbdstore.store.layout import I64
 from nbdstore.store.slots import Slots
 
@@ -62,7 +61,14 @@ class Mark:
     what: Any
 
 
-Event = Write | Synced | Mark
+@dataclass(frozen=True)
+class Reached:
+    """The store came to a failpoint."""
+
+    place: Failpoint
+
+
+Event = Write | Synced | Mark | Reached
 Images = dict[str, bytearray]
 Fault = Callable[[str, str], None]
 """Called with the operation and the file's name before it is done; raises what shall go wrong."""
@@ -173,6 +179,7 @@ class SimulatedDisk:
         self.fault = fault
         self.events: list[Event] = []
         self.directory = PLACE
+        self.host: Host = SimulatedHost(self)
         self.files: dict[str, SimulatedFile] = {}
 
     def before(self, operation: str, name: str) -> None:
@@ -183,7 +190,7 @@ class SimulatedDisk:
         """Remember that `what` happened now."""
         self.events.append(Mark(what))
 
-    # -- the interface of disk.Disk -----------------------------------------------------------
+    # -- the contract of host.Disk ------------------------------------------------------------
 
     def lock(self) -> None:
         pass
@@ -196,6 +203,12 @@ class SimulatedDisk:
 
     def exists(self, name: str) -> bool:
         return name in self.images
+
+    def remove(self, name: str) -> None:
+        raise NotImplementedError("pools are made on a real disk")
+
+    def rename(self, old: str, new: str) -> None:
+        raise NotImplementedError("pools are made on a real disk")
 
     def sync(self) -> None:
         pass
@@ -225,6 +238,47 @@ class SimulatedDisk:
 
     def close(self) -> None:
         pass
+
+
+class SimulatedHost:
+    """A host whose only disk is `disk`; time is the event loop's, chance comes from a seed."""
+
+    def __init__(self, disk: SimulatedDisk) -> None:
+        self._disk = disk
+
+    def disk(self, directory: Path) -> SimulatedDisk:
+        return self._disk
+
+    def make_directory(self, directory: Path) -> bool:
+        raise NotImplementedError("pools are made on a real disk")
+
+    def list_directory(self, directory: Path) -> list[str]:
+        return sorted(self._disk.images)
+
+    def remove_directory(self, directory: Path) -> None:
+        raise NotImplementedError("pools are made on a real disk")
+
+    def is_directory(self, directory: Path) -> bool:
+        return directory == PLACE
+
+    def exists(self, path: Path) -> bool:
+        return path.parent == PLACE and self._disk.exists(path.name)
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def time(self) -> float:
+        return 1_700_000_000 + self.monotonic()
+
+    def new_uuid(self) -> uuid.UUID:
+        return uuid.UUID(bytes=self._disk.random.randbytes(16), version=4)
+
+    async def sleep(self, delay_s: float) -> None:
+        """A turn of the loop takes its time on a slow disk."""
+        await (asyncio.sleep(delay_s) if delay_s else self._disk.pause())
+
+    def reached(self, place: Failpoint) -> None:
+        self._disk.events.append(Reached(place))
 
 
 # -- crashes ---------------------------------------------------------------------------------
@@ -300,17 +354,10 @@ def _apply_unsynced(image: bytearray, event: Write, crash: Crash, rng: random.Ra
         apply(image, event.offset, event.data)
 
 
-# -- joining it to the store -------------------------------------------------------------------
+# -- pools on it -------------------------------------------------------------------------------
 
 
-class _Anywhere(PosixPath):
-    """A directory in which every file exists."""
-
-    def exists(self) -> bool:
-        return True
-
-
-PLACE: Final = _Anywhere("simulated")
+PLACE: Final = Path("simulated")
 
 
 def load_images(directory: Path) -> Images:
@@ -353,29 +400,7 @@ class _GreedySlots(Slots):
         return np.concatenate([found, rest])
 
 
-def _with_sleep(sleep: Callable[[], Awaitable[None]]) -> ModuleType:
-    """The module asyncio, in which sleep is `sleep`."""
-    module = ModuleType("asyncio")
-    module.__dict__.update(asyncio.__dict__)
-    module.__dict__["sleep"] = lambda _delay: sleep()
-    return module
-
-
-@contextmanager
-def inserted(disk: SimulatedDisk, *, greedy: bool = True) -> Iterator[None]:
-    """While this lasts, pools are opened and checked on `disk`; they are said to be at PLACE.
-
-    Arguments:
-        greedy: give slots out again as soon as that is allowed, the last freed first.
-
-    Checkpoints let others go on after each leaf, on a slow disk for long.
-    """
-    slots = _GreedySlots if greedy else Slots
-    with (
-        mock.patch("nbdstore.store.pool.Disk", lambda _directory: disk),
-        mock.patch("nbdstore.store.check.Disk", lambda _directory: disk),
-        mock.patch("nbdstore.store.recovery.Slots", slots),
-        mock.patch("nbdstore.store.checkpoint._SLICE_NODES", 1),
-        mock.patch("nbdstore.store.checkpoint.asyncio", _with_sleep(disk.pause)),
-    ):
-        yield
+def adversarial(options: PoolOptions | None = None) -> PoolOptions:
+    """Options that look for trouble: freed slots are used again as soon as that is allowed, the
+    last freed first, and checkpoints let others go on after each leaf."""
+    return replace(options or PoolOptions(), slots=_GreedySlots, checkpoint_slice_nodes=1)

@@ -58,6 +58,7 @@ async def test_ids_are_never_used_twice(pool: Pool, directory: Path, tmp_path: P
     await pool.delete_volume(first)
     second = await pool.create_volume("v", MIB)
     assert second.id > first.id
+    assert second.status()["uuid"] != first.status()["uuid"]
     await pool.delete_volume(second)
     async with opened(killed(directory, tmp_path / "k")) as again:
         assert (await again.create_volume("v", MIB)).id > second.id

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdstore.store.disk import Disk, File
+from nbdstore.store.host import Disk, File
 from nbdstore.store.journal import ALIGNMENT, HEADER_SIZE, Journal, Reader, Record, format_ring
 from nbdstore.store.layout import JOURNAL_PAGE
 from tests.store.memory_file import MemoryFile

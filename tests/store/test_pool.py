@@ -19,7 +19,7 @@ from nbdstore.errors import (
     StoreError,
 )
 from nbdstore.store import Pool, PoolOptions
-from nbdstore.store.disk import Disk
+from nbdstore.store.local_host import LocalDisk
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -146,7 +146,7 @@ def test_a_failed_create_leaves_nothing_behind(
 
 
 def test_a_create_that_meets_another_one_leaves_its_files_alone(tmp_path: Path) -> None:
-    other = Disk(tmp_path)
+    other = LocalDisk(tmp_path)
     other.lock()
     try:
         with pytest.raises(PoolLocked):
@@ -158,16 +158,16 @@ def test_a_create_that_meets_another_one_leaves_its_files_alone(tmp_path: Path) 
 
 def test_what_another_create_made_meanwhile_is_not_removed(tmp_path: Path) -> None:
     """The other one is done between our look at the directory and our lock."""
-    real = Disk.lock
+    real = LocalDisk.lock
 
-    def lock(self: Disk) -> None:
-        with mock.patch.object(Disk, "lock", real):
+    def lock(self: LocalDisk) -> None:
+        with mock.patch.object(LocalDisk, "lock", real):
             make_pool(tmp_path / "other")
         for path in (tmp_path / "other").iterdir():
             path.rename(tmp_path / "p" / path.name)
         real(self)
 
-    with mock.patch.object(Disk, "lock", lock), pytest.raises(StoreError):
+    with mock.patch.object(LocalDisk, "lock", lock), pytest.raises(StoreError):
         make_pool(tmp_path / "p")
     assert {path.name for path in (tmp_path / "p").iterdir()} >= {"super", "journal", "data"}
 

@@ -12,7 +12,7 @@ import xxhash
 
 from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import superblock
-from nbdstore.store.disk import File
+from nbdstore.store.host import File
 from nbdstore.store.superblock import COPY_SIZE, Superblock
 from tests.store.memory_file import MemoryFile
 

@@ -1,23 +1,19 @@
 """An event loop whose clock jumps: sleeping costs nothing, and who would wait for ever is told.
 
-Owns the loop and the patching of the store's clock; for tests whose disk is simulated, too.
+Owns the loop; for tests whose host is simulated, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-import time
 from collections.abc import Coroutine
-from types import SimpleNamespace
 from typing import Any, Final, TypeVar
-from unittest import mock
 
 R = TypeVar("R")
 
 LIMIT_S: Final = 20_000.0
 """Virtual seconds after which a test has hung."""
-_CLOCKS: Final = ("pool", "writing", "checkpoint", "punching")
 
 
 class _Selector(selectors.SelectSelector):
@@ -47,20 +43,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run(main: Coroutine[Any, Any, R]) -> R:
-    """Like asyncio.run, in virtual time; the store sees the same clock."""
+    """Like asyncio.run, in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        clock = SimpleNamespace(monotonic=runner.get_loop().time, time=time.time)
-        patches = [mock.patch(f"nbdstore.store.{name}.time", clock) for name in _CLOCKS]
-        for patch in patches:
-            patch.start()
         found: list[R] = []
 
         async def keep() -> None:
             found.append(await main)
 
-        try:
-            runner.run(keep())  # the runner calls repr() on what its task returns
-            return found[0]
-        finally:
-            for patch in patches:
-                patch.stop()
+        runner.run(keep())  # the runner calls repr() on what its task returns
+        return found[0]

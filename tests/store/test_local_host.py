@@ -17,26 +17,26 @@ import pytest
 
 from nbdstore.errors import NoSpace, PoolLocked, ReadFailed, StoreError, WriteFailed
 from nbdstore.store import Pool
-from nbdstore.store.disk import IOV_MAX, Disk, File
+from nbdstore.store.local_host import IOV_MAX, LocalDisk, LocalFile
 from tests.store.pools import MIB, assert_clean, make_pool, opened, read, until
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    found = Disk(tmp_path)
+def disk(tmp_path: Path) -> Iterator[LocalDisk]:
+    found = LocalDisk(tmp_path)
     yield found
     found.close()
 
 
 @pytest.fixture
-def file(disk: Disk) -> File:
+def file(disk: LocalDisk) -> LocalFile:
     return disk.open("file", create=True)
 
 
 # -- files ---------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_in_every_way(file: File) -> None:
+def test_what_is_written_is_read_in_every_way(file: LocalFile) -> None:
     raw = random.Random(1).randbytes(20_000)
     file.pwritev([raw[:5000], memoryview(raw)[5000:5001], bytearray(raw[5001:])], 12_288)
     assert file.size == 32_288
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_in_every_way(file: File) -> None:
         assert buffer == raw[:4096]
 
 
-def test_reading_beyond_the_end_gives_what_there_is(file: File) -> None:
+def test_reading_beyond_the_end_gives_what_there_is(file: LocalFile) -> None:
     file.pwritev([b"x" * 5000], 0)
     buffer = bytearray(8192)
     assert file.preadv(buffer, 0) == 5000
@@ -61,13 +61,13 @@ def test_reading_beyond_the_end_gives_what_there_is(file: File) -> None:
     assert file.pread_direct(4096, 8192) == b""
 
 
-def test_more_buffers_than_the_kernel_takes_at_once(file: File) -> None:
+def test_more_buffers_than_the_kernel_takes_at_once(file: LocalFile) -> None:
     buffers = [bytes([n % 251]) * 7 for n in range(3 * IOV_MAX + 5)]
     file.pwritev(buffers, 3)
     assert file.pread(100_000, 3) == b"".join(buffers)
 
 
-def test_a_short_write_is_completed(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_completed(file: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwritev
 
     def short(fd: int, buffers: list[bytes], offset: int) -> int:
@@ -78,7 +78,7 @@ def test_a_short_write_is_completed(file: File, monkeypatch: pytest.MonkeyPatch)
     assert file.pread(20, 0) == b"hello world"
 
 
-def test_punching_gives_space_back_and_reads_as_zeros(file: File) -> None:
+def test_punching_gives_space_back_and_reads_as_zeros(file: LocalFile) -> None:
     file.pwritev([b"x" * 4 * MIB], 0)
     file.fdatasync()
     before = file.allocated
@@ -90,7 +90,7 @@ def test_punching_gives_space_back_and_reads_as_zeros(file: File) -> None:
     assert file.pread(4 * MIB, 0) == b"x" * MIB + bytes(2 * MIB) + b"x" * MIB
 
 
-CALLS: dict[str, Callable[[File], Any]] = {
+CALLS: dict[str, Callable[[LocalFile], Any]] = {
     "pwritev": lambda f: f.pwritev([b"x"], 0),
     "ftruncate": lambda f: f.truncate(5),
     "fdatasync": lambda f: f.fdatasync(),
@@ -113,7 +113,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("call", "code", "expected"), ERRORS)
 def test_errors_of_the_system_are_told_in_the_stores_words(
-    file: File,
+    file: LocalFile,
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     code: int,
@@ -130,7 +130,7 @@ def test_errors_of_the_system_are_told_in_the_stores_words(
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EOPNOTSUPP])
 def test_a_read_that_would_wait_or_cannot_be_asked_not_to_is_no_error(
-    file: File, monkeypatch: pytest.MonkeyPatch, code: int
+    file: LocalFile, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -139,7 +139,7 @@ def test_a_read_that_would_wait_or_cannot_be_asked_not_to_is_no_error(
     assert not file.preadv_cached(bytearray(10), 0)
 
 
-def test_an_error_of_a_cached_read_is_one(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_cached_read_is_one(file: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -155,10 +155,10 @@ def test_a_missing_directory_and_a_file_in_its_place_are_store_errors(tmp_path: 
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(StoreError, match=str(place)):
-            Disk(place)
+            LocalDisk(place)
 
 
-def test_creating_what_exists_and_opening_what_does_not_are_store_errors(disk: Disk) -> None:
+def test_creating_what_exists_and_opening_what_does_not_are_store_errors(disk: LocalDisk) -> None:
     disk.open("a", create=True)
     with pytest.raises(StoreError, match="a: File exists"):
         disk.open("a", create=True)
@@ -173,7 +173,7 @@ def test_creating_what_exists_and_opening_what_does_not_are_store_errors(disk: D
 
 
 def test_the_lock_is_for_one_and_free_again_after_it(tmp_path: Path) -> None:
-    first, second = Disk(tmp_path), Disk(tmp_path)
+    first, second = LocalDisk(tmp_path), LocalDisk(tmp_path)
     first.lock()
     with pytest.raises(PoolLocked, match=f"pid {os.getpid()}"):
         second.lock()
@@ -184,8 +184,10 @@ def test_the_lock_is_for_one_and_free_again_after_it(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from nbdstore.store.disk import Disk\n"
-        "disk = Disk(Path(sys.argv[1])); disk.lock(); print('locked', flush=True); time.sleep(60)"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from nbdstore.store.local_host import LocalDisk\n"
+        "disk = LocalDisk(Path(sys.argv[1]))\n"
+        "disk.lock()\nprint('locked', flush=True)\ntime.sleep(60)"
     )
     holder = subprocess.Popen(
         ["python3", "-c", code, str(tmp_path)],
@@ -195,7 +197,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert holder.stdout is not None
     with holder:
         assert holder.stdout.readline() == b"locked\n"
-        disk = Disk(tmp_path)
+        disk = LocalDisk(tmp_path)
         with pytest.raises(PoolLocked, match=f"pid {holder.pid}"):
             disk.lock()
         holder.send_signal(signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""The only module of the store that talks to the operating system.
+"""The host that a pool really stands on: the only module that talks to the operating system.
 
-Owns files, locks, syncs and the threads that wait for disks; knows nothing of what the bytes
-mean.  Everything above asks a :class:`Disk` for files, so that another implementation can stand
-in for it (one that loses, tears and fails on demand).
+Owns files, locks, syncs, clocks and the threads that wait for disks; knows nothing of what the
+bytes mean.  The contract, with all docstrings, is host.py's.
 
 Errors leave here as the store's own: ENOSPC, EDQUOT and EFBIG as :class:`NoSpace`, every other
 error of a write or sync as :class:`WriteFailed`, of a read as :class:`ReadFailed`.
@@ -16,14 +15,15 @@ import errno
 import fcntl
 import mmap
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
 from nbdstore.errors import NoSpace, PoolLocked, ReadFailed, StoreError, WriteFailed
-
-Buffer = bytes | bytearray | memoryview
+from nbdstore.store.host import Buffer, Failpoint, Host
 
 IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -42,7 +42,7 @@ def _write_error(name: str, what: str, error: OSError) -> StoreError:
     return WriteFailed(f"{name}: {error.strerror} while {what}: see the kernel log for the device")
 
 
-class File:
+class LocalFile:
     """One open file of a pool."""
 
     def __init__(self, name: str, fd: int, directory_fd: int) -> None:
@@ -170,7 +170,7 @@ class File:
         )
 
 
-class Disk:
+class LocalDisk:
     """A directory with the files of one pool, locked by this process while it is open."""
 
     def __init__(self, directory: Path) -> None:
@@ -186,7 +186,7 @@ class Disk:
             raise StoreError(f"pool directory {directory}: {error.strerror}") from error
         self._lock_fd: int | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._files: list[File] = []
+        self._files: list[LocalFile] = []
 
     def lock(self) -> None:
         """Become the one process that uses the pool.
@@ -214,7 +214,7 @@ class Disk:
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
 
-    def open(self, name: str, *, create: bool = False) -> File:
+    def open(self, name: str, *, create: bool = False) -> LocalFile:
         """Open file `name`; with `create` it must not exist yet.
 
         Raises:
@@ -225,7 +225,7 @@ class Disk:
             fd = os.open(name, flags, 0o600, dir_fd=self._fd)
         except OSError as error:
             raise StoreError(f"{self.directory / name}: {error.strerror}") from error
-        self._files.append(File(name, fd, self._fd))
+        self._files.append(LocalFile(name, fd, self._fd))
         return self._files[-1]
 
     def exists(self, name: str) -> bool:
@@ -278,6 +278,65 @@ class Disk:
             os.ftruncate(self._lock_fd, 0)
             os.close(self._lock_fd)
         os.close(self._fd)
+
+
+class LocalHost:
+    """This machine."""
+
+    def disk(self, directory: Path) -> LocalDisk:
+        """See Host."""
+        return LocalDisk(directory)
+
+    def make_directory(self, directory: Path) -> bool:
+        """See Host."""
+        try:
+            directory.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StoreError(f"cannot make {directory}: {error.strerror}") from error
+        return True
+
+    def list_directory(self, directory: Path) -> list[str]:
+        """See Host."""
+        try:
+            return sorted(path.name for path in directory.iterdir())
+        except OSError as error:
+            raise StoreError(f"cannot read {directory}: {error.strerror}") from error
+
+    def remove_directory(self, directory: Path) -> None:
+        """See Host."""
+        directory.rmdir()
+
+    def is_directory(self, directory: Path) -> bool:
+        """See Host."""
+        return directory.is_dir()
+
+    def exists(self, path: Path) -> bool:
+        """See Host."""
+        return path.exists()
+
+    def monotonic(self) -> float:
+        """See Host."""
+        return time.monotonic()
+
+    def time(self) -> float:
+        """See Host."""
+        return time.time()
+
+    def new_uuid(self) -> uuid.UUID:
+        """See Host."""
+        return uuid.uuid4()
+
+    async def sleep(self, delay_s: float) -> None:
+        """See Host."""
+        await asyncio.sleep(delay_s)
+
+    def reached(self, place: Failpoint) -> None:
+        """See Host; nothing happens there."""
+
+
+LOCAL: Final[Host] = LocalHost()
 
 
 def _libc() -> ctypes.CDLL:
