@@ -321,12 +321,11 @@ class _Check:
             self._add("inconsistency", where, expected, found, repaired=repair)
 
     async def _write(self, opened: recovery.Opened) -> None:
-        """Write what was mended: twice, so that both superblocks are new."""
+        """Write what was mended."""
         core = opened.services.core
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
-        for _ in range(2):
-            await opened.services.checkpointer.run()
+        await opened.services.checkpointer.run()
 
 
 def _told(error: Corruption | ReadFailed) -> tuple[str, str, str]:

@@ -9,7 +9,8 @@ A checkpoint of seq S holds exactly what records 1..S did, whatever is written w
 2. write, in slices with the loop let in between: frozen leaves, then the nodes above them, then
    the catalogue with the new roots, then the free map, all into free slots;
 3. sync the data file;
-4. write the superblock's older copy, sync it: from here on this checkpoint is what recovery reads;
+4. write the superblock to one copy, sync it: from here on this checkpoint is what recovery reads;
+   write it to the other copy, sync it: from here on nobody needs the checkpoint before;
 5. release the journal up to S and the slots of what was replaced.
 
 A crash before 4 leaves the checkpoint before, and the journal from there.  A failure before 4
@@ -97,7 +98,7 @@ class Checkpointer:
         core: Core,
         committer: Committer,
         super_file: File,
-        current: Superblock,
+        found: superblock.Found,
         roots: Roots,
         volumes: dict[int, Volume],
         next_id: int,
@@ -105,14 +106,15 @@ class Checkpointer:
         self._core = core
         self._committer = committer
         self._super_file = super_file
+        self._opened_by = found.copy
         self._roots = roots
         self._volumes = volumes
         self._replaced: list[I64] = []
         self._running: asyncio.Task[None] | None = None
-        self.superblock = current
+        self.superblock = found.newest
         self.next_id = next_id
         self.lock = asyncio.Lock()
-        self.seq = current.journal_seq - 1
+        self.seq = found.newest.journal_seq - 1
         self.done_at = core.host.monotonic()
         self.n_checkpoints = 0
 
@@ -238,12 +240,13 @@ class Checkpointer:
 
     async def _flip(self, new: Superblock) -> None:
         """Make `new` the superblock; a failure cannot be taken back, so it fails the pool."""
-        try:
-            superblock.write(self._super_file, new)
-        except NoSpace as error:
-            raise WriteFailed(f"superblock: {error}") from error
-        self._core.host.reached(Failpoint.CHECKPOINT_FLIPPED)
-        await self._core.disk.offload(self._super_file.fdatasync)
+        for copy in (1 - self._opened_by, self._opened_by):
+            try:
+                superblock.write(self._super_file, new, copy)
+            except NoSpace as error:
+                raise WriteFailed(f"superblock: {error}") from error
+            self._core.host.reached(Failpoint.CHECKPOINT_FLIPPED)
+            await self._core.disk.offload(self._super_file.fdatasync)
         self._core.host.reached(Failpoint.CHECKPOINT_DURABLE)
         self.superblock = new
 

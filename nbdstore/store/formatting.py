@@ -103,7 +103,7 @@ def _format(
     data.fdatasync()
     first = Superblock(
         uuid=host.new_uuid(),
-        generation=0,
+        generation=1,
         block_size=block_size,
         n_slots=n_slots,
         journal_size=journal_size,
@@ -114,8 +114,8 @@ def _format(
         free_map=NULL,
         created=int(host.time()),
     )
-    superblock.write(super_file, first)
-    superblock.write(super_file, first.next())
+    for copy in (0, 1):
+        superblock.write(super_file, first, copy)
     super_file.fdatasync()
     host.reached(Failpoint.POOL_FILES_WRITTEN)
     disk.rename("super.new", "super")

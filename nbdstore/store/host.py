@@ -44,7 +44,7 @@ class Failpoint(enum.StrEnum):
     CHECKPOINT_NODES_WRITTEN = "checkpoint: nodes of a volume written"
     CHECKPOINT_WRITTEN = "checkpoint: written, not yet synced"
     CHECKPOINT_SYNCED = "checkpoint: synced, superblock not yet written"
-    CHECKPOINT_FLIPPED = "checkpoint: superblock written, not yet synced"
+    CHECKPOINT_FLIPPED = "checkpoint: a copy of the superblock written, not yet synced"
     CHECKPOINT_DURABLE = "checkpoint: durable, nothing released yet"
     CHECKPOINT_RELEASED = "checkpoint: journal and slots released"
 

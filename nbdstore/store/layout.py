@@ -5,7 +5,7 @@ Owns every number of the on-disk format that more than one module needs; does no
 A pool is a directory::
 
     lock           held (flock) by the one process that serves the pool; holds its pid
-    super          two superblocks, 4 KiB each, written alternately   (superblock.py)
+    super          the superblock, 4 KiB, twice                       (superblock.py)
     journal        a ring of records, written full of zeros when made (journal.py, records.py)
     data           slots of one block each, sparse; slot s is at byte s * block_size
     control.sock   the control API of the server that holds the pool  (not the store's)

@@ -131,7 +131,8 @@ def open_parts(
             f"'nbdstore --pool {disk.directory} pool create'"
         )
     super_file, data, ring = disk.open("super"), disk.open("data"), disk.open("journal")
-    current, faults = superblock.read(super_file)
+    found = superblock.read(super_file)
+    current = found.newest
     if ring.size < current.journal_size:
         raise Corruption(
             f"{disk.directory}/journal",
@@ -158,12 +159,10 @@ def open_parts(
     roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)
     committer = Committer(core)
     registry = Registry()
-    checkpointer = Checkpointer(
-        core, committer, super_file, current, roots, registry.by_id, next_id
-    )
+    checkpointer = Checkpointer(core, committer, super_file, found, roots, registry.by_id, next_id)
     services = Services(core, committer, MapMemory(core), checkpointer)
     node_slots = {info.id: _load_volume(services, registry, info, damage.levels) for info in infos}
-    report = Report(current, faults)
+    report = Report(current, found.faults)
     replay = _Replay(services, registry, reader, report, durable_seq)
     replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
     return Opened(services, registry, report, roots, node_slots, replay.inline)

@@ -3,9 +3,15 @@
 Owns the format of the file ``super`` and the choice between its two copies.
 
 Format: two copies of 4096 bytes, at bytes 0 and 4096.  Each is the struct below, little-endian,
-zeros, and at byte 4088 the xxh3_64 of the 4088 bytes before it.  Generation g is written to copy
-``g % 2``; a crash while it is written leaves the other copy, which is the generation before, and
-whose checkpoint is whole.  The valid copy with the highest generation wins.
+zeros, and at byte 4088 the xxh3_64 of the 4088 bytes before it.  The valid copy with the highest
+generation wins.
+
+Each generation is written to one copy, synced, then to the other, and synced again; only then may
+what the generation before needs be overwritten.  The first to be written is never the copy that
+the pool was opened by, which may be the only one: a crash at any moment leaves one that is whole,
+whose checkpoint is whole.  And since both are the same afterwards, whatever happens to one of them
+costs nothing; were they written alternately, damage to the newer one would bring the generation
+before back to life, when others have its slots already.
 
 =====  ====================  =======================================================
 bytes  field                 meaning
@@ -145,28 +151,44 @@ def decode(raw: bytes, where: str) -> Superblock:
     )
 
 
-def read(file: File) -> tuple[Superblock, list[Corruption]]:
-    """Return the newest valid superblock of `file`, and what is wrong with the other copy.
+@dataclass(frozen=True)
+class Found:
+    """What the file ``super`` holds.
+
+    Attributes:
+        newest: the valid superblock with the highest generation.
+        copy: 0 or 1, where it stands.
+        faults: what is wrong with the other copy.
+    """
+
+    newest: Superblock
+    copy: int
+    faults: list[Corruption]
+
+
+def read(file: File) -> Found:
+    """Return the newest valid superblock of `file`.
 
     Raises:
         PoolFormatError: a copy is of a format this version does not know.
         Corruption: both copies are damaged.
     """
-    found: list[Superblock] = []
+    valid: dict[int, Superblock] = {}
     faults: list[Corruption] = []
     for copy in (0, 1):
         try:
             raw = file.pread(COPY_SIZE, copy * COPY_SIZE)
-            found.append(decode(raw, f"{file.name}, copy {copy}"))
+            valid[copy] = decode(raw, f"{file.name}, copy {copy}")
         except Corruption as error:
             faults.append(error)
         except ReadFailed as error:
             faults.append(Corruption(str(error), "a readable block", "an error of the disk"))
-    if not found:
+    if not valid:
         raise faults[0]
-    return max(found, key=lambda s: s.generation), faults
+    copy = max(valid, key=lambda copy: valid[copy].generation)
+    return Found(valid[copy], copy, faults)
 
 
-def write(file: File, superblock: Superblock) -> None:
-    """Write `superblock` over the older copy; the caller syncs `file`."""
-    file.pwritev([superblock.encode()], superblock.generation % 2 * COPY_SIZE)
+def write(file: File, superblock: Superblock, copy: int) -> None:
+    """Write `superblock` to `copy`, 0 or 1; the caller syncs `file`."""
+    file.pwritev([superblock.encode()], copy * COPY_SIZE)

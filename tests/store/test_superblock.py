@@ -1,4 +1,4 @@
-"""The superblock: written alternately, and no damaged byte goes unnoticed."""
+"""The superblock: written twice, and no damaged byte goes unnoticed."""
 
 from __future__ import annotations
 
@@ -86,28 +86,33 @@ def test_features_that_do_not_hinder_reading_are_kept(offset: int) -> None:
     assert superblock.decode(found.encode(), "here") == found
 
 
-def test_generations_alternate_between_the_copies() -> None:
+def test_either_copy_is_written_by_itself() -> None:
     memory, file = file_of(bytes(2 * COPY_SIZE))
-    one, two = FIRST, FIRST.next(journal_seq=9)
-    superblock.write(file, one)
-    superblock.write(file, two)
-    assert memory.size == 2 * COPY_SIZE
-    assert superblock.decode(bytes(memory.raw[COPY_SIZE:]), "copy 1") == one
-    assert superblock.decode(bytes(memory.raw[:COPY_SIZE]), "copy 0") == two
-    assert two.generation == one.generation + 1
-    assert superblock.read(file) == (two, [])
+    superblock.write(file, FIRST, 1)
+    assert memory.raw[:COPY_SIZE] == bytes(COPY_SIZE)
+    superblock.write(file, FIRST.next(), 0)
+    assert memory.raw == FIRST.next().encode() + FIRST.encode()
 
 
-def test_the_whole_copy_is_taken_when_the_newer_one_is_damaged() -> None:
-    memory, file = file_of(FIRST.next().encode(), FIRST.encode())
-    memory.raw[100] ^= 1
-    found, faults = superblock.read(file)
-    assert found == FIRST
-    assert [fault.where for fault in faults] == ["super, copy 0"]
+@pytest.mark.parametrize("copy", [0, 1])
+def test_the_newest_generation_is_taken_wherever_it_stands(copy: int) -> None:
+    copies = [FIRST.encode(), FIRST.encode()]
+    copies[copy] = FIRST.next(journal_seq=9).encode()
+    _, file = file_of(*copies)
+    assert superblock.read(file) == superblock.Found(FIRST.next(journal_seq=9), copy, [])
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_the_whole_copy_is_taken_when_the_other_is_damaged(copy: int) -> None:
+    memory, file = file_of(FIRST.encode(), FIRST.encode())
+    memory.raw[copy * COPY_SIZE + 100] ^= 1
+    found = superblock.read(file)
+    assert (found.newest, found.copy) == (FIRST, 1 - copy)
+    assert [fault.where for fault in found.faults] == [f"super, copy {copy}"]
 
 
 def test_two_damaged_copies_are_corruption() -> None:
-    memory, file = file_of(FIRST.next().encode(), FIRST.encode())
+    memory, file = file_of(FIRST.encode(), FIRST.encode())
     memory.raw[100] ^= 1
     memory.raw[COPY_SIZE + 100] ^= 1
     with pytest.raises(Corruption, match="super, copy 0"):
@@ -121,7 +126,7 @@ def test_a_truncated_file_is_taken_as_far_as_it_goes(length: int) -> None:
         with pytest.raises(Corruption):
             superblock.read(file)
     else:
-        assert superblock.read(file)[0] == FIRST.next()
+        assert superblock.read(file).newest == FIRST.next()
 
 
 def test_a_copy_that_cannot_be_read_leaves_the_other() -> None:
@@ -132,9 +137,9 @@ def test_a_copy_that_cannot_be_read_leaves_the_other() -> None:
             raise ReadFailed("super: Input/output error while reading at byte 0")
 
     file = HalfReadable("super", FIRST.next().encode() + FIRST.encode())
-    found, faults = superblock.read(cast(File, file))
-    assert found == FIRST
-    assert len(faults) == 1
+    found = superblock.read(cast(File, file))
+    assert (found.newest, found.copy) == (FIRST, 1)
+    assert len(found.faults) == 1
 
 
 def test_every_field_is_stored() -> None:
