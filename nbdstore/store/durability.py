@@ -103,6 +103,13 @@ class Committer:
         """Data in the page cache only, in bytes."""
         return sum(v.unsynced.n_bytes for v in self._unsynced)
 
+    @property
+    def is_settled(self) -> bool:
+        """All is durable, a durable record says so, and no freed slot waits to be used again."""
+        core = self._core
+        told = self.horizon >= core.journal.content_seq
+        return told and not self._unsynced and not core.slots.n_quarantined
+
     async def commit(self, volume: Syncable) -> None:
         """Return when all records of `volume` written so far are durable, with their data.
 
@@ -122,10 +129,14 @@ class Committer:
         await self._round()
 
     async def settle(self) -> None:
-        """Make durable that everything is durable: what is freed by now can be used again."""
+        """Make durable that everything is durable.
+
+        What is freed by now can be used again, and damage to what is there by now will be found.
+        """
+        journal = self._core.journal
         await self.commit_all()
-        if self._core.slots.n_quarantined:
-            if self._core.journal.room_for(0):
+        if not self.is_settled:
+            if journal.carried_durable_seq < journal.durable_seq and journal.room_for(0):
                 self._core.append(b"")
             await self.commit_all()
 
@@ -187,6 +198,8 @@ class Committer:
         core = self._core
         durable = min([seq, *(v.unsynced.first_seq - 1 for v in self._unsynced)])
         core.journal.durable_seq = max(core.journal.durable_seq, durable)
+        if core.journal.may_vouch:
+            core.append(b"")
         self.raise_horizon(carried)
 
     def raise_horizon(self, seq: int) -> None:

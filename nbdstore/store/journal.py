@@ -26,6 +26,12 @@ bytes  field        meaning
 Reading back, the record after one that ends at e starts at e rounded up to 64, or to 4096, or at
 the next lap.  Where none of these holds the next seq, the log ends - unless a valid record with a
 higher seq, which says that the missing one was durable, lies further on: that is damage.
+
+Vouching: only a later record tells a damaged one from one that never got to the disk.  So after
+each sync that made more records durable, an empty record is written that says so; it costs no
+sync of its own.  After the server is killed, damage to any record that a flush covered is found.
+After a loss of power, that of the last few seconds may be taken for unsynced ones: the empty
+record gets to the disk with the next sync, which is never longer away than the sync interval.
 """
 
 from __future__ import annotations
@@ -75,6 +81,8 @@ class Journal:
         found_seq: the last record that was there when the pool was opened.
         seq: the last record written (to the page cache).
         durable_seq: all records up to it, with the data they map, are durable; goes into headers.
+        content_seq: the last record written that is not empty; 0 = none yet.
+        carried_durable_seq: what the newest record tells to be durable.
         tail: offset from which recovery would start: what lies before may be overwritten.
         head: offset where the next record goes.
         n_syncs: syncs so far.
@@ -91,6 +99,7 @@ class Journal:
         self.found_seq = seq
         self.seq = self.durable_seq = seq + size // ALIGNMENT + 1
         self.carried_durable_seq = 0
+        self.content_seq = 0
         self.tail = tail
         self.head = head
         self.n_syncs = 0
@@ -99,6 +108,12 @@ class Journal:
     def used(self) -> int:
         """Bytes between tail and head."""
         return self.head - self.tail
+
+    @property
+    def may_vouch(self) -> bool:
+        """An empty record would tell of something durable that no record tells of yet, and fits."""
+        told = self.carried_durable_seq
+        return told < self.content_seq and told < self.durable_seq and self.room_for(0)
 
     def room_for(self, payload_bytes: int, spare: int = 0) -> bool:
         """Tell whether a record of `payload_bytes` fits, leaving `spare` bytes of the ring."""
@@ -126,6 +141,8 @@ class Journal:
         self.seq = seq
         self.head = offset + total
         self.carried_durable_seq = self.durable_seq
+        if length:
+            self.content_seq = seq
         return seq
 
     def seal(self) -> int:

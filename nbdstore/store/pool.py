@@ -311,7 +311,7 @@ class Pool:
             unsynced = self._committer.n_unsynced_bytes
             if unsynced > _UNSYNCED_BYTES or now - synced_at > self._options.sync_interval_s:
                 synced_at = now
-                if unsynced or self._core.slots.n_quarantined:
+                if not self._committer.is_settled:
                     with contextlib.suppress(StoreError):  # the pool has said it, and stopped
                         await self._committer.settle()
             if self._wants_checkpoint(now):
