@@ -68,14 +68,17 @@ class ServedPool:
         """Start to serve and return when clients can connect."""
         self.options = options
         with ReadinessSocket(self.notify_path) as readiness:
-            process = self.children.start(
-                *(str(NBDSTORE), "--pool", str(self.directory), "serve", *options),
-                *("--listen", f"127.0.0.1:{self.port}", "--listen", f"unix:{self.socket_path}"),
-                log=self.log.name,
-                env=readiness.env,
-            )
+            process = self._launch(readiness)
             readiness.wait(process)
         self.process = process
+
+    def _launch(self, readiness: ReadinessSocket) -> subprocess.Popen[bytes]:
+        return self.children.start(
+            *(str(NBDSTORE), "--pool", str(self.directory), "serve", *self.options),
+            *("--listen", f"127.0.0.1:{self.port}", "--listen", f"unix:{self.socket_path}"),
+            log=self.log.name,
+            env=readiness.env,
+        )
 
     def stop(self) -> None:
         """Ask the server to stop, as systemd does; it must end with status 0."""
@@ -92,6 +95,18 @@ class ServedPool:
         process, self.process = self.process, None
         process.kill()
         process.wait(STOP_TIMEOUT_S)
+
+    def kill_while_starting(self, after_s: float) -> None:
+        """Start the server, as it was last, and end it by `kill -9` when `after_s` have passed."""
+        assert self.process is None
+        with ReadinessSocket(self.notify_path) as readiness:
+            process = self._launch(readiness)
+            try:
+                status = process.wait(after_s)
+                raise ServerFailed(f"the server ended with status {status}")
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(STOP_TIMEOUT_S)
 
     def restart(self) -> None:
         """Start the server again, on the addresses and with the options that it had."""

@@ -1,0 +1,33 @@
+"""`kill -9` under load, in the drain and in the recovery: see tests.kills.loop."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.children import Children
+from tests.clients.served_pool import ServedPool
+from tests.kills.loop import Geometry, KillLoop, Tally
+
+KILLS_PER_SEED = 10
+MIB = 1 << 20
+
+GEOMETRIES = {
+    "small blocks": Geometry(4 << 10, 16 * MIB, MIB, (4 * MIB, 2 * MIB, 4 * MIB)),
+    "large blocks": Geometry(64 << 10, 16 * MIB, MIB, (8 * MIB, 2 * MIB)),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_what_was_acknowledged_survives_kills_at_any_moment(
+    children: Children, tmp_path: Path, geometry: Geometry
+) -> None:
+    tally = Tally()
+    pool = ServedPool(children, tmp_path)
+    loop = KillLoop(pool, geometry, random.Random(1), tally)
+    while tally.n_kills < KILLS_PER_SEED:
+        loop.round()
+    pool.close()
+    assert tally.lost_in_flight > 0, "no kill has met a change in flight"
