@@ -3,11 +3,15 @@
 The oracle is the client. Each 4 KiB block that it writes says which block it is and which version
 of it. The client counts what it has sent and what was acknowledged, kills the server while requests
 are in flight, and after the restart each block must hold, as a whole, a version between the two.
+
+fio keeps its own books: what it had got acknowledged when it pulled the trigger, it verifies later.
+More kills, at all moments of a server's life, are in tests/kills.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,7 @@ from tests.children import Children
 from tests.clients.libnbd import nbdsh
 from tests.clients.served_pool import ServedPool
 
-pytestmark = pytest.mark.requires("nbdsh")
+pytestmark = pytest.mark.requires("nbdsh", "fio")
 
 N_ROUNDS = 4
 
@@ -130,3 +134,43 @@ def test_acknowledged_writes_survive_kills(
         served.kill()  # It is dead already: this collects its end.
         served.restart()
     nbdsh(children, served.uri(), f"STATE = {str(state)!r}\n" + CHECK)
+
+
+FIO = (
+    *("fio", "--name=killed", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16"),
+    *("--numjobs=4", "--size=256M", "--offset_increment=256M", "--randseed=7"),
+    *("--verify=crc32c", "--output-format=json"),
+)
+
+
+def test_fio_finds_all_it_got_acknowledged(
+    served: ServedPool, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four jobs, each on its own connection and quarter of the volume."""
+    monkeypatch.chdir(children.directory)  # where fio keeps its books
+    assert served.process
+    fio_jobs(
+        children,
+        *("--do_verify=0", "--verify_state_save=1", f"--uri={served.unix_uri()}"),
+        *("--trigger-timeout=1s", f"--trigger=kill -9 {served.process.pid}"),
+        status=None,
+    )
+    served.kill()
+    served.restart()
+    jobs = fio_jobs(
+        children,
+        *("--verify_only=1", "--verify_state_load=1", "--verify_fatal=1"),
+        f"--uri={served.unix_uri()}",
+        status=0,
+    )
+    assert [job["error"] for job in jobs] == [0] * 4
+    for job in jobs:
+        assert 0 < job["read"]["total_ios"] < 65536, "fio was killed neither too early nor too late"
+
+
+def fio_jobs(children: Children, *options: str, status: int | None) -> Any:
+    """Run fio and return its report on each job."""
+    report = children.directory / "fio.json"
+    children.run(*FIO, f"--output={report}", *options, status=status)
+    text = report.read_text()
+    return json.loads(text[text.index("{") :])["jobs"]
