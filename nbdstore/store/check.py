@@ -323,6 +323,7 @@ class _Check:
     async def _write(self, opened: recovery.Opened) -> None:
         """Write what was mended."""
         core = opened.services.core
+        core.journal.make_whole()
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
         await opened.services.checkpointer.run()

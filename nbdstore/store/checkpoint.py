@@ -5,10 +5,11 @@ superblock; how a frozen leaf is kept from changing is the map's (blockmap.py, s
 
 A checkpoint of seq S holds exactly what records 1..S did, whatever is written while it runs:
 
-1. freeze (no await): remember S and the journal's head, mark dirty leaves and the free map frozen;
+1. freeze (no await): end the journal's part up to here by an empty record, S, the mark that a
+   lost journal would lack; mark dirty leaves and the free map frozen;
 2. write, in slices with the loop let in between: frozen leaves, then the nodes above them, then
    the catalogue with the new roots, then the free map, all into free slots;
-3. sync the data file;
+3. sync the data file and, for the mark, the journal;
 4. write the superblock to one copy, sync it: from here on this checkpoint is what recovery reads;
    write it to the other copy, sync it: from here on nobody needs the checkpoint before;
 5. release the journal up to S and the slots of what was replaced.
@@ -51,11 +52,13 @@ class _Frozen:
     """What one checkpoint writes: the state at `seq`.
 
     Attributes:
+        mark: the empty record that ends what it covers; 0 = there is none.
         own: slots taken for the pool's own trees, given back if the checkpoint fails.
     """
 
     seq: int
     journal_offset: int
+    mark: int
     volumes: list[tuple[Volume, VolumeInfo, Leaves]]
     next_id: int
     bitmap: FrozenBitmap
@@ -133,23 +136,26 @@ class Checkpointer:
         if not task.cancelled():
             task.exception()  # those who joined have it; without any, run() has logged it
 
-    async def run(self) -> None:
+    async def run(self, *, last: bool = False) -> None:
         """Write a checkpoint of the present.
+
+        Arguments:
+            last: nothing will come after it, so that nobody needs the journal any more.
 
         Raises:
             NoSpace: there is no space for it; the pool goes on, the journal keeps what it has.
             PoolFailed: a write or sync failed; the pool has stopped.
         """
         async with self.lock:
-            await self.run_locked()
+            await self.run_locked(last=last)
 
-    async def run_locked(self) -> None:
+    async def run_locked(self, *, last: bool = False) -> None:
         """Like :meth:`run`, for the holder of `lock`.
 
         A cancelled caller waits for the end all the same: once the superblock's write has begun,
         nobody knows which one a crash leaves, so there is no turning back half-way.
         """
-        task = asyncio.create_task(self._run())
+        task = asyncio.create_task(self._run(last))
         cancelled: asyncio.CancelledError | None = None
         while not task.done():
             try:
@@ -160,9 +166,9 @@ class Checkpointer:
             raise cancelled
         task.result()
 
-    async def _run(self) -> None:
+    async def _run(self, last: bool) -> None:
         self._core.check_alive()
-        frozen = self._freeze()
+        frozen = self._freeze(last=last)
         self._core.host.reached(Failpoint.CHECKPOINT_FROZEN)
         flipped = False
         try:
@@ -195,11 +201,13 @@ class Checkpointer:
 
     # -- 1. freeze --------------------------------------------------------------------------
 
-    def _freeze(self) -> _Frozen:
+    def _freeze(self, *, last: bool = False) -> _Frozen:
         journal = self._core.journal
+        mark = 0 if last or not journal.room_for(0) else self._core.append(b"")
         return _Frozen(
             seq=journal.seq,
             journal_offset=journal.head,
+            mark=mark,
             volumes=[
                 (volume, replace(volume.info), volume.map.freeze())
                 for volume in self._volumes.values()
@@ -224,12 +232,13 @@ class Checkpointer:
         catalogue_slots = np.concatenate(frozen.own)
         free_map_root, free_map, free_map_nodes, doomed = self._write_free_map(frozen)
         reached(Failpoint.CHECKPOINT_WRITTEN)
-        await self._core.disk.offload(self._core.data.fdatasync)
+        await self._sync(frozen)
         reached(Failpoint.CHECKPOINT_SYNCED)
         new = self.superblock.next(
             n_slots=self._core.slots.n_slots,
             journal_offset=frozen.journal_offset,
             journal_seq=frozen.seq + 1,
+            journal_mark=frozen.mark,
             catalogue=catalogue_root,
             catalogue_bytes=len(raw),
             free_map=free_map_root,
@@ -237,6 +246,14 @@ class Checkpointer:
         await self._flip(new)
         self._roots = Roots(catalogue_slots, free_map, free_map_nodes)
         self._replaced = doomed
+
+    async def _sync(self, frozen: _Frozen) -> None:
+        disk, journal = self._core.disk, self._core.journal
+        syncs = [disk.offload(self._core.data.fdatasync)]
+        if frozen.mark:
+            journal.seal()
+            syncs.append(journal.sync(disk))
+        await asyncio.gather(*syncs)
 
     async def _flip(self, new: Superblock) -> None:
         """Make `new` the superblock; a failure cannot be taken back, so it fails the pool."""

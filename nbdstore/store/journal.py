@@ -97,7 +97,11 @@ class Journal:
         # A record that was torn may be followed by whole ones; none of them may ever seem to
         # follow a new one.  A lap holds fewer records than this step.
         self.found_seq = seq
-        self.seq = self.durable_seq = seq + size // ALIGNMENT + 1
+        self._found_head = head
+        self.seq = seq + size // ALIGNMENT + 1
+        # Nothing, as long as that step is nowhere but in memory: a crash could make a claim of
+        # this process look like one about records that never were.
+        self.durable_seq = 0
         self.carried_durable_seq = 0
         self.content_seq = 0
         self.tail = tail
@@ -159,6 +163,10 @@ class Journal:
         self.n_syncs += 1
         await disk.offload(self._file.fdatasync)
 
+    def make_whole(self) -> None:
+        """Write zeros where the file was cut off."""
+        format_ring(self._file, self.size, self._file.size)
+
     def begin_without_checkpoint(self) -> None:
         """After recovery, where no checkpoint can be written: go on behind the last record.
 
@@ -166,7 +174,10 @@ class Journal:
         data that the records found map must be durable by now.
         """
         self.seq = self.durable_seq = self.found_seq
-        start, stop = self.head, self.tail + self.size
+        # The last page of the lap holds no record but the mark before the tail, which stays; the
+        # mark of the checkpoint that failed goes.
+        self.head = self._found_head
+        start, stop = self.head, self.tail + self.size - JOURNAL_PAGE
         while start < stop:
             place = start % self.size
             n = min(stop - start, self.size - place, _WIPE_BYTES)
@@ -196,10 +207,10 @@ def _checksum(record: bytearray | memoryview, length: int) -> int:
     return digest.intdigest()
 
 
-def format_ring(file: File, size: int) -> None:
-    """Write a new ring full of zeros; the caller syncs."""
-    zeros = bytes(1 << 20)
-    for offset in range(0, size, len(zeros)):
+def format_ring(file: File, size: int, start: int = 0) -> None:
+    """Write zeros to `[start, size)` of a ring; the caller syncs."""
+    zeros = bytes(_WIPE_BYTES)
+    for offset in range(start, size, len(zeros)):
         file.pwritev([zeros[: min(len(zeros), size - offset)]], offset)
 
 
@@ -216,6 +227,11 @@ class Reader:
         while (record := self._find(offset, seq)) is not None:
             yield record
             offset, seq = record.end, seq + 1
+
+    def has_mark(self, end: int, seq: int) -> bool:
+        """Tell whether record `seq`, an empty one, ends at offset `end`."""
+        record = self._parse(end - HEADER_SIZE)
+        return record is not None and (record.seq, record.end) == (seq, end)
 
     def damage_after(self, offset: int, seq: int) -> Record | None:
         """Return a valid record that says that the missing record `seq` had been durable.

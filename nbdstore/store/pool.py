@@ -153,7 +153,7 @@ class Pool:
         try:
             if self._core.failed is None:
                 try:
-                    await self._checkpointer.run()
+                    await self._checkpointer.run(last=True)
                 except NoSpace as error:
                     # What is in the journal stays there; the next start replays it.
                     log.warning("closed without a checkpoint: %s", error)

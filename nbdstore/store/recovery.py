@@ -32,7 +32,7 @@ from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, PoolOptions
 from nbdstore.store.durability import Committer
 from nbdstore.store.host import Disk, Host
-from nbdstore.store.journal import Journal, Reader, Record, align
+from nbdstore.store.journal import HEADER_SIZE, Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
 from nbdstore.store.nodes import ReadNode, level_sizes
@@ -133,7 +133,7 @@ def open_parts(
     super_file, data, ring = disk.open("super"), disk.open("data"), disk.open("journal")
     found = superblock.read(super_file)
     current = found.newest
-    if ring.size < current.journal_size:
+    if ring.size < current.journal_size and not cut_damage:
         raise Corruption(
             f"{disk.directory}/journal",
             f"{current.journal_size} bytes",
@@ -187,7 +187,26 @@ def _scan(
             "no valid record",
             "run 'nbdstore check --repair' to go on with what comes before it",
         )
+    if last is None and current.journal_mark and not cut_damage:
+        _check_mark(reader, current, directory)
     return last, durable_seq
+
+
+def _check_mark(reader: Reader, current: Superblock, directory: str) -> None:
+    """Tell a journal to which nothing was written since the checkpoint from one that is not it.
+
+    Raises:
+        Corruption: the file is of another pool or another time, or was zeroed.
+    """
+    if not reader.has_mark(current.journal_offset, current.journal_mark):
+        place = (current.journal_offset - HEADER_SIZE) % current.journal_size
+        raise Corruption(
+            f"{directory}/journal, offset {place}",
+            f"record {current.journal_mark}, with which the last checkpoint ended",
+            "no such record: this is not the journal that belongs to 'super'",
+            "put the right one back, or run 'nbdstore check --repair' to go on without what came "
+            "after that checkpoint",
+        )
 
 
 # -- the last checkpoint's trees --------------------------------------------------------------

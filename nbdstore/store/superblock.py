@@ -30,6 +30,8 @@ bytes  field                 meaning
 8      catalogue_bytes       its length in bytes
 8+8    free_map              entry of its root; it has ``ceil(n_slots / 8 / block_size)`` blocks
 8      created               seconds since 1970
+8      journal_mark          0, or the seq of an empty record that ends at journal_offset: as long
+                             as nothing came after it, it tells this journal from another one
 =====  ====================  =======================================================
 """
 
@@ -48,7 +50,7 @@ from nbdstore.store.host import File
 
 COPY_SIZE: Final = 4096
 MAGIC: Final = b"NBDSTORE"
-_STRUCT: Final = struct.Struct("<8s4I16sQIQQQQQQQQQQ")
+_STRUCT: Final = struct.Struct("<8s4I16sQIQQQQQQQQQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 _CHECKSUM_AT: Final = COPY_SIZE - _CHECKSUM.size
 
@@ -73,6 +75,7 @@ class Superblock:
     catalogue_bytes: int
     free_map: Pointer
     created: int
+    journal_mark: int = 0
     compatible: int = layout.FEATURES_COMPATIBLE
     readonly_compatible: int = layout.FEATURES_READONLY_COMPATIBLE
     incompatible: int = layout.FEATURES_INCOMPATIBLE
@@ -101,6 +104,7 @@ class Superblock:
             self.catalogue_bytes,
             *self.free_map,
             self.created,
+            self.journal_mark,
         ).ljust(_CHECKSUM_AT, b"\0")
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -132,7 +136,10 @@ def decode(raw: bytes, where: str) -> Superblock:
             f"{where}: the pool uses features this nbdstore does not know "
             f"(incompatible bits {unknown:#x}): install a newer version"
         )
-    block_size, n_slots, journal_size, offset, seq, cat0, cat1, cat_bytes, map0, map1, made = rest
+    (block_size, n_slots, journal_size, offset, seq, cat0, cat1, cat_bytes, map0, map1, *rest) = (
+        rest
+    )
+    created, mark = rest
     return Superblock(
         uuid=uuid.UUID(bytes=pool),
         generation=generation,
@@ -144,7 +151,8 @@ def decode(raw: bytes, where: str) -> Superblock:
         catalogue=(cat0, cat1),
         catalogue_bytes=cat_bytes,
         free_map=(map0, map1),
-        created=made,
+        created=created,
+        journal_mark=mark,
         compatible=compatible,
         readonly_compatible=readonly,
         incompatible=incompatible,
