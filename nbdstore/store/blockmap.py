@@ -41,7 +41,7 @@ UNIFORM: Final = 3
 KIND: Final = 3
 DIRTY: Final = 4
 FROZEN: Final = 8
-_WRITABLE: Final = RESIDENT | DIRTY
+WRITABLE: Final = RESIDENT | DIRTY
 
 FrozenLeaf = bytes | int
 """What a frozen leaf was: the bytes of its node, or the location of all its entries."""
@@ -153,16 +153,16 @@ class BlockMap:
         """
         leaves = blocks >> self.leaf_shift
         states = self.states[leaves]
-        if bool((states == _WRITABLE).all()):
+        if bool((states == WRITABLE).all()):
             return
-        leaves = np.unique(leaves[states != _WRITABLE])
+        leaves = np.unique(leaves[states != WRITABLE])
         states = self.states[leaves]
         plain = (states == RESIDENT) | (states == HOLE)
         for leaf in leaves[~plain].tolist():
             self._make_leaf_writable(leaf)
         self._add_resident(int(np.count_nonzero(states[plain] == HOLE)))
         self._add_dirty(int(np.count_nonzero(plain)))
-        self.states[leaves[plain]] = _WRITABLE
+        self.states[leaves[plain]] = WRITABLE
 
     def _make_leaf_writable(self, leaf: int) -> None:
         state = self.state_bytes[leaf]
@@ -176,7 +176,7 @@ class BlockMap:
             self._add_resident(1)
         if not state & DIRTY:
             self._add_dirty(1)
-        self.state_bytes[leaf] = _WRITABLE
+        self.state_bytes[leaf] = WRITABLE
 
     def _blocks_in(self, leaf: int) -> int:
         return min(self.n_blocks - (leaf << self.leaf_shift), self.fanout)

@@ -141,12 +141,19 @@ class Core:
         what the next checkpoint needs: slots for the dirty leaves, of which this write makes up
         to `n_leaves` more, and for the nodes above them.
         """
+        return self.slots.allocate(n, self._floor(n_holes, n_leaves))
+
+    def _floor(self, n_holes: int, n_leaves: int) -> int:
+        """How many slots a write must leave free; see :meth:`take_slots`."""
         for_checkpoint = self.map_counts.slots_to_write(n_leaves)
         if n_holes:
-            floor = self.reserve + self.slots.n_set_aside + for_checkpoint
-        else:
-            floor = max(self.reserve // 2, for_checkpoint + _OWN_SLOTS)
-        return self.slots.allocate(n, floor)
+            return self.reserve + self.slots.n_set_aside + for_checkpoint
+        return max(self.reserve // 2, for_checkpoint + _OWN_SLOTS)
+
+    def take_few_slots(self, n: int, n_holes: int) -> list[int] | None:
+        """Like :meth:`take_slots` where all leaves are dirty, of so few that arrays cost more."""
+        # As for a write that does make a leaf dirty: that is what NO_HOLE counts with.
+        return self.slots.allocate_few(n, self._floor(n_holes, 1))
 
     def may_set_aside(self, n: int) -> bool:
         """Tell whether `n` more slots can be promised; those in quarantine will be free in time."""

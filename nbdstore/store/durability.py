@@ -24,7 +24,6 @@ from __future__ import annotations
 import asyncio
 from typing import Final, Protocol
 
-import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import ReadFailed, StoreError
@@ -50,16 +49,16 @@ class Unsynced:
     def __init__(self) -> None:
         self.first_seq = 0
         self.n_bytes = 0
-        self.slots: list[I64] = []
+        self.slots: list[int] = []
         self.checksums: list[int] = []
 
-    def add(self, seq: int, slots: I64, checksums: list[int], n_bytes: int) -> None:
+    def add(self, seq: int, slots: I64 | list[int], checksums: list[int], n_bytes: int) -> None:
         """Note that record `seq` mapped `slots`, `n_bytes` in all."""
         if not self.first_seq:
             self.first_seq = seq
         self.n_bytes += n_bytes
         if self.n_bytes <= INLINE_BYTES:
-            self.slots.append(slots)
+            self.slots += slots if isinstance(slots, list) else slots.tolist()
             self.checksums += checksums
 
 
@@ -88,7 +87,9 @@ class Committer:
         self._all_durable_seq = 0
         self.horizon = 0
 
-    def wrote(self, volume: Syncable, seq: int, slots: I64, checksums: list[int]) -> None:
+    def wrote(
+        self, volume: Syncable, seq: int, slots: I64 | list[int], checksums: list[int]
+    ) -> None:
         """Note that record `seq` of `volume` mapped `slots`, which hold data of `checksums`."""
         volume.last_seq = seq
         volume.unsynced.add(seq, slots, checksums, len(slots) * self._core.block_size)
@@ -213,17 +214,16 @@ class Committer:
         core = self._core
         if sum(v.unsynced.n_bytes for v in waiting) > INLINE_BYTES:
             return False
-        parts = [slots for v in waiting for slots in v.unsynced.slots]
-        if not parts:
+        slots = [slot for v in waiting for slot in v.unsynced.slots]
+        if not slots:
             return True
-        slots = np.concatenate(parts)
         if not core.journal.room_for(len(slots) * (8 + core.block_size) + 64):
             return False
         size = core.block_size
         # Just written: these reads find the page cache.  If they do not find what was written,
         # the kernel has failed to write it back: then the data file's sync must tell.
         try:
-            blocks = [core.data.pread(size, slot * size) for slot in slots.tolist()]
+            blocks = [core.data.pread(size, slot * size) for slot in slots]
         except ReadFailed:
             return False
         if [*map(xxh3_64_intdigest, blocks)] != [c for v in waiting for c in v.unsynced.checksums]:

@@ -94,6 +94,17 @@ def is_provisioned(locations: U64) -> Bools:
     return found
 
 
+def runs_of_few(slots: list[int]) -> list[tuple[int, int]]:
+    """Like :func:`runs`, of so few slots that an array would cost more than it saves."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    for at in range(1, len(slots) + 1):
+        if at == len(slots) or slots[at] != slots[at - 1] + 1:
+            found.append((start, at))
+            start = at
+    return found
+
+
 def runs(slots: I64) -> list[tuple[int, int]]:
     """Return the runs `[start, stop)` of indices over which `slots` counts up by one."""
     n = len(slots)

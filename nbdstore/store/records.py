@@ -32,7 +32,7 @@ from typing import Any, Final
 import numpy as np
 
 from nbdstore.errors import Corruption
-from nbdstore.store.layout import I64, U64
+from nbdstore.store.layout import U64
 
 _GROUP: Final = struct.Struct("<HHIII")
 
@@ -91,15 +91,23 @@ def map_group(volume: int, mapping: U64) -> bytes:
     return _GROUP.pack(Op.MAP, 0, volume, len(mapping), len(body)) + body
 
 
+def map_group_of_few(volume: int, mapping: Sequence[int]) -> bytes:
+    """Like :func:`map_group`; `mapping` is flat: block, location, checksum, block, ..."""
+    n_words = len(mapping)
+    return _GROUP.pack(Op.MAP, 0, volume, n_words // 3, 8 * n_words) + struct.pack(
+        f"<{n_words}Q", *mapping
+    )
+
+
 def range_group(op: Op, volume: int, ranges: Sequence[tuple[int, int]]) -> bytes:
     """Encode a CLEAR or PROVISION group of block ranges `[start, stop)`."""
     body = np.array(ranges, "<u8").tobytes()
     return _GROUP.pack(op, 0, volume, len(ranges), len(body)) + body
 
 
-def data_group(slots: I64, blocks: Sequence[bytes]) -> bytes:
+def data_group(slots: Sequence[int], blocks: Sequence[bytes]) -> bytes:
     """Encode a DATA group: `blocks[i]` is what slot `slots[i]` holds."""
-    body = b"".join([slots.astype("<u8").tobytes(), *blocks])
+    body = b"".join([struct.pack(f"<{len(slots)}Q", *slots), *blocks])
     return _GROUP.pack(Op.DATA, 0, 0, len(blocks), len(body)) + body
 
 

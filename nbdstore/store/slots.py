@@ -51,7 +51,7 @@ class Slots:
         self.region_slots = block_size * 8
         self._region_shift = self.region_slots.bit_length() - 1
         self._block_size = block_size
-        self._quarantine: deque[tuple[int, I64]] = deque()
+        self._quarantine: deque[tuple[int, I64 | list[int]]] = deque()
         self._window = _EMPTY
         self._window_at = 0
         self._readers: dict[int, int] = {}
@@ -64,6 +64,7 @@ class Slots:
         self.n_free = 0
         self.n_used_regions = 0
         self._bitmap: U8 = np.empty(0, np.uint8)
+        self._bitmap_bytes = memoryview(bytearray())  # the same, for scalars
         self._free_in_region = _EMPTY
         self._dirty = np.empty(0, np.bool_)
         self._resize(n_slots)
@@ -91,6 +92,7 @@ class Slots:
         dirty = np.zeros(n_regions, np.bool_)
         dirty[:old_regions] = self._dirty
         self._bitmap, self._free_in_region, self._dirty = bitmap, free, dirty
+        self._bitmap_bytes = bitmap.data
         if old_slots:  # the last old region had slots beyond the old capacity
             self._unmark(np.arange(old_slots, old_regions * self.region_slots))
         self.n_slots = n_slots
@@ -157,6 +159,29 @@ class Slots:
             parts.append(part)
         return np.concatenate(parts)
 
+    def allocate_few(self, n: int, floor: int) -> list[int] | None:
+        """Like :meth:`allocate`, of so few that arrays would cost more than they save."""
+        if self.n_free - n < floor:
+            return None
+        found: list[int] = []
+        for _ in range(n):
+            if self._window_at == len(self._window):
+                self._open_window()
+            slot = self._window.item(self._window_at)
+            self._window_at += 1
+            self._mark_one(slot)
+            found.append(slot)
+        return found
+
+    def _mark_one(self, slot: int) -> None:
+        region = slot >> self._region_shift
+        if self._frozen is not None:
+            self._frozen.keep([region])
+        self._free_in_region[region] -= 1
+        self._dirty[region] = True
+        self._bitmap_bytes[slot >> 3] |= 1 << (slot & 7)
+        self.n_free -= 1
+
     def _open_window(self) -> None:
         """Make the free slots of the best region the window that allocation takes from."""
         fresh = self.n_used_regions
@@ -180,6 +205,12 @@ class Slots:
 
     # -- freeing ----------------------------------------------------------------------------
 
+    def free_few_later(self, slots: list[int], seq: int) -> None:
+        """Like :meth:`free_later`, but not while the journal is replayed."""
+        assert self._on_replay_free is None
+        self._quarantine.append((seq, slots))
+        self.n_quarantined += len(slots)
+
     def free_later(self, slots: I64, seq: int) -> None:
         """Put `slots`, which record `seq` freed, into quarantine."""
         if self._on_replay_free is not None:
@@ -193,12 +224,12 @@ class Slots:
     def release(self, horizon: int) -> int:
         """Free what records up to `horizon` freed, as far as readers allow; return how many."""
         horizon = min(horizon, min(self._readers, default=horizon))
-        parts: list[I64] = []
+        parts: list[I64 | list[int]] = []
         while self._quarantine and self._quarantine[0][0] <= horizon:
             parts.append(self._quarantine.popleft()[1])
         if not parts:
             return 0
-        slots = np.concatenate(parts)
+        slots = _joined(parts)
         self._unmark(slots)
         self.n_quarantined -= len(slots)
         return len(slots)
@@ -226,7 +257,7 @@ class Slots:
         regions = np.flatnonzero(self._dirty)
         self._dirty[regions] = False
         self._frozen = FrozenBitmap(self._block_size, regions, self._bitmap)
-        self._frozen.clear(np.concatenate([_EMPTY, *(slots for _, slots in self._quarantine)]))
+        self._frozen.clear(_joined([slots for _, slots in self._quarantine]))
         return self._frozen
 
     def thaw(self, *, written: bool) -> None:
@@ -290,15 +321,15 @@ class Slots:
     def without_quarantine(self) -> U8:
         """A copy of the bitmap (packed, little bit order) in which quarantined slots are free."""
         bitmap = self._bitmap.copy()
-        for _, slots in self._quarantine:
-            clear_bits(bitmap, slots)
+        clear_bits(bitmap, _joined([slots for _, slots in self._quarantine]))
         return bitmap
 
     def correct(self, lost: I64, leaked: I64) -> None:
         """Count `lost` as used and `leaked` as free: a check has found them so."""
-        kept = [(seq, slots[~np.isin(slots, lost)]) for seq, slots in self._quarantine]
-        self._quarantine = deque(kept)
-        self.n_quarantined = sum(len(slots) for _, slots in kept)
+        self._quarantine = deque(
+            (seq, np.setdiff1d(slots, lost)) for seq, slots in self._quarantine
+        )
+        self.n_quarantined = sum(len(slots) for _, slots in self._quarantine)
         self._mark(lost[~self.is_used(lost)])
         self._unmark(leaked)
 
@@ -311,6 +342,14 @@ class Slots:
         edges = np.flatnonzero(np.diff(used, prepend=1, append=1)).reshape(-1, 2)
         long = edges[edges[:, 1] - edges[:, 0] >= min_slots] + region * self.region_slots
         return [(start, stop) for start, stop in long.tolist()]
+
+
+def _joined(parts: list[I64 | list[int]]) -> I64:
+    """One array of all slots in `parts`."""
+    few = [slot for part in parts if isinstance(part, list) for slot in part]
+    return np.concatenate(
+        [np.array(few, np.int64), *(part for part in parts if not isinstance(part, list))]
+    )
 
 
 def set_bits(bitmap: U8, slots: I64) -> None:

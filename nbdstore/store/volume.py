@@ -184,6 +184,23 @@ class Volume:
         self.info.n_provisioned += n_provisioned - n_promised
         self.core.slots.n_set_aside += n_provisioned - n_promised
 
+    def release_few(self, old: list[int], seq: int) -> None:
+        """Like :meth:`release` where each of the few blocks has a slot now."""
+        freed: list[int] = []
+        n_promised = 0
+        for location in old:
+            slot = location & layout.SLOT_MASK
+            if slot == layout.PROVISIONED:
+                n_promised += 1
+            elif slot:
+                freed.append(slot)
+        if freed:
+            self.core.slots.free_few_later(freed, seq)
+        self.info.n_mapped += len(old) - len(freed)
+        if n_promised:
+            self.info.n_provisioned -= n_promised
+            self.core.slots.n_set_aside -= n_promised
+
     def check_there(self) -> None:
         """Raise NotFound if the volume was deleted."""
         if self.info.deleted:

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import NoSpace
 from nbdstore.store import layout, records
-from nbdstore.store.blockmap import KIND, STORED
+from nbdstore.store.blockmap import KIND, STORED, WRITABLE
 from nbdstore.store.host import Buffer
 from nbdstore.store.layout import I64, U64
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _PIECE_BYTES: Final = 4 << 20  # of one waiting write: each piece is a record of its own
 _HOST_POLL_S: Final = 1.0  # nobody tells us when the host's filesystem has space again
 _RECORD_BYTES_PER_BLOCK: Final = 24
+_FEW: Final = 24  # blocks; at 32 scalars and arrays cost the same (see _apply_few)
 
 
 class Wait(enum.Enum):
@@ -90,7 +91,9 @@ class Writing:
                 for at in range(0, length, size):
                     pending[block] = view[at : at + size]
                     block += 1
-        return self._apply(pending) if pending else None
+        if len(pending) <= _FEW:
+            return self._apply_few(pending) if pending else None
+        return self._apply(pending)
 
     # -- sub-block writes -------------------------------------------------------------------
 
@@ -155,24 +158,28 @@ class Writing:
         if slots is None:
             return Wait.SPACE
         views = [*pending.values()]
-        try:
-            self._write_slots(slots, views)
-        except NoSpace:  # of the host's filesystem
-            core.slots.give_back(slots)
-            core.slots.begin_anew()
-            core.host_full = True
+        if not self._store(slots, layout.runs(slots), views):
             return Wait.SPACE
-        except BaseException:
-            core.slots.give_back(slots)
-            raise
-        core.host_full = False
         self._switch(blocks, slots, [*map(xxh3_64_intdigest, views)], old)
         return None
 
-    def _write_slots(self, slots: I64, views: list[Buffer]) -> None:
-        data, size = self._core.data, self._size
-        for start, stop in layout.runs(slots):
-            data.pwritev(views[start:stop], int(slots[start]) * size)
+    def _store(
+        self, slots: I64 | list[int], runs: list[tuple[int, int]], views: list[Buffer]
+    ) -> bool:
+        """Write `views` to `slots`; False, with the slots given back, if the host has no space."""
+        core, size = self._core, self._size
+        try:
+            for start, stop in runs:
+                core.data.pwritev(views[start:stop], int(slots[start]) * size)
+        except BaseException as error:
+            core.slots.give_back(np.array(slots, np.int64))
+            if not isinstance(error, NoSpace):
+                raise
+            core.slots.begin_anew()
+            core.host_full = True
+            return False
+        core.host_full = False
+        return True
 
     def _switch(self, blocks: I64, slots: I64, checksums: list[int], old: U64) -> None:
         """Journal the new places of `blocks`, then switch the map and free the old places."""
@@ -186,6 +193,44 @@ class Writing:
         volume.map.entries[blocks] = mapping[:, 1:]
         volume.services.committer.wrote(volume, seq, slots, checksums)
         volume.release(old, seq, n_mapped=len(blocks))
+
+    def _apply_few(self, pending: dict[int, Buffer]) -> Wait | None:
+        """Like :meth:`_apply` without arrays, each of whose small calls costs half a microsecond.
+
+        One block takes 14 us instead of 35, 8 take 24 instead of 39, of which the two system
+        calls are 5 to 8 (2-core VM, Python 3.11).
+        """
+        core, volume = self._core, self._volume
+        blocks_map = volume.map
+        words, states, leaf_shift = blocks_map.words, blocks_map.state_bytes, blocks_map.leaf_shift
+        old: list[int] = []
+        for block in pending:
+            if states[block >> leaf_shift] != WRITABLE:
+                return self._apply(pending)
+            old.append(words[2 * block])
+        n = len(old)
+        if volume.services.memory.is_crowded or not core.journal.room_for(
+            n * _RECORD_BYTES_PER_BLOCK + 64, core.journal.size >> 3
+        ):
+            return Wait.JOURNAL
+        slots = core.take_few_slots(n, old.count(layout.HOLE))
+        if slots is None:
+            return Wait.SPACE
+        views = [*pending.values()]
+        if not self._store(slots, layout.runs_of_few(slots), views):
+            return Wait.SPACE
+        epoch = volume.info.epoch << layout.SLOT_BITS
+        checksums = [*map(xxh3_64_intdigest, views)]
+        mapping: list[int] = []
+        for block, slot, checksum in zip(pending, slots, checksums, strict=True):
+            mapping += (block, epoch | slot, checksum)
+        seq = core.append(records.map_group_of_few(volume.id, mapping))
+        for at in range(0, 3 * n, 3):
+            block = mapping[at]
+            words[2 * block], words[2 * block + 1] = mapping[at + 1], mapping[at + 2]
+        volume.services.committer.wrote(volume, seq, slots, checksums)
+        volume.release_few(old, seq)
+        return None
 
     # -- waiting ----------------------------------------------------------------------------
 

@@ -399,6 +399,10 @@ class _GreedySlots(Slots):
         assert rest is not None
         return np.concatenate([found, rest])
 
+    def allocate_few(self, n: int, floor: int) -> list[int] | None:
+        found = self.allocate(n, floor)
+        return None if found is None else found.tolist()
+
 
 def adversarial(options: PoolOptions | None = None) -> PoolOptions:
     """Options that look for trouble: freed slots are used again as soon as that is allowed, the

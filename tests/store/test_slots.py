@@ -292,10 +292,14 @@ def test_replayed_frees_are_quarantined_until_recovery_is_durable() -> None:
     assert used(slots) == {0, 6, 7}
 
 
-def test_a_check_corrects_lost_and_leaked_slots() -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_a_check_corrects_lost_and_leaked_slots(few: bool) -> None:
     slots = Slots(100, BLOCK)
     taken = take(slots, 9)
-    slots.free_later(array(taken[0], taken[1]), 3)
+    if few:
+        slots.free_few_later(taken[:2], 3)
+    else:
+        slots.free_later(array(*taken[:2]), 3)
     slots.correct(lost=array(50, taken[0]), leaked=array(taken[5]))
     bitmap = slots.without_quarantine()
     expected = {0, 50, *taken} - {taken[1], taken[5]}
@@ -339,14 +343,14 @@ class SlotsAgainstSets(RuleBasedStateMachine):
     def make(self, n_slots: int) -> None:
         self.slots = Slots(n_slots, BLOCK)
 
-    @rule(n=st.integers(1, 60), floor=st.sampled_from([0, 10]))
-    def allocate(self, n: int, floor: int) -> None:
-        found = self.slots.allocate(n, floor)
+    @rule(n=st.integers(1, 60), floor=st.sampled_from([0, 10]), few=st.booleans())
+    def allocate(self, n: int, floor: int, few: bool) -> None:
+        found = (self.slots.allocate_few if few else self.slots.allocate)(n, floor)
         held = len(self.in_use) + sum(len(s) for _, s in self.quarantine)
         if found is None:
             assert self.slots.n_slots - 1 - held - n < floor
             return
-        new = set(found.tolist())
+        new = {*map(int, found)}
         assert len(new) == n
         assert not new & self.in_use
         assert not any(new & freed for _, freed in self.quarantine)
@@ -357,11 +361,14 @@ class SlotsAgainstSets(RuleBasedStateMachine):
         return set(data.draw(st.lists(st.sampled_from(sorted(self.in_use)), max_size=20)))
 
     @precondition(lambda self: self.in_use)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), few=st.booleans())
+    def free(self, data: st.DataObject, few: bool) -> None:
         self.seq += 1
         freed = self._some(data)
-        self.slots.free_later(array(*sorted(freed)), self.seq)
+        if few:
+            self.slots.free_few_later(sorted(freed), self.seq)
+        else:
+            self.slots.free_later(array(*sorted(freed)), self.seq)
         self.in_use -= freed
         self.quarantine.append((self.seq, freed))
 

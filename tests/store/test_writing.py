@@ -72,6 +72,43 @@ async def test_a_write_to_a_hole_fills_the_rest_of_its_block_with_zeros(volume: 
     assert volume.status()["mapped"] == 4096
 
 
+@pytest.mark.parametrize("few", [0, 6, 24])
+async def test_few_blocks_and_many_are_accounted_alike(
+    tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small batches go without arrays: over data, holes, space set aside, and frozen leaves."""
+    monkeypatch.setattr("nbdstore.store.writing._FEW", few)
+    rng = random.Random(3)
+    async with opened(make_pool(tmp_path / "p")) as pool:
+        volume = await pool.create_volume("v", 4 * MIB)
+        content = bytearray(volume.size)
+        await volume.write_zeroes(MIB, MIB, no_hole=True)
+        checkpoint: asyncio.Task[None] | None = None
+        for number in range(600):
+            blocks = rng.sample(range(volume.size // 4096), rng.choice([1, 1, 2, 3, 6, 7, 9]))
+            writes = [(block * 4096, rng.randbytes(4096)) for block in blocks]
+            assert volume.write_now(writes)
+            for offset, piece in writes:
+                content[offset : offset + len(piece)] = piece
+            if number % 100 == 50:
+                checkpoint = asyncio.create_task(pool.checkpoint())
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+            if number % 90 == 0:
+                await volume.flush()
+        assert checkpoint is not None
+        await checkpoint
+        assert await read(volume) == content
+        n_mapped = sum(any(content[at : at + 4096]) for at in range(0, len(content), 4096))
+        assert volume.status()["mapped"] == n_mapped * 4096
+        n_written = sum(any(content[at : at + 4096]) for at in range(MIB, 2 * MIB, 4096))
+        assert volume.status()["reserved"] == MIB - n_written * 4096
+        async with opened(killed(pool.directory, tmp_path / "k")) as again:
+            assert await read(again.volumes["v"]) == content
+    await assert_clean(tmp_path / "p")
+    await assert_clean(tmp_path / "k")
+
+
 async def test_an_empty_write_does_nothing(volume: Volume) -> None:
     before = volume.last_seq
     assert volume.write_now([])
