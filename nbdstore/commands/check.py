@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Verify a pool that is not being served, and repair it.")
 @click.option(
-    "--repair", is_flag=True, help="Rebuild what is derived; never touches a volume's data."
+    "--repair",
+    is_flag=True,
+    help="Rebuild what is derived, and give up what damage has cut off, so that the rest works.",
 )
 @json_option
 @click.pass_context
@@ -26,7 +28,12 @@ def check(ctx: click.Context, repair: bool, as_json: bool) -> None:
     """Verify every pointer, every checksum and the free map of the pool.
 
     Nothing may serve the pool meanwhile. Exit status 0 if all is well or was repaired, 1 if
-    something is left: blocks that are damaged stay so, and reading them stays an error.
+    something is left: blocks that are damaged stay so, and reading them stays an error until they
+    are written again.
+
+    A pool whose maps or journal are damaged opens again after --repair. What lay below a damaged
+    part of a map then reads as errors, too, and is gone for good: 'nbdstore salvage' first, if the
+    damage may be the disk's or the cable's.
 
     \b
     Examples:
@@ -70,7 +77,7 @@ def _show(report: CheckReport, repair: bool) -> None:
     )
     click.echo(f"checked {looked_at}: {_verdict(report)}")
     if not report.clean and not repair:
-        note("'nbdstore check --repair' mends what does not lose data")
+        note("'nbdstore check --repair' makes what is intact usable again")
 
 
 def _verdict(report: CheckReport) -> str:

@@ -99,7 +99,7 @@ class BlockMap:
             if first_leaf >= 0:
                 leaves = np.arange(first_leaf, first_leaf + len(locations))
                 uniform = layout.is_provisioned(locations)
-                self.states[leaves[held]] = STORED
+                self.states[leaves[held | layout.is_lost(locations)]] = STORED
                 self.states[leaves[uniform]] = UNIFORM
                 epochs = locations[uniform] >> layout.NP_SLOT_BITS
                 self._uniform_epochs[leaves[uniform]] = epochs
@@ -125,7 +125,8 @@ class BlockMap:
     def install(self, leaf: int, node: bytes) -> None:
         """Make a STORED leaf RESIDENT, with the bytes of its node."""
         assert self.states[leaf] & KIND == STORED
-        self._leaf_entries(leaf)[:] = np.frombuffer(node, "<u8").reshape(self.fanout, 2)
+        n = self._blocks_in(leaf)  # a LOST leaf may have more
+        self._leaf_entries(leaf)[:n] = np.frombuffer(node, "<u8").reshape(self.fanout, 2)[:n]
         self.states[leaf] += RESIDENT - STORED
         self._add_resident(1)
 

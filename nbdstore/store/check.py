@@ -4,10 +4,16 @@ Owns what a finding is and what can be repaired.  The pool is opened as recovery
 journal is replayed in memory), then all trees are walked, all blocks read, and what they use is
 compared with what the free map says.
 
-Repair rebuilds what is derived (free map, counters, the second superblock) and, where the journal
-is damaged, goes on without what came after.  It never touches a volume's blocks: what is damaged
-there stays as it is, and reading it stays an error.  Slots that nothing points to are freed only
-if all nodes could be read: otherwise an unreadable node may still point to them.
+Repair makes a pool usable again, and never makes bad data of damaged data:
+
+- what is derived is rebuilt: free map, counters, the second copies of superblock and catalogue;
+- a damaged journal is cut off where the damage is;
+- for a damaged node of a map, everything below becomes LOST (layout.py): reading it is an error
+  until it is written again.  What it pointed to and nothing else does is freed;
+- a damaged block of a volume stays as it is, and reading it an error.
+
+So what is not damaged works again, whatever else is, as long as one superblock and one copy of the
+catalogue are whole.
 """
 
 from __future__ import annotations
@@ -101,48 +107,48 @@ def check_pool(
         PoolLocked: it is being served.
         PoolFormatError: there is no pool, or of a format not known here.
     """
-    return asyncio.run(_Check(host, directory, progress or (lambda _done, _all: None)).run(repair))
+    check = _Check(host, directory, repair, progress or (lambda _done, _all: None))
+    return asyncio.run(check.run())
 
 
 class _Check:
-    def __init__(self, host: Host, directory: Path, progress: Progress) -> None:
+    def __init__(self, host: Host, directory: Path, repair: bool, progress: Progress) -> None:
         self._host = host
         self._directory = directory
+        self._repair = repair
         self._progress = progress
         self._report = CheckReport()
-        self._unreadable_nodes = False
-        self._unreadable_levels = False
+        self._n_damaged_nodes = 0
         self._n_total = 0
 
     # -- the course of a check --------------------------------------------------------------
 
-    async def run(self, repair: bool) -> CheckReport:
+    async def run(self) -> CheckReport:
         if not self._host.exists(self._directory / "super"):
             raise PoolFormatError(f"{self._directory} holds no pool: nothing to check")
         disk = self._host.disk(self._directory)
         try:
             disk.lock()
-            opened = self._open(disk, repair)
+            opened = self._open(disk)
             if opened is None:
                 return self._report
-            if repair:
+            if self._repair:
                 recovery.check_writable(opened.report.superblock, self._directory)
-            repair = repair and not self._unreadable_levels
             used = self._walk(opened)
-            self._compare(opened, used, repair)
-            if repair and any(f.repaired for f in self._report.findings):
+            self._compare(opened, used)
+            if self._repair and any(f.repaired for f in self._report.findings):
                 await self._write(opened)
         finally:
             disk.close()
         return self._report
 
-    def _open(self, disk: Disk, repair: bool) -> recovery.Opened | None:
-        damages = recovery.OnDamages(self._level_damaged, self._free_map_damaged)
+    def _open(self, disk: Disk) -> recovery.Opened | None:
+        damages = recovery.OnDamages(self._node_damaged, self._free_map_damaged)
         try:
             opened = recovery.open_parts(self._host, disk, PoolOptions(), damage=damages)
         except Corruption as error:
             finding = self._add("damage", error.where, error.expected, error.found)
-            if not repair:
+            if not self._repair:
                 return None
             try:
                 opened = recovery.open_parts(
@@ -154,12 +160,13 @@ class _Check:
                 return None
             finding.repaired = True
         for fault in opened.report.superblock_faults:
+            self._add("notice", *_told(fault), repaired=self._repair)
+        for volume_id, seq in opened.report.dropped.items():
             self._add(
                 "notice",
-                fault.where,
-                fault.expected,
-                fault.found,
-                repaired=repair and not self._unreadable_levels,
+                f"volume {opened.registry.by_id[volume_id].name}, journal record {seq}",
+                "the data that it maps",
+                "other data, as after a loss of power: the volume is as it was before that record",
             )
         self._report.n_journal_records = opened.report.n_records
         self._report.n_volumes = len(opened.registry.by_name)
@@ -175,18 +182,14 @@ class _Check:
             self._report.n_findings_left_out += 1
         return finding
 
-    def _level_damaged(self, error: Corruption | ReadFailed) -> None:
-        """A node above the leaves: what lies below is not known, so nothing may be written."""
-        self._unreadable_levels = True
-        self._node_damaged(error)
-
     def _free_map_damaged(self, error: Corruption | ReadFailed) -> None:
         """A block of the free map: all of it can be told from the trees."""
         self._add("inconsistency", *_told(error))
 
     def _node_damaged(self, error: Corruption | ReadFailed) -> None:
-        self._unreadable_nodes = True
-        self._add("damage", *_told(error))
+        """A node or leaf of a map: what lies below is LOST."""
+        self._n_damaged_nodes += 1
+        self._add("damage", *_told(error), repaired=self._repair)
 
     # -- the trees --------------------------------------------------------------------------
 
@@ -221,30 +224,46 @@ class _Check:
     def _walk_volume(self, opened: recovery.Opened, volume: Volume, used: U8) -> None:
         n_slots = opened.services.core.slots.n_slots
         n_mapped = n_provisioned = 0
+        lost = _Stretches()
+        lost_leaves = volume.map.nodes.lost_leaves()
         for leaf in np.flatnonzero(volume.map.states & KIND).tolist():
             start = leaf << volume.map.leaf_shift
             stop = min(start + volume.map.fanout, volume.map.n_blocks)
-            if not self._load_leaf(opened, volume, leaf):
+            if leaf in lost_leaves:
+                lost.add(np.arange(start, stop))
                 continue
+            self._load_leaf(opened, volume, leaf)
             locations = volume.map.locations(start, stop)
             n_provisioned += int(np.count_nonzero(layout.is_provisioned(locations)))
             held = np.flatnonzero(layout.holds_slot(locations)) + start
             n_mapped += len(held)
+            lost.add(np.flatnonzero(layout.is_lost(locations)) + start)
             slots = layout.slots_of(volume.map.entries[held, 0])
             self._use(used, slots, f"volume {volume.name}", n_slots)
             self._verify(opened, volume, held, slots)
             self._evict(volume, leaf)
-        if not self._unreadable_nodes:
+        self._add_lost(volume, lost)
+        if not self._n_damaged_nodes or self._repair:
             self._count(volume, n_mapped, n_provisioned)
 
-    def _load_leaf(self, opened: recovery.Opened, volume: Volume, leaf: int) -> bool:
+    def _load_leaf(self, opened: recovery.Opened, volume: Volume, leaf: int) -> None:
+        """Load a leaf; a damaged one is LOST, and dirty, so that repair writes it like that."""
         start = leaf << volume.map.leaf_shift
-        try:
-            load_now(opened.services.core, volume.map, start, start + 1, volume.name)
-        except (Corruption, ReadFailed) as error:
-            self._node_damaged(error)
-            return False
-        return True
+        n_damaged = self._n_damaged_nodes
+        load_now(opened.services.core, volume.map, start, start + 1, volume.name)
+        if self._n_damaged_nodes > n_damaged:
+            volume.map.make_writable(np.array([start]))
+
+    def _add_lost(self, volume: Volume, lost: _Stretches) -> None:
+        """Tell of what cannot be read, for whatever reason, as byte ranges."""
+        size = volume.block_size
+        for start, stop in lost.found:
+            self._add(
+                "damage",
+                f"volume {volume.name}, bytes {start * size} to {min(stop * size, volume.size)}",
+                "data",
+                "nothing: the way to it is damaged",
+            )
 
     @staticmethod
     def _evict(volume: Volume, leaf: int) -> None:
@@ -284,41 +303,42 @@ class _Check:
     def _count(self, volume: Volume, n_mapped: int, n_provisioned: int) -> None:
         info = volume.info
         if (info.n_mapped, info.n_provisioned) != (n_mapped, n_provisioned):
-            self._add(
-                "inconsistency",
-                f"catalogue, volume {volume.name}",
-                f"{n_mapped} blocks mapped, {n_provisioned} provisioned",
-                f"{info.n_mapped} and {info.n_provisioned}",
-            )
+            if not self._n_damaged_nodes:
+                self._add(
+                    "inconsistency",
+                    f"catalogue, volume {volume.name}",
+                    f"{n_mapped} blocks mapped, {n_provisioned} provisioned",
+                    f"{info.n_mapped} and {info.n_provisioned}",
+                )
             volume.core.slots.n_set_aside += n_provisioned - info.n_provisioned
             info.n_mapped, info.n_provisioned = n_mapped, n_provisioned
 
     # -- the free map -----------------------------------------------------------------------
 
-    def _compare(self, opened: recovery.Opened, used: U8, repair: bool) -> None:
+    def _compare(self, opened: recovery.Opened, used: U8) -> None:
         slots = opened.services.core.slots
         stored = slots.without_quarantine()
         clear_bits(stored, opened.services.checkpointer.dropped())
         lost = bits_set(used & ~stored)
         leaked = bits_set(stored & ~used)
-        self._add_runs(lost, "in use", "free", repair)
-        if not self._unreadable_nodes:
-            self._add_runs(leaked, "free", "in use", repair)
-        if repair:
-            slots.correct(lost, leaked if not self._unreadable_nodes else leaked[:0])
+        self._add_runs(lost, "in use", "free")
+        if not self._n_damaged_nodes:  # else they are what a damaged node pointed to
+            self._add_runs(leaked, "free", "in use")
+        if self._repair:
+            slots.correct(lost, leaked)
             for finding in self._report.findings:
                 finding.repaired = finding.repaired or finding.severity == "inconsistency"
 
-    def _add_runs(self, slots: I64, expected: str, found: str, repair: bool) -> None:
+    def _add_runs(self, slots: I64, expected: str, found: str) -> None:
         found_runs = layout.runs(slots)
         for start, stop in found_runs[:_SHOWN_RUNS]:
             where = f"free map, slots {int(slots[start])} to {int(slots[stop - 1])}"
-            self._add("inconsistency", where, expected, found, repaired=repair)
+            self._add("inconsistency", where, expected, found, repaired=self._repair)
         left = found_runs[_SHOWN_RUNS:]
         if left:
             n = sum(stop - start for start, stop in left)
             where = f"free map, {n} slots in {len(left)} more places"
-            self._add("inconsistency", where, expected, found, repaired=repair)
+            self._add("inconsistency", where, expected, found, repaired=self._repair)
 
     async def _write(self, opened: recovery.Opened) -> None:
         """Write what was mended."""
@@ -327,6 +347,21 @@ class _Check:
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
         await opened.services.checkpointer.run()
+
+
+class _Stretches:
+    """Ranges `[start, stop)` of blocks that come in ascending order, joined as they come."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []
+
+    def add(self, blocks: I64) -> None:
+        """Add `blocks`, int64, ascending."""
+        for start, stop in layout.runs(blocks):
+            first, end = int(blocks[start]), int(blocks[stop - 1]) + 1
+            if self.found and self.found[-1][1] == first:
+                first = self.found.pop()[0]
+            self.found.append((first, end))
 
 
 def _told(error: Corruption | ReadFailed) -> tuple[str, str, str]:

@@ -327,8 +327,8 @@ class Checkpointer:
         return slots
 
     def _replace(self, locations: Sequence[int]) -> None:
-        slots = layout.slots_of(np.array(locations, np.uint64))
-        self._replaced.append(slots[(slots != layout.HOLE) & (slots != layout.PROVISIONED)])
+        old = np.array(locations, np.uint64)
+        self._replaced.append(layout.slots_of(old[layout.holds_slot(old)]))
 
     # -- the pool's own trees: written whole, or given back ----------------------------------
 

@@ -12,12 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import xxhash
 
-from nbdstore.errors import Corruption, InvalidArgument, NoSpace, PoolFailed, StoreError
+from nbdstore.errors import (
+    Corruption,
+    InvalidArgument,
+    NoSpace,
+    PoolFailed,
+    ReadFailed,
+    StoreError,
+)
 from nbdstore.store import layout
 from nbdstore.store.host import Disk, File, Host
 from nbdstore.store.journal import Journal
@@ -27,9 +35,16 @@ from nbdstore.store.slots import Slots
 
 log = logging.getLogger("nbdstore.store")
 
+OnDamage = Callable[[Corruption | ReadFailed], None]
+"""Called with what is wrong with a block that its caller can do without."""
+
 _RESERVE_SHARE: Final = 100
 _RESERVE_BYTES: Final = 64 << 20
 _RESERVE_MOST_SHARE: Final = 16  # of a small pool
+_ADVICE: Final = (
+    "'nbdstore check' lists all damage, 'nbdstore salvage' copies what is intact, "
+    "'nbdstore check --repair' makes that usable in place; restore the rest from a backup"
+)
 _OWN_SLOTS: Final = 4  # what a checkpoint of a small pool takes for its catalogue and free map
 
 
@@ -70,6 +85,8 @@ class Core:
 
     Attributes:
         map_counts: counts what all maps have in memory.
+        on_damage: whom to tell of a node of a map that is damaged; all below it counts as LOST
+            then, and unless the pool is being repaired, nothing may be written.  None = raise.
         failed: why the pool stopped acknowledging, or None.
         n_held: writes that wait for space now.
         n_corruptions: damaged blocks met by reads so far.
@@ -94,6 +111,7 @@ class Core:
         self.block_size = block_size
         self.options = options
         self.map_counts = MapCounts()
+        self.on_damage: OnDamage | None = None
         self.failed: str | None = None
         self.n_held = 0
         self.n_corruptions = 0
@@ -197,12 +215,16 @@ class Core:
     # -- single blocks ----------------------------------------------------------------------
 
     def read_block(self, location: int, checksum: int, what: str) -> bytes:
-        """Return the block an entry points to, verified; may wait for the disk.
+        """Return the node or block of the pool's own that an entry points to, verified.
+
+        May wait for the disk.
 
         Raises:
             Corruption: it is not what was written, even when read past the page cache.
         """
         slot = location & layout.SLOT_MASK
+        if slot == layout.LOST:
+            return layout.lost_node(self.block_size)
         raw = self.data.pread(self.block_size, slot * self.block_size)
         if len(raw) == self.block_size and xxhash.xxh3_64_intdigest(raw) == checksum:
             return raw
@@ -210,6 +232,13 @@ class Core:
 
     def reread_block(self, slot: int, checksum: int, what: str) -> bytes:
         """Read a block that did not match past the page cache; Corruption if it never does."""
+        if slot == layout.LOST:
+            raise Corruption(
+                what,
+                "data",
+                "nothing: the way to it was damaged",
+                "restore that range from a backup; writing or trimming it ends this error",
+            )
         raw = self.data.pread_direct(self.block_size, slot * self.block_size)
         found = xxhash.xxh3_64_intdigest(raw)
         if len(raw) == self.block_size and found == checksum:
@@ -221,10 +250,20 @@ class Core:
             f"{what} (slot {slot}, byte {slot * self.block_size} of {self.data.name})",
             f"checksum {checksum:016x}",
             shown,
-            "run 'nbdstore check', and restore that range from a backup",
+            _ADVICE,
         )
         log.error("%s", error)
         raise error
+
+    def try_block(self, location: int, checksum: int, what: str) -> bytes | None:
+        """Like :meth:`read_block`, but tell `on_damage`, if there is one, and return None."""
+        try:
+            return self.read_block(location, checksum, what)
+        except (Corruption, ReadFailed) as error:
+            if self.on_damage is None:
+                raise
+            self.on_damage(error)
+            return None
 
     def write_slots(self, slots: I64, blocks: list[bytes]) -> None:
         """Write `blocks[i]` to `slots[i]`, one call per run."""

@@ -16,12 +16,15 @@ two little-endian u64: a **location** and the xxh3_64 checksum of the whole bloc
 a damaged block cannot vouch for itself.  A location packs
 
     bits 63..40   birth epoch: the volume's epoch when the block was written (24 bits)
-    bits 39..0    slot; 0 = HOLE (slot 0 is never handed out), all ones = PROVISIONED
+    bits 39..0    slot; 0 = HOLE (slot 0 is never handed out), all ones = PROVISIONED,
+                  all ones but the last = LOST
 
 HOLE reads as zeros and holds no space.  PROVISIONED reads as zeros and has space set aside: a
-later write to it finds a slot whatever else fills the pool.  A HOLE's location is the word 0 and
-its checksum 0; a PROVISIONED location carries its birth epoch and checksum 0.  In a node above
-the leaves both mean that of everything below.
+later write to it finds a slot whatever else fills the pool.  LOST holds no space and cannot be
+read until it is written or made a hole: repair puts it where the way to the data was damaged.  A
+HOLE's location is the word 0, LOST's the slot alone; a PROVISIONED location carries its birth
+epoch; the checksum of all three is 0.  In a node above the leaves they mean that of everything
+below, up to the volume's end; when the volume grows, LOST grows with it as far as a node reaches.
 
 Versions: FORMAT_VERSION changes only if nothing older could even say what it sees.  Everything
 else is a feature flag: a pool with an unknown bit in ``incompatible`` is not opened, one with an
@@ -31,6 +34,7 @@ by those who do not know them.
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import numpy as np
@@ -55,10 +59,12 @@ SLOT_MASK: Final = (1 << SLOT_BITS) - 1
 MAX_EPOCH: Final = (1 << 24) - 1
 HOLE: Final = 0
 PROVISIONED: Final = SLOT_MASK
+LOST: Final = SLOT_MASK - 1
 MAX_SLOTS: Final = SLOT_MASK - 1
 
 NP_SLOT_MASK: Final = np.uint64(SLOT_MASK)
 NP_SLOT_BITS: Final = np.uint64(SLOT_BITS)
+_NP_LOST: Final = np.uint64(LOST)
 
 MIN_CAPACITY: Final = 16 << 20
 MIN_JOURNAL_SIZE: Final = 1 << 20
@@ -82,9 +88,9 @@ def pack_location(slot: int, epoch: int) -> int:
 
 
 def holds_slot(locations: U64) -> Bools:
-    """Tell for each location whether it names a slot (it is neither HOLE nor PROVISIONED)."""
+    """Tell for each location whether it names a slot: it is not HOLE, PROVISIONED or LOST."""
     slots = locations & NP_SLOT_MASK
-    held: Bools = (slots != 0) & (slots != NP_SLOT_MASK)
+    held: Bools = (slots != 0) & (slots < _NP_LOST)
     return held
 
 
@@ -103,6 +109,18 @@ def runs_of_few(slots: list[int]) -> list[tuple[int, int]]:
             found.append((start, at))
             start = at
     return found
+
+
+def is_lost(locations: U64) -> Bools:
+    """Tell for each location whether it is LOST."""
+    found: Bools = (locations & NP_SLOT_MASK) == _NP_LOST
+    return found
+
+
+@functools.cache
+def lost_node(block_size: int) -> bytes:
+    """The bytes of a node all whose entries are LOST: what a LOST pointer points to."""
+    return np.array([[LOST, 0]] * (block_size // ENTRY_SIZE), "<u8").tobytes()
 
 
 def runs(slots: I64) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from nbdstore.store import layout
 from nbdstore.store.blockmap import KIND, STORED, BlockMap, Leaves
 from nbdstore.store.core import Core
 from nbdstore.store.nodes import STORED as NODE_STORED
@@ -138,17 +139,22 @@ class MapMemory:
 
 
 def load_now(core: Core, found: BlockMap, start: int, stop: int, name: str) -> None:
-    """Like :meth:`MapMemory.load`, but waits for the disk in place: for recovery and checks."""
+    """Like :meth:`MapMemory.load`, but waits for the disk in place: for recovery and checks.
+
+    What is damaged is LOST then, if ``core.on_damage`` wants to know of it.
+    """
     missing = found.missing(start, stop)
     load_nodes_now(core, found, missing, name)
     for leaf, (location, checksum) in zip(
         missing.tolist(), found.nodes.leaf_pointers(missing), strict=True
     ):
-        found.install(leaf, core.read_block(location, checksum, f"map of {name}, leaf {leaf}"))
+        raw = core.try_block(location, checksum, f"map of {name}, leaf {leaf}")
+        found.install(leaf, raw or layout.lost_node(core.block_size))
 
 
 def load_nodes_now(core: Core, found: BlockMap, leaves: Leaves, name: str) -> None:
     """Like :meth:`MapMemory.load_nodes`, but waits for the disk in place."""
     for node in np.asarray(found.nodes.missing(leaves)).tolist():
         what = f"map of {name}, level 1, node {node}"
-        found.nodes.install(node, core.read_block(*found.nodes.pointer(node), what))
+        raw = core.try_block(*found.nodes.pointer(node), what)
+        found.nodes.install(node, raw or layout.lost_node(core.block_size))

@@ -35,8 +35,12 @@ STORED: Final = 1
 RESIDENT: Final = 2
 
 Indices = npt.NDArray[np.int64]
-ReadNode = Callable[[int, int, str], bytes]
-"""Called with location, checksum and a name; returns the verified block."""
+ReadNode = Callable[[int, int, str], bytes | None]
+"""Called with location, checksum and a name; returns the verified block, or None: it is damaged,
+somebody was told, and everything below is LOST now."""
+
+
+LOST_POINTER: Final[Pointer] = (layout.LOST, 0)
 
 
 class MapCounts:
@@ -93,8 +97,8 @@ class Nodes:
         self.shift = self.fanout.bit_length() - 1
         self.n_leaves = n_leaves
         sizes = level_sizes(n_leaves, self.fanout) if n_leaves > 1 else [1]
-        self._sizes = sizes[1:]
-        totals.add_levels(self._sizes, 1)
+        self._sizes = sizes
+        totals.add_levels(sizes[1:], 1)
         memories = [self._level(n) for n in sizes]
         self._first = memories[0]
         self.levels: list[U64] = [memory.array for memory in memories]
@@ -124,23 +128,38 @@ class Nodes:
         """Take over a tree from disk; afterwards level 1 is STORED.
 
         Yields `(level, locations)` for the entries in use, level 1's as `(first leaf, locations
-        of its node)` with a first leaf >= 0, those above as `(-1, locations)`.
+        of its node)` with a first leaf >= 0, those above as `(-1, locations)`.  The pointer to a
+        damaged node becomes LOST, which makes the node that it stands in dirty.
         """
         self.levels[-1][0] = root
         if self.depth == 1 and root[0]:
             yield 0, self.levels[0][:, 0].copy()
         for depth in range(self.depth - 1, 0, -1):
             used = self._used(depth)
-            yield -1, self.levels[depth][used, 0]
             for node in used.tolist():
                 location, checksum = self.levels[depth][node].tolist()
                 raw = read_node(location, checksum, f"node {node} of level {depth}")
-                entries = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)
+                if raw is None:
+                    self.levels[depth][node] = LOST_POINTER
+                    self.dirty[depth].add(node >> self.shift)
+                    raw = layout.lost_node(self._block_size)
+                entries = self._entries_in(raw, depth - 1, node)
                 if depth > 1:
                     self.levels[depth - 1][node << self.shift : (node + 1) << self.shift] = entries
                 else:
                     self.states[node] = STORED
-                    yield node << self.shift, entries[:, 0]
+                    n_leaves = min(self.fanout, self.n_leaves - (node << self.shift))
+                    yield node << self.shift, entries[:n_leaves, 0]
+            yield -1, self.levels[depth][used, 0]
+
+    def _entries_in(self, raw: bytes, level: int, node: int) -> U64:
+        """The entries of a node of `levels[level]`; of a LOST one, as many as there can be."""
+        entries = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)
+        n_entries = self._sizes[level] - (node << self.shift)
+        if n_entries < self.fanout and entries[n_entries:, 0].any():
+            entries = entries.copy()
+            entries[n_entries:] = 0
+        return entries
 
     def _used(self, depth: int) -> Indices:
         """The indices of the entries of `levels[depth]`, depth >= 1, that are not null.
@@ -156,6 +175,14 @@ class Nodes:
         row, column = np.nonzero(entries)
         found: Indices = nodes[row] * self.fanout + column
         return found
+
+    def lost_leaves(self) -> set[int]:
+        """The leaves whose node of level 1 is LOST and not in memory."""
+        if self.depth == 1:
+            return set()
+        lost = layout.is_lost(self.levels[1][: len(self.states), 0]) & (self.states == STORED)
+        leaves = np.flatnonzero(lost)[:, None] * self.fanout + np.arange(self.fanout)
+        return set(leaves.reshape(-1).tolist())
 
     # -- level 1 in memory ------------------------------------------------------------------
 
@@ -173,7 +200,7 @@ class Nodes:
     def install(self, node: int, raw: bytes) -> None:
         """Make a STORED node RESIDENT, with its bytes."""
         assert self.states[node] == STORED
-        self._entries(node)[:] = np.frombuffer(raw, "<u8").reshape(self.fanout, 2)
+        self._entries(node)[:] = self._entries_in(raw, 0, node)
         self._set_state(node, RESIDENT)
 
     def _entries(self, node: int) -> U64:
@@ -298,4 +325,4 @@ class Nodes:
     def retire(self) -> None:
         """Count no more: the volume has other nodes, or is gone."""
         self._totals.n_nodes -= self.n_resident
-        self._totals.add_levels(self._sizes, -1)
+        self._totals.add_levels(self._sizes[1:], -1)

@@ -168,7 +168,7 @@ class Ranges:
     def _try_to_provision(self, start: int, stop: int) -> bool:
         """Do one slice; False, having done nothing, if a leaf is not in memory or space lacks.
 
-        Only holes need space: data gives up a slot for the promise, and the rest has it.
+        Only what holds nothing needs space: data gives up a slot for it, and the rest has it.
         """
         if len(self._volume.map.missing(start, stop)):
             return False
@@ -176,7 +176,8 @@ class Ranges:
         if uniform.uniform == HOLE and uniform.stop >= stop:
             n_holes = stop - start
         else:
-            n_holes = int(np.count_nonzero(self._volume.map.locations(start, stop) == 0))
+            locations = self._volume.map.locations(start, stop)
+            n_holes = int(np.count_nonzero((locations == 0) | layout.is_lost(locations)))
         return self._core.may_set_aside(n_holes) and self._change(start, stop, Op.PROVISION)
 
     async def _wait_for_journal(self) -> None:
@@ -226,7 +227,8 @@ class Ranges:
         if part.uniform is not None:
             return [(0 if part.uniform == HOLE else 1, part.start, part.stop)]
         locations = self._volume.map.locations(part.start, part.stop)
-        kinds = layout.holds_slot(locations) * 2 + layout.is_provisioned(locations)
+        data = layout.holds_slot(locations) | layout.is_lost(locations)  # to be told by reading it
+        kinds = data * 2 + layout.is_provisioned(locations)
         cuts = (np.flatnonzero(np.diff(kinds)) + 1).tolist()
         edges = [0, *cuts, len(kinds)]
         return [

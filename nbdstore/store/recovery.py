@@ -29,13 +29,13 @@ from nbdstore.store import catalogue, layout, superblock
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer, Roots
-from nbdstore.store.core import Core, PoolOptions
+from nbdstore.store.core import Core, OnDamage, PoolOptions
 from nbdstore.store.durability import Committer
 from nbdstore.store.host import Disk, Host
 from nbdstore.store.journal import HEADER_SIZE, Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
-from nbdstore.store.nodes import ReadNode, level_sizes
+from nbdstore.store.nodes import level_sizes
 from nbdstore.store.ranges import apply_range
 from nbdstore.store.records import Group, Op, parse
 from nbdstore.store.registry import Registry
@@ -44,7 +44,8 @@ from nbdstore.store.volume import Services, Volume
 
 log = logging.getLogger("nbdstore.store")
 
-OnDamage = Callable[[Corruption | ReadFailed], None]
+ReadBlock = Callable[[int, int, str], bytes]
+"""Called with location, checksum and a name; returns the verified block."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,12 @@ class OnDamages:
     """Whom to tell of a damaged block; None = raise.
 
     Attributes:
-        levels: of a node above a volume's leaves.  What is below seems to be holes then, and the
-            pool must not be written.
+        maps: of a node or leaf of a volume's map; see Core.on_damage.
         free_map: of a block of the free map.  Everything in it seems to be free then, and the
             free map must be corrected before the pool is written.
     """
 
-    levels: OnDamage | None = None
+    maps: OnDamage | None = None
     free_map: OnDamage | None = None
 
 
@@ -154,6 +154,7 @@ def open_parts(
     )
     slots = options.slots(current.n_slots, current.block_size)
     core = Core(host, disk, data, journal, slots, current.block_size, options)
+    core.on_damage = damage.maps
     roots = _load_free_map(core, current, damage.free_map)
     next_id, infos, catalogue_slots = _load_catalogue(core, current)
     roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)
@@ -161,7 +162,7 @@ def open_parts(
     registry = Registry()
     checkpointer = Checkpointer(core, committer, super_file, found, roots, registry.by_id, next_id)
     services = Services(core, committer, MapMemory(core), checkpointer)
-    node_slots = {info.id: _load_volume(services, registry, info, damage.levels) for info in infos}
+    node_slots = {info.id: _load_volume(services, registry, info) for info in infos}
     report = Report(current, found.faults)
     replay = _Replay(services, registry, reader, report, durable_seq)
     replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
@@ -213,7 +214,7 @@ def _check_mark(reader: Reader, current: Superblock, directory: str) -> None:
 
 
 def _read_tree(
-    read_node: ReadNode, root: Pointer, n_entries: int, block_size: int, what: str
+    read_node: ReadBlock, root: Pointer, n_entries: int, block_size: int, what: str
 ) -> tuple[U64, I64]:
     """Return the entries of a small tree (uint64, shape (n, 2)), and the slots of its nodes."""
     fanout = block_size // layout.ENTRY_SIZE
@@ -254,7 +255,7 @@ def _load_catalogue(core: Core, current: Superblock) -> tuple[int, list[VolumeIn
     return next_id, infos, np.concatenate([layout.slots_of(entries[:, 0]), nodes])
 
 
-def _reporting(core: Core, on_damage: OnDamage | None) -> ReadNode:
+def _reporting(core: Core, on_damage: OnDamage | None) -> ReadBlock:
     """Return a reader of blocks that reports a damaged one, and goes on with zeros."""
 
     def read(location: int, checksum: int, what: str) -> bytes:
@@ -269,17 +270,15 @@ def _reporting(core: Core, on_damage: OnDamage | None) -> ReadNode:
     return read
 
 
-def _load_volume(
-    services: Services, registry: Registry, info: VolumeInfo, on_damage: OnDamage | None
-) -> I64:
+def _load_volume(services: Services, registry: Registry, info: VolumeInfo) -> I64:
     """Take up a volume as the last checkpoint has it; return the slots of its map\'s nodes."""
     core = services.core
     blocks = BlockMap(-(-info.size // core.block_size), core.block_size, services.memory.counts)
-
-    read = _reporting(core, on_damage)
     node_slots = blocks.load_levels(
         info.root,
-        lambda location, checksum, what: read(location, checksum, f"map of {info.name}, {what}"),
+        lambda location, checksum, what: core.try_block(
+            location, checksum, f"map of {info.name}, {what}"
+        ),
     )
     registry.add(services, info, blocks)
     core.slots.n_set_aside += info.n_provisioned

@@ -192,7 +192,7 @@ class Volume:
             slot = location & layout.SLOT_MASK
             if slot == layout.PROVISIONED:
                 n_promised += 1
-            elif slot:
+            elif 0 < slot < layout.LOST:
                 freed.append(slot)
         if freed:
             self.core.slots.free_few_later(freed, seq)
