@@ -135,6 +135,8 @@ class Committer:
         What is freed by now can be used again, and damage to what is there by now will be found.
         """
         journal = self._core.journal
+        if self._core.slots.freed_by > journal.seq and journal.room_for(0):
+            self._core.append(b"")
         await self.commit_all()
         if not self.is_settled:
             if journal.carried_durable_seq < journal.durable_seq and journal.room_for(0):

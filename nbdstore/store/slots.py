@@ -234,6 +234,11 @@ class Slots:
         self.n_quarantined -= len(slots)
         return len(slots)
 
+    @property
+    def freed_by(self) -> int:
+        """The newest record that freed something in quarantine; of a checkpoint's, one to come."""
+        return self._quarantine[-1][0] if self._quarantine else 0
+
     @contextmanager
     def pinned(self, seq: int) -> Iterator[None]:
         """While this lasts, what records after `seq`, the newest now, free is not used again."""
