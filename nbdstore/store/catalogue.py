@@ -5,10 +5,11 @@ change does to them; knows neither maps nor slots.
 
 Format: UTF-8 JSON, an object ``{"next_id": n, "volumes": [...]}``; each volume is the object of
 :meth:`VolumeInfo.to_json`, with the root of its map.  It lies in slots like a volume's blocks do,
-as many as its length needs.  Administrative changes go to the journal as ADMIN groups, objects
-with an "op" and the fields of one of: create (a volume's object), resize (size), rename (name),
-properties (properties), delete (none: the volume loses its name at once and its space bit by bit),
-remove (none: it was deleted and is empty now), grow (n_slots, of the pool).
+as many as its length needs, and it does so twice: no volume could be found without it.
+Administrative changes go to the journal as ADMIN groups, objects with an "op" and the fields of one
+of: create (a volume's object), resize (size), rename (name), properties (properties), delete (none:
+the volume loses its name at once and its space bit by bit), remove (none: it was deleted and is
+empty now), grow (n_slots, of the pool).
 """
 
 from __future__ import annotations

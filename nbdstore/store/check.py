@@ -159,7 +159,7 @@ class _Check:
                     self._add("damage", second.where, second.expected, second.found)
                 return None
             finding.repaired = True
-        for fault in opened.report.superblock_faults:
+        for fault in opened.report.spare_faults:
             self._add("notice", *_told(fault), repaired=self._repair)
         for volume_id, seq in opened.report.dropped.items():
             self._add(

@@ -8,7 +8,7 @@ A checkpoint of seq S holds exactly what records 1..S did, whatever is written w
 1. freeze (no await): end the journal's part up to here by an empty record, S, the mark that a
    lost journal would lack; mark dirty leaves and the free map frozen;
 2. write, in slices with the loop let in between: frozen leaves, then the nodes above them, then
-   the catalogue with the new roots, then the free map, all into free slots;
+   the catalogue with the new roots, twice, then the free map, all into free slots;
 3. sync the data file and, for the mark, the journal;
 4. write the superblock to one copy, sync it: from here on this checkpoint is what recovery reads;
    write it to the other copy, sync it: from here on nobody needs the checkpoint before;
@@ -70,7 +70,7 @@ class Roots:
     """The trees that belong to the pool itself, as the last superblock has them.
 
     Attributes:
-        catalogue_slots: all slots of the catalogue, nodes included.
+        catalogue_slots: all slots of both copies of the catalogue, nodes included.
         free_map: entries of the free map's blocks, uint64, shape (n_regions, 2).
         free_map_nodes: slots of the nodes above them.
     """
@@ -228,7 +228,7 @@ class Checkpointer:
             info.root = volume.info.root = volume.map.nodes.root
             volume.services.memory.balance()  # what was dirty may be evicted now
         raw = catalogue.encode(frozen.next_id, [info for _, info, _ in frozen.volumes])
-        catalogue_root = self._write_catalogue(raw, frozen)
+        roots = [self._write_catalogue(raw, frozen) for _ in range(2)]
         catalogue_slots = np.concatenate(frozen.own)
         free_map_root, free_map, free_map_nodes, doomed = self._write_free_map(frozen)
         reached(Failpoint.CHECKPOINT_WRITTEN)
@@ -239,7 +239,8 @@ class Checkpointer:
             journal_offset=frozen.journal_offset,
             journal_seq=frozen.seq + 1,
             journal_mark=frozen.mark,
-            catalogue=catalogue_root,
+            catalogue=roots[0],
+            catalogue_copy=roots[1],
             catalogue_bytes=len(raw),
             free_map=free_map_root,
         )

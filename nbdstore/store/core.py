@@ -45,7 +45,7 @@ _ADVICE: Final = (
     "'nbdstore check' lists all damage, 'nbdstore salvage' copies what is intact, "
     "'nbdstore check --repair' makes that usable in place; restore the rest from a backup"
 )
-_OWN_SLOTS: Final = 4  # what a checkpoint of a small pool takes for its catalogue and free map
+_OWN_SLOTS: Final = 6  # what a checkpoint of a small pool takes for its catalogues and free map
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,8 @@ class Pool:
 
     async def _finish_recovery(self, opened: recovery.Opened) -> None:
         report, core = opened.report, self._core
-        for fault in report.superblock_faults:
-            log.warning("superblock: %s; the other copy is used", fault)
+        for fault in report.spare_faults:
+            log.warning("%s; the other copy is used", fault)
         core.host.reached(Failpoint.RECOVERY_REPLAYED)
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)

@@ -39,7 +39,7 @@ from nbdstore.store.nodes import level_sizes
 from nbdstore.store.ranges import apply_range
 from nbdstore.store.records import Group, Op, parse
 from nbdstore.store.registry import Registry
-from nbdstore.store.superblock import Pointer, Superblock
+from nbdstore.store.superblock import NULL, Pointer, Superblock
 from nbdstore.store.volume import Services, Volume
 
 log = logging.getLogger("nbdstore.store")
@@ -67,13 +67,14 @@ class Report:
     """What recovery found.
 
     Attributes:
-        superblock: the one that was used; `superblock_faults`: what is wrong with the other.
+        superblock: the one that was used.
+        spare_faults: what is wrong with copies of it and of the catalogue that were not needed.
         n_records: records after the checkpoint.
         dropped: by volume id, the first record that did not survive the crash.
     """
 
     superblock: Superblock
-    superblock_faults: list[Corruption]
+    spare_faults: list[Corruption | ReadFailed]
     n_records: int = 0
     dropped: dict[int, int] = field(default_factory=dict)
 
@@ -156,14 +157,14 @@ def open_parts(
     core = Core(host, disk, data, journal, slots, current.block_size, options)
     core.on_damage = damage.maps
     roots = _load_free_map(core, current, damage.free_map)
-    next_id, infos, catalogue_slots = _load_catalogue(core, current)
+    report = Report(current, [*found.faults])
+    next_id, infos, catalogue_slots = _load_catalogue(core, current, report.spare_faults)
     roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)
     committer = Committer(core)
     registry = Registry()
     checkpointer = Checkpointer(core, committer, super_file, found, roots, registry.by_id, next_id)
     services = Services(core, committer, MapMemory(core), checkpointer)
     node_slots = {info.id: _load_volume(services, registry, info) for info in infos}
-    report = Report(current, found.faults)
     replay = _Replay(services, registry, reader, report, durable_seq)
     replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
     return Opened(services, registry, report, roots, node_slots, replay.inline)
@@ -243,16 +244,39 @@ def _load_free_map(core: Core, current: Superblock, on_damage: OnDamage | None) 
     return Roots(np.empty(0, np.int64), entries, nodes)
 
 
-def _load_catalogue(core: Core, current: Superblock) -> tuple[int, list[VolumeInfo], I64]:
+def _load_catalogue(
+    core: Core, current: Superblock, faults: list[Corruption | ReadFailed]
+) -> tuple[int, list[VolumeInfo], I64]:
+    """Read both copies; return next_id, the volumes, and the slots of all that was found.
+
+    Raises:
+        Corruption, ReadFailed: of the first copy, if neither is whole.
+    """
+    slots = [np.empty(0, np.int64)]
     if not current.catalogue_bytes:
-        return 1, [], np.empty(0, np.int64)
+        return 1, [], slots[0]
+    whole: list[bytes] = []
+    roots = [current.catalogue, current.catalogue_copy]
+    for number, root in enumerate(roots[: 1 + (roots[1] != NULL)]):
+        try:
+            whole.append(_read_catalogue(core, current, root, f"catalogue, copy {number}", slots))
+        except (Corruption, ReadFailed) as error:
+            faults.append(error)
+    if not whole:
+        raise faults[-1 - (roots[1] != NULL)]
+    next_id, infos = catalogue.decode(whole[0])
+    return next_id, infos, np.concatenate(slots)
+
+
+def _read_catalogue(
+    core: Core, current: Superblock, root: Pointer, what: str, slots: list[I64]
+) -> bytes:
+    """Return the bytes of one copy; add to `slots` those that it is known to have."""
     n_blocks = -(-current.catalogue_bytes // core.block_size)
-    entries, nodes = _read_tree(
-        core.read_block, current.catalogue, n_blocks, core.block_size, "catalogue"
-    )
-    raw = b"".join(core.read_block(a, b, "catalogue") for a, b in entries.tolist())
-    next_id, infos = catalogue.decode(raw[: current.catalogue_bytes])
-    return next_id, infos, np.concatenate([layout.slots_of(entries[:, 0]), nodes])
+    entries, nodes = _read_tree(core.read_block, root, n_blocks, core.block_size, what)
+    slots += [layout.slots_of(entries[:, 0]), nodes]
+    raw = b"".join(core.read_block(a, b, what) for a, b in entries.tolist())
+    return raw[: current.catalogue_bytes]
 
 
 def _reporting(core: Core, on_damage: OnDamage | None) -> ReadBlock:

@@ -32,6 +32,7 @@ bytes  field                 meaning
 8      created               seconds since 1970
 8      journal_mark          0, or the seq of an empty record that ends at journal_offset: as long
                              as nothing came after it, it tells this journal from another one
+8+8    catalogue_copy        entry of the root of a second copy of the catalogue; 0 = there is none
 =====  ====================  =======================================================
 """
 
@@ -50,7 +51,7 @@ from nbdstore.store.host import File
 
 COPY_SIZE: Final = 4096
 MAGIC: Final = b"NBDSTORE"
-_STRUCT: Final = struct.Struct("<8s4I16sQIQQQQQQQQQQQ")
+_STRUCT: Final = struct.Struct("<8s4I16sQIQQQQQQQQQQQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 _CHECKSUM_AT: Final = COPY_SIZE - _CHECKSUM.size
 
@@ -76,6 +77,7 @@ class Superblock:
     free_map: Pointer
     created: int
     journal_mark: int = 0
+    catalogue_copy: Pointer = NULL
     compatible: int = layout.FEATURES_COMPATIBLE
     readonly_compatible: int = layout.FEATURES_READONLY_COMPATIBLE
     incompatible: int = layout.FEATURES_INCOMPATIBLE
@@ -105,6 +107,7 @@ class Superblock:
             *self.free_map,
             self.created,
             self.journal_mark,
+            *self.catalogue_copy,
         ).ljust(_CHECKSUM_AT, b"\0")
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -139,7 +142,7 @@ def decode(raw: bytes, where: str) -> Superblock:
     (block_size, n_slots, journal_size, offset, seq, cat0, cat1, cat_bytes, map0, map1, *rest) = (
         rest
     )
-    created, mark = rest
+    created, mark, copy0, copy1 = rest
     return Superblock(
         uuid=uuid.UUID(bytes=pool),
         generation=generation,
@@ -153,6 +156,7 @@ def decode(raw: bytes, where: str) -> Superblock:
         free_map=(map0, map1),
         created=created,
         journal_mark=mark,
+        catalogue_copy=(copy0, copy1),
         compatible=compatible,
         readonly_compatible=readonly,
         incompatible=incompatible,

@@ -29,6 +29,7 @@ class Place:
         kind: "data", "leaf", "node", "catalogue", "catalogue node", "free map", "free map node".
         volume, number: whose it is; the number counts blocks, leaves or nodes.
         depth: of a node: levels above the leaves, from 1.
+        copy: of the catalogue: 0 or 1.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Place:
     volume: str = ""
     number: int = 0
     depth: int = 0
+    copy: int = 0
 
 
 class Anatomy:
@@ -83,7 +85,7 @@ class Anatomy:
             for number, entry in nodes:
                 slot = entry[0] & SLOT_MASK
                 self.places.append(
-                    Place(f"{place.kind}node", slot, place.volume, number, depth=level)
+                    Place(f"{place.kind}node", slot, place.volume, number, level, place.copy)
                 )
                 found = self._entries(self._block(entry))
                 first = number * len(found)
@@ -94,11 +96,16 @@ class Anatomy:
     def _read_catalogue(self) -> dict[str, Any]:
         n_bytes = self.superblock.catalogue_bytes
         depth = self._heights(-(-n_bytes // self.block_size))
-        raw = b""
-        for number, entry in self._below(self.superblock.catalogue, depth, Place("catalogue ", 0)):
-            self.places.append(Place("catalogue", entry[0] & SLOT_MASK, number=number))
-            raw += self._block(entry)
-        found: dict[str, Any] = json.loads(raw[:n_bytes])
+        copies: list[bytes] = []
+        for copy, root in enumerate((self.superblock.catalogue, self.superblock.catalogue_copy)):
+            raw = b""
+            for number, entry in self._below(root, depth, Place("catalogue ", 0, copy=copy)):
+                slot = entry[0] & SLOT_MASK
+                self.places.append(Place("catalogue", slot, number=number, copy=copy))
+                raw += self._block(entry)
+            copies.append(raw)
+        assert copies[0] == copies[1]
+        found: dict[str, Any] = json.loads(copies[0][:n_bytes])
         return found
 
     def _read_free_map(self) -> None:

@@ -13,7 +13,7 @@ from nbdstore.errors import Corruption, PoolFormatError, PoolLocked, StoreError
 from nbdstore.store import Pool, Volume
 from nbdstore.store.check import check_pool
 from nbdstore.store.layout import pack_location
-from tests.store.anatomy import Anatomy
+from tests.store.anatomy import Anatomy, Place
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -114,15 +114,44 @@ async def test_a_damaged_node_is_found_and_a_check_changes_nothing(
     assert files == {name: (damaged / name).read_bytes() for name in files}
 
 
+def of_catalogue(original: Path, kind: str, copy: int) -> Place:
+    return next(p for p in Anatomy(original).of_kind(kind) if p.copy == copy)
+
+
+@pytest.mark.parametrize("copy", [0, 1])
 @pytest.mark.parametrize("kind", ["catalogue", "catalogue node"])
-async def test_a_damaged_catalogue_is_found_and_the_pool_refused(
+async def test_a_damaged_copy_of_the_catalogue_is_a_notice_and_rewritten(
+    original: Path, before: dict[str, bytes], damaged: Path, kind: str, copy: int
+) -> None:
+    flip_slot(damaged, of_catalogue(original, kind, copy))
+    for repair in (False, True):
+        report = await check(damaged, repair=repair)
+        assert f"catalogue, copy {copy}" in report.findings[0].where
+        assert report.findings[0].severity == "notice"
+    assert report.clean
+    assert not (await check(damaged)).findings
+    assert await contents(damaged) == before
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+async def test_a_pool_opens_by_either_copy_of_the_catalogue_and_heals_the_other(
+    original: Path, before: dict[str, bytes], damaged: Path, copy: int
+) -> None:
+    flip_slot(damaged, of_catalogue(original, "catalogue", copy))
+    assert await contents(damaged) == before
+    assert not (await check(damaged)).findings
+
+
+@pytest.mark.parametrize("kind", ["catalogue", "catalogue node"])
+async def test_two_damaged_copies_of_the_catalogue_are_damage_and_the_pool_refused(
     original: Path, damaged: Path, kind: str
 ) -> None:
-    flip_slot(damaged, Anatomy(original).of_kind(kind)[0])
+    flip_slot(damaged, of_catalogue(original, kind, 0))
+    flip_slot(damaged, of_catalogue(original, "catalogue", 1))
     for repair in (False, True):
         report = await check(damaged, repair=repair)
         assert not report.clean
-        assert "catalogue" in report.findings[0].where
+        assert "catalogue, copy 0" in report.findings[0].where
     with pytest.raises(Corruption, match="catalogue"):
         await Pool.open(damaged)
 

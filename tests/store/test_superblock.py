@@ -148,7 +148,7 @@ def test_every_field_is_stored() -> None:
         if field.name in ("format_version", "incompatible"):
             continue  # other values are refused
         if isinstance(value, tuple):
-            other: Any = (value[0] - 1, value[1] - 1)
+            other: Any = (value[0] ^ 1, value[1] ^ 1)
         elif isinstance(value, int):
             other = value + 1
         else:
