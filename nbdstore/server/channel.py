@@ -190,8 +190,12 @@ class Channel:
         """
         while True:
             await self.readable()
-            if not socket.socket.recv(self.sock, HANDSHAKE_RECV_BYTES):
+            if not self._recv_raw():
                 return
+
+    def _recv_raw(self) -> bytes:
+        """Receive once what the peer sent, as it came over the wire."""
+        return self.sock.recv(HANDSHAKE_RECV_BYTES)
 
     def _say_goodbye(self) -> None:
         """Send what the layer below NBD wants to be sent last."""
@@ -264,6 +268,9 @@ class TlsChannel(Channel):
             self._callback()
         if self._callback is not None and self.tls.pending():
             self._loop.call_soon(self._on_readable)
+
+    def _recv_raw(self) -> bytes:
+        return socket.socket.recv(self.sock, HANDSHAKE_RECV_BYTES)
 
     def _say_goodbye(self) -> None:
         """Send close_notify; the peer's is not waited for (proto.md, "Termination")."""
