@@ -22,6 +22,7 @@ kernel has dropped the dirty pages and a second sync would lie (fsync(2)); the p
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from xxhash import xxh3_64_intdigest
@@ -79,8 +80,9 @@ class Committer:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._unsynced: set[Syncable] = set()
-        self._waiting: set[Syncable] = set()
+        # Dicts for the sake of their order: what a round writes depends on no addresses.
+        self._unsynced: dict[Syncable, None] = {}
+        self._waiting: dict[Syncable, None] = {}
         self._everything = False
         self._next: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -93,11 +95,11 @@ class Committer:
         """Note that record `seq` of `volume` mapped `slots`, which hold data of `checksums`."""
         volume.last_seq = seq
         volume.unsynced.add(seq, slots, checksums, len(slots) * self._core.block_size)
-        self._unsynced.add(volume)
+        self._unsynced[volume] = None
 
     def forget(self, volume: Syncable) -> None:
         """`volume` was removed: nobody needs its data."""
-        self._unsynced.discard(volume)
+        self._unsynced.pop(volume, None)
 
     @property
     def n_unsynced_bytes(self) -> int:
@@ -120,7 +122,7 @@ class Committer:
         target = volume.last_seq
         while max(volume.durable_seq, self._all_durable_seq) < target:
             self._core.check_alive()
-            self._waiting.add(volume)
+            self._waiting[volume] = None
             await self._round()
 
     async def commit_all(self) -> None:
@@ -160,10 +162,10 @@ class Committer:
     async def _run(self) -> None:
         while self._next is not None:
             done, self._next = self._next, None
-            waiting, self._waiting = self._waiting, set()
+            waiting, self._waiting = self._waiting, {}
             everything, self._everything = self._everything, False
             try:
-                await self._sync(waiting, everything)
+                await self._sync([*waiting], everything)
             except StoreError as error:
                 self._core.fail(str(error))
             except Exception:
@@ -172,15 +174,15 @@ class Committer:
             done.set_result(None)  # waiters look at what is durable, and at the pool's health
         self._task = None
 
-    async def _sync(self, waiting: set[Syncable], everything: bool) -> None:
+    async def _sync(self, waiting: Sequence[Syncable], everything: bool) -> None:
         core = self._core
         core.check_alive()
         small = not everything and self._write_inline(waiting)
-        covered = waiting if small else self._unsynced.copy()
+        covered = waiting if small else [*self._unsynced]
         seq = core.journal.seq
         for volume in covered:
             volume.unsynced = Unsynced()
-        self._unsynced -= covered
+            self._unsynced.pop(volume, None)
         carried = core.journal.seal()
         core.host.reached(Failpoint.COMMIT_SEALED)
         # While this waits, new records and unsynced data may come; they belong to a later round.
@@ -211,7 +213,7 @@ class Committer:
         if self._core.slots.release(self.horizon):
             self._core.space_changed()
 
-    def _write_inline(self, waiting: set[Syncable]) -> bool:
+    def _write_inline(self, waiting: Sequence[Syncable]) -> bool:
         """Journal the unsynced blocks of `waiting`; False if that is too much of them."""
         core = self._core
         if sum(v.unsynced.n_bytes for v in waiting) > INLINE_BYTES:
