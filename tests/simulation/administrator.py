@@ -1,0 +1,151 @@
+"""The administrator of a world: volumes come, go and change; the server is restarted, or dies.
+
+Owns what he asks for, and what is known of the outcome: done, refused, or unknown because the
+server died meanwhile; then the next recovery tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Final
+
+from nbdstore.errors import NbdstoreError
+from nbdstore.store.host import Failpoint
+from tests.simulation.export import Export
+from tests.simulation.oracle import CELL
+from tests.simulation.server_process import BALLAST, Death, ProcessDied
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+_PLACES: Final = [place for place in Failpoint if not place.name.startswith("POOL_")]
+_MOST_EXPORTS: Final = 6
+
+
+class Administrator:
+    """Does one thing after the other, until he is told to stop."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = random.Random(world.random.random())
+        self._n_names = 0
+        self.stopped = False
+
+    async def run(self) -> None:
+        actions = self._world.plan.actions
+        while not self.stopped:
+            await asyncio.sleep(self._random.choice(self._world.plan.moments_s))
+            if self.stopped or not self._world.is_up:
+                continue
+            action = self._random.choices([*actions], [*actions.values()])[0]
+            self._world.trace.note("administrator:", action)
+            try:
+                await getattr(self, f"_{action}")()
+                self._world.n_changes += 1
+            except ProcessDied:
+                await self._world.until_up()
+            except NbdstoreError as error:
+                self._world.trace.note("administrator: refused:", type(error).__name__)
+                self._world.n_refused += 1
+
+    async def _wait(self) -> None:
+        pass
+
+    # --- Volumes -----------------------------------------------------------------------------
+
+    def new_name(self) -> str:
+        self._n_names += 1
+        return f"v{self._n_names}"
+
+    def _some_export(self) -> Export | None:
+        exports = [e for e in self._world.exports.values() if not e.leaving]
+        return self._random.choice(exports) if exports else None
+
+    async def _create(self) -> None:
+        if len(self._world.exports) < _MOST_EXPORTS:
+            await self.create()
+
+    async def create(self) -> None:
+        """Make a volume and let it be used."""
+        world, name = self._world, self.new_name()
+        n_cells = self._random.randint(8, world.plan.cells)
+        world.maybe_created[name] = n_cells
+        try:
+            volume = await world.process.ask(
+                world.pool.create_volume(name, world.plan.spread.end(n_cells * CELL))
+            )
+        except NbdstoreError:
+            del world.maybe_created[name]
+            raise
+        del world.maybe_created[name]
+        world.adopt(volume.id, name, n_cells)
+
+    async def _delete(self) -> None:
+        world, export = self._world, self._some_export()
+        if export is None or len(world.exports) < 2:
+            return
+        export.leaving = True
+        try:
+            await world.process.ask(world.pool.delete_volume(world.volume(export)))
+        except NbdstoreError:
+            export.leaving = False
+            raise
+        world.forget(export)
+
+    async def _rename(self) -> None:
+        world, export = self._world, self._some_export()
+        if export is None:
+            return
+        old, new = export.names[0], self.new_name()
+        export.names = [old, new]
+        try:
+            await world.process.ask(world.pool.rename_volume(world.volume(export), new))
+        except NbdstoreError:
+            export.names = [old]
+            raise
+        export.names = [new]
+
+    async def _grow(self) -> None:
+        world, export = self._world, self._some_export()
+        if export is None or export.n_cells > 2 * world.plan.cells:
+            return
+        n_cells = export.n_cells + self._random.choice((1, 8, 1000))
+        export.growing_to = n_cells
+        size = export.spread.end(n_cells * CELL)
+        try:
+            await world.process.ask(world.pool.resize_volume(world.volume(export), size))
+        except NbdstoreError:
+            export.growing_to = None
+            raise
+        export.grown()
+
+    async def _relieve(self) -> None:
+        """Give some of the space back that the ballast takes, or take it again."""
+        world = self._world
+        ballast = world.pool.volumes[BALLAST]
+        at = self._random.randrange(0, ballast.size, 4096)
+        length = min(4 << 20, ballast.size - at)
+        if self._random.random() < 0.5:
+            await world.process.ask(ballast.trim(at, length))
+        else:
+            await world.process.ask(ballast.write_zeroes(at, length, no_hole=True, fast=True))
+
+    async def _checkpoint(self) -> None:
+        await self._world.process.ask(self._world.pool.checkpoint())
+
+    # --- The server --------------------------------------------------------------------------
+
+    async def _restart(self) -> None:
+        await self._world.restart()
+
+    async def _crash(self) -> None:
+        """Let the server die, at once or when it comes to a place."""
+        rng, process = self._random, self._world.process
+        power, kind = rng.random() < 0.7, rng.random()
+        if kind < 0.2:
+            process.die(Death(power))
+        elif kind < 0.7:
+            process.plan(Death(power, operation=rng.randint(1, rng.choice((5, 50, 500)))))
+        else:
+            process.plan(Death(power, place=rng.choice(_PLACES), n_times=rng.choice((1, 1, 3))))

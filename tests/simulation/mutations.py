@@ -1,0 +1,235 @@
+"""Ways to break the server and the store that worlds must notice.
+
+Owns the mutations, each the kind of mistake that a change could bring, and the plan of the worlds
+that look for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from unittest import mock
+
+from nbdstore.protocol.constants import Command, CommandFlag
+from nbdstore.protocol.replies import Buffer, SimpleReplies
+from nbdstore.protocol.transmission import Request
+from nbdstore.server import commands
+from nbdstore.server.commands import Target
+from nbdstore.server.session import Session
+from nbdstore.store import Volume
+from nbdstore.store.durability import Committer
+from nbdstore.store.slots import Slots
+from nbdstore.store.writing import Writing
+from tests.simulation.network import Weather
+from tests.simulation.plan import NARROW, Plan
+
+CRASHES: Final = Plan(
+    n_exports=1,
+    n_jobs=3,
+    n_requests=60,
+    cells=256,
+    moments_s=(0.02, 0.1),
+    actions={"crash": 3, "wait": 1},
+)
+"""Worlds of much writing and many crashes."""
+
+RESTARTS: Final = replace(CRASHES, actions={"restart": 3, "wait": 1})
+
+PEACE: Final = replace(CRASHES, actions={"crash": 0, "wait": 1})
+
+CROWDED: Final = replace(
+    PEACE,
+    n_requests=100,
+    cells=2048,
+    limits=NARROW,
+    weather=Weather(buffer_bytes=(4 << 10,), whole=0.5),
+)
+"""Worlds in which there is never enough room."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break it.
+
+    Attributes:
+        says: what the finding says.
+        n_seeds: worlds that are enough to find it.
+    """
+
+    name: str
+    patch: Callable[[], Any]
+    says: str
+    plan: Plan = CRASHES
+    n_seeds: int = 10
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While this lasts, it is broken."""
+        with self.patch():
+            yield
+
+
+def _command(command: Command, broken: Callable[..., Awaitable[int]]) -> Callable[[], Any]:
+    return lambda: mock.patch.dict(commands._COMMANDS, {command: broken})
+
+
+# --- The server ----------------------------------------------------------------------------------
+
+
+async def _flush_too_early(target: Target, request: Request, out: list[Buffer]) -> int:
+    task = asyncio.ensure_future(target.volume.flush())
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return target.replies.done(out, request[2], request[3])
+
+
+async def _write_without_fua(target: Target, request: Request, out: list[Buffer]) -> int:
+    _, flags, *rest = request
+    plain: Request = (request[0], flags & ~CommandFlag.FUA, *rest)  # type: ignore[assignment]
+    return await _WRITE(target, plain, out)
+
+
+_WRITE: Final = commands._COMMANDS[Command.WRITE]
+_FLUSH: Final = commands._COMMANDS[Command.FLUSH]
+
+
+async def _flush_own_connection(target: Target, request: Request, out: list[Buffer]) -> int:
+    """As if a flush covered only what came over its own connection."""
+    if target.__dict__.pop("has_written", False):
+        return await _FLUSH(target, request, out)
+    return target.replies.done(out, request[2], request[3])
+
+
+def _remember_writes() -> Any:
+    @contextmanager
+    def patches() -> Iterator[None]:
+        write = Session._write
+
+        def remembering(self: Session, *args: Any) -> int:
+            self._target.__dict__["has_written"] = True
+            return write(self, *args)
+
+        with (
+            mock.patch.object(Session, "_write", remembering),
+            mock.patch.dict(commands._COMMANDS, {Command.FLUSH: _flush_own_connection}),
+        ):
+            yield
+
+    return patches()
+
+
+def _answer_twice(self: SimpleReplies, out: list[Buffer], cookie: bytes, offset: int) -> int:
+    return _DONE(self, out, cookie, offset) + _DONE(self, out, cookie, offset)
+
+
+_DONE: Final = SimpleReplies.done
+
+
+def _lose_wake_up(self: Session) -> None:
+    """As Session._send_more, without looking whether there is something to do now."""
+    if self._channel.flush(self._outbox):
+        self._blocked = False
+        self._channel.unwatch_writable()
+
+
+def _answer_before_writing(
+    self: Session, writes: list[Request], data: Sequence[Any], out: list[Buffer]
+) -> int:
+    async def later() -> None:
+        await asyncio.sleep(0.001)
+        for offset, payload in kept:
+            await self.volume.write(offset, payload)
+
+    kept = [(offset, bytes(payload)) for offset, payload in data]
+    asyncio.get_running_loop().create_task(later())
+    return self._replies.all_done(out, writes)
+
+
+def _write_half(self: Volume, writes: Sequence[tuple[int, Any]]) -> bool:
+    """As if a batch was more than one record, and a crash came between them."""
+    return all(self.writing.now([part]) for part in _halves(writes))
+
+
+def _halves(writes: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    for offset, data in writes:
+        half = len(data) // 8192 * 4096
+        if half:
+            yield offset + half, data[half:]
+        yield offset, data[:half] if half else data
+
+
+# --- The store -----------------------------------------------------------------------------------
+
+
+def _reuse_at_once(self: Slots, slots: Any, seq: int) -> None:
+    self._unmark(slots)
+
+
+async def _commit_nothing(self: Committer, volume: Any) -> None:
+    return None
+
+
+def _forget_overwrites() -> Any:
+    """As if what another write has changed meanwhile was not looked at again."""
+
+    async def attempt(self: Writing, offset: int, data: memoryview) -> Any:
+        first = offset >> self._shift
+        stop = ((offset + len(data) - 1) >> self._shift) + 1
+        await self._volume.load(first, stop)
+        old = await self._read_ends(offset, len(data))
+        current = {
+            block: (self._volume.map.words[2 * block], content)
+            for block, (_, content) in old.items()
+        }
+        return self._try([(offset, data)], current)
+
+    return mock.patch.object(Writing, "_attempt", attempt)
+
+
+MUTATIONS: Final = (
+    Mutation("a flush is answered too early", _command(Command.FLUSH, _flush_too_early), "crash"),
+    Mutation("FUA is ignored", _command(Command.WRITE, _write_without_fua), "crash"),
+    Mutation("a flush covers its own connection only", _remember_writes, "crash"),
+    Mutation(
+        "requests are answered twice",
+        lambda: mock.patch.object(SimpleReplies, "done", _answer_twice),
+        "reply to nothing",
+        PEACE,
+    ),
+    Mutation(
+        "a drained outbox wakes nobody up",
+        lambda: mock.patch.object(Session, "_send_more", _lose_wake_up),
+        "not answered",
+        CROWDED,
+    ),
+    Mutation(
+        "writes are answered before they are done",
+        lambda: mock.patch.object(Session, "_write", _answer_before_writing),
+        "",
+        PEACE,
+    ),
+    Mutation(
+        "a write is two records",
+        lambda: mock.patch.object(Volume, "write_now", _write_half),
+        "torn",
+        n_seeds=60,
+    ),
+    Mutation(
+        "freed slots are used again at once",
+        lambda: mock.patch.object(Slots, "free_later", _reuse_at_once),
+        "",
+    ),
+    Mutation(
+        "the store's commit does nothing",
+        lambda: mock.patch.object(Committer, "commit", _commit_nothing),
+        "crash",
+    ),
+    Mutation(
+        "a merge does not look again",
+        _forget_overwrites,
+        "",
+        replace(PEACE, share_uncached=0.9, cells=64, n_requests=200),
+    ),
+)

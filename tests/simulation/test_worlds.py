@@ -1,0 +1,64 @@
+"""Worlds that end well, worlds that are the same each time, and worlds that find what is broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.simulation.mutations import MUTATIONS, Mutation
+from tests.simulation.oracle import Wrong
+from tests.simulation.plan import choose_plan
+from tests.simulation.world import run_world
+
+ROOT = Path(__file__).parents[2]
+SCALE = 0.4
+"""Of the number of requests; `python -m tests.simulation` does it all."""
+
+
+@pytest.mark.parametrize("first", range(0, 24, 4))
+def test_nothing_is_lost(first: int) -> None:
+    figures: Counter[str] = Counter()
+    for seed in range(first, first + 4):
+        figures.update(run_world(seed, choose_plan(seed, scale=SCALE)).figures())
+    assert figures["requests answered"] > 200
+
+
+DIGEST = """
+from tests.simulation.plan import choose_plan
+from tests.simulation.world import run_world
+for seed in (9, 14, 19):
+    print(run_world(seed, choose_plan(seed, scale=0.3)).trace.digest)
+"""
+
+
+def test_a_seed_is_the_same_world_in_every_process() -> None:
+    digests = []
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        found = subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env=environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        digests.append(found.stdout.split())
+    assert len(set(digests[0])) == 3
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_broken_server_is_found_out(mutation: Mutation) -> None:
+    with mutation.applied():
+        for seed in range(mutation.n_seeds):
+            try:
+                run_world(seed, mutation.plan)
+            except (Wrong, AssertionError, RuntimeError) as error:
+                assert mutation.says in str(error), error
+                return
+    pytest.fail(f"{mutation.n_seeds} worlds have not noticed: {mutation.name}")

@@ -1,0 +1,426 @@
+"""One world: a server, its clients, a network, a disk, an administrator; one seed, one course.
+
+Owns the course of things: it begins, the server dies and comes up again, what it comes up with is
+compared with what may be left, everybody goes on, it ends.  At the end nothing may be left over: no
+task, no connection, no held write, no finding of a check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+import tempfile
+import uuid
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from nbdstore.errors import NbdstoreError
+from nbdstore.protocol.constants import Errno
+from nbdstore.store import Pool, Volume
+from nbdstore.store.local_host import LocalHost
+from tests.simulation.administrator import Administrator
+from tests.simulation.export import Export
+from tests.simulation.jobs import Job
+from tests.simulation.network import Network
+from tests.simulation.oracle import CELL, Wrong, stamps_of
+from tests.simulation.plan import Plan
+from tests.simulation.server_process import Death, ServerProcess
+from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
+from tests.store.power_loss import assert_clean
+from tests.store.simulated_disk import Images, load_images
+from tests.store.workload import Spread
+
+END_S: Final = 4000.0
+"""A world that has not ended after this hangs."""
+SETTLED_S: Final = 1000.0
+"""After this every end of a connection has heard of the other one's death."""
+
+
+class _SeededHost(LocalHost):
+    """This machine, but for its chance."""
+
+    def new_uuid(self) -> uuid.UUID:
+        return uuid.UUID(int=4711, version=4)
+
+    def time(self) -> float:
+        return 1_700_000_000.0
+
+
+@functools.cache
+def new_pool(capacity: int) -> dict[str, bytes]:
+    """The files of a pool that was just made, always the same."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory) / "pool"
+        Pool.create(place, capacity=capacity, journal_size=1 << 20, host=_SeededHost())
+        return {name: bytes(image) for name, image in load_images(place).items()}
+
+
+class World:
+    """See the module.
+
+    Attributes:
+        exports: those that exist, by id.
+        maybe_created: sizes of volumes whose making has begun, by name.
+        process: the server, alive or dead.
+        n_...: figures.
+    """
+
+    def __init__(self, seed: int, plan: Plan) -> None:
+        loop = asyncio.get_running_loop()
+        self.plan = plan
+        self.random = random.Random(seed)
+        self.trace = Trace(loop)
+        self.network = Network(loop, self.trace, self.random.randrange(1 << 30), plan.weather)
+        self.exports: dict[int, Export] = {}
+        self.maybe_created: dict[str, int] = {}
+        self.process: ServerProcess
+        self.n_answered = self.n_lost = self.n_resent = self.n_stalls = self.n_timeouts = 0
+        self.n_attached = self.n_changes = self.n_refused = self.n_restarts = self.n_errors = 0
+        self.n_killed = self.n_powerless = 0
+        self.remains: list[Images] = []
+        """At the end: what is on the disk, and what could be if the power failed then."""
+        self._serial = 0
+        self._n_processes = 0
+        self._failure: asyncio.Future[None] = loop.create_future()
+        self._up = asyncio.Event()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._jobs: list[asyncio.Task[None]] = []
+        self._restarting = False
+        self._loop = loop
+        loop.set_exception_handler(self._on_loop_error)
+
+    # --- For the inhabitants -----------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        assert self.process.pool is not None
+        return self.process.pool
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set() and self.process.alive
+
+    async def until_up(self) -> None:
+        """Wait until the server serves."""
+        while not self.is_up:
+            await (asyncio.sleep(0.1) if self._up.is_set() else self._up.wait())
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a task of an inhabitant; if it fails, the world does."""
+        task = self._loop.create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End the world: something went wrong."""
+        if not self._failure.done():
+            self._failure.set_exception(error)
+
+    def next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def spread_of(self, volume_id: int) -> Spread:
+        """Where the content of a volume lies."""
+        return self.plan.spread
+
+    def volume(self, export: Export) -> Volume:
+        """The volume of an export; it must exist."""
+        return next(v for v in self.pool.volumes.values() if v.id == export.id)
+
+    def allowed_errors(self, export: Export) -> set[int]:
+        """The errors that there is a reason for now."""
+        allowed: set[int] = set()
+        if self.plan.trouble == "errors" or self.process.has_failed:
+            allowed.add(Errno.EIO)
+        if self.plan.may_fill:
+            allowed.add(Errno.ENOSPC)
+        if export.leaving:
+            allowed.add(Errno.ESHUTDOWN)
+        return allowed
+
+    # --- Exports -----------------------------------------------------------------------------
+
+    def adopt(self, volume_id: int, name: str, n_cells: int) -> None:
+        """A volume exists: let it be used."""
+        export = Export(self, volume_id, name, n_cells, self.plan.spread)
+        self.exports[volume_id] = export
+        export.machine.start()
+        for _ in range(self.plan.n_jobs):
+            self._jobs.append(self.start(Job(self, export, self.plan.n_requests).run()))
+
+    def forget(self, export: Export) -> None:
+        """A volume does not exist any more."""
+        self.exports.pop(export.id, None)
+        export.machine.stop()
+
+    # --- The server's lives ------------------------------------------------------------------
+
+    async def _boot(self, images: Images, *, lossless: bool) -> None:
+        """Bring a server up on `images`, however often it dies on the way."""
+        while True:
+            self._n_processes += 1
+            self.process = process = ServerProcess(self, images, self._n_processes)
+            if self.random.random() < 0.15 and self.plan.actions["crash"]:
+                process.plan(Death(self.random.random() < 0.7, self.random.randint(1, 60)))
+            opening = process.start(process.open())
+            await asyncio.wait([opening])
+            if process.alive:
+                opening.result()
+                break
+            lossless &= not self._count_death(process)
+            images = await process.remains()
+        self._compare(process, lossless=lossless)
+        await asyncio.wait([serving := process.start(process.serve())])
+        serving.result()
+        self._up.set()
+
+    def _count_death(self, process: ServerProcess) -> bool:
+        """Count a death; tell whether the power failed."""
+        assert process.death is not None
+        self.n_powerless += process.death.power
+        self.n_killed += not process.death.power
+        return process.death.power
+
+    async def supervise(self) -> None:
+        """Bring the server up again whenever it dies; a pool that has failed is killed."""
+        while True:
+            if self._restarting:
+                await asyncio.sleep(0.1)
+                continue
+            process = self.process
+            dead = asyncio.ensure_future(process.died.wait())
+            await asyncio.wait([dead], timeout=1.0)
+            if not dead.done():
+                dead.cancel()
+                if process.has_failed and process.alive and not self._restarting:
+                    process.die(Death(power=True))  # which pages the kernel dropped is not known
+                continue
+            if self._restarting:
+                continue  # who restarts it sees to it
+            self._up.clear()
+            self.network.cut_all()
+            power = self._count_death(process)
+            images = await process.remains()
+            await self._settle()
+            await asyncio.sleep(self.random.choice((0.0, 0.1, 3.0)))
+            await self._boot(images, lossless=not power)
+
+    async def restart(self) -> None:
+        """Stop the server properly, and start it again."""
+        process = self.process
+        self._up.clear()
+        self._restarting = True
+        stopping = process.start(process.stop())
+        await asyncio.wait([stopping])
+        await asyncio.sleep(0)
+        error = stopping.exception()
+        if process.alive and process.has_failed:
+            process.die(Death(power=True))
+        if process.alive:
+            if error is not None:
+                raise error
+            self.n_restarts += 1
+            self.network.cut_all()
+            images, power = process.end(), False
+        else:
+            self.network.cut_all()
+            power = self._count_death(process)
+            images = await process.remains()
+        await self._settle()
+        await self._boot(images, lossless=not power)
+        self._restarting = False
+
+    async def _settle(self) -> None:
+        """Wait until all clients know that their connections are gone."""
+        async with asyncio.timeout(SETTLED_S):
+            while not all(link.client.closed for link in self.network.old_links):
+                await asyncio.sleep(0.1)
+        self.network.old_links.clear()
+
+    def _compare(self, process: ServerProcess, *, lossless: bool) -> None:
+        """Assert that what the server came up with is what may be left."""
+        found = dict(process.found)
+        for export in list(self.exports.values()):
+            if export.id not in found:
+                if not export.leaving:
+                    raise Wrong(f"volume {export.id} {export.names} is gone")
+                self.forget(export)
+                continue
+            name, size, stamps = found.pop(export.id)
+            if name not in export.names:
+                raise Wrong(f"volume {export.id} is called {name}, not {export.names}")
+            sizes = {export.n_cells, export.growing_to or export.n_cells}
+            if size not in {n * CELL for n in sizes}:
+                raise Wrong(f"volume {export.id} has {size} bytes, not {sizes} cells")
+            try:
+                export.history.check_crash(stamps, self.trace.now, lossless=lossless)
+            except Wrong as error:
+                raise Wrong(f"volume {export.id}: {error}") from None
+            export.names, export.leaving = [name], False
+            export.begin_anew(stamps)
+        for volume_id, (name, size, stamps) in found.items():
+            if self.maybe_created.get(name, -1) * CELL != size or stamps.any():
+                raise Wrong(f"volume {volume_id} {name} of {size} bytes comes from nowhere")
+            self.adopt(volume_id, name, size // CELL)
+        self.maybe_created.clear()
+        self.trace.note("up", process.name, len(process.found), "volumes")
+
+    # --- The course --------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Live."""
+        course = self._loop.create_task(self._live())
+        try:
+            async with asyncio.timeout(END_S):
+                await asyncio.wait([course, self._failure], return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise Wrong(f"the world has not ended after {END_S:g} s") from None
+        if self._failure.done():
+            self._failure.result()
+        course.result()
+
+    async def _live(self) -> None:
+        images = {name: bytearray(raw) for name, raw in new_pool(self.plan.capacity).items()}
+        await self._boot(images, lossless=True)
+        supervising = self.start(self.supervise())
+        administrator = Administrator(self)
+        while len(self.exports) < self.plan.n_exports:
+            await self.until_up()
+            try:
+                await administrator.create()
+            except (NbdstoreError, Exception):
+                await asyncio.sleep(0.5)
+        working = self.start(administrator.run())
+        await self._until_idle()
+        administrator.stopped = True
+        await working
+        await self._until_idle()
+        await self._end(supervising)
+
+    async def _until_idle(self) -> None:
+        """Wait until all jobs are done."""
+        while waiting := [job for job in self._jobs if not job.done()]:
+            await asyncio.wait(waiting)
+
+    async def _end(self, supervising: asyncio.Task[Any]) -> None:
+        """Let everybody leave; nothing may be left over."""
+        await self.until_up()
+        for export in list(self.exports.values()):
+            await export.machine.leave()
+        await self.until_up()
+        supervising.cancel()
+        process = self.process
+        process.spare()
+        await self._until_left(process)
+        await asyncio.wait([reading := process.start(self._read_all(process))])
+        await asyncio.wait([stopping := process.start(process.stop())])
+        await asyncio.sleep(0)
+        reading.result()
+        stopping.result()
+        self.remains = [process.disk.images, process.end()]
+        left = [link.name for link in self.network.links if not link.server.closed]
+        if left:
+            raise Wrong(f"the server has ended, but not its connections: {left}")
+
+    async def _until_left(self, process: ServerProcess) -> None:
+        assert process.server is not None
+        until = self._loop.time() + SETTLED_S
+        while process.server.connections:
+            if self._loop.time() > until:
+                raise Wrong(f"nobody is there, but connected: {process.server.connections}")
+            await asyncio.sleep(1)
+        status = self.pool.status()
+        if status["held_writes"]:
+            raise Wrong(f"nobody is there, but {status['held_writes']} writes are held")
+
+    async def _read_all(self, process: ServerProcess) -> None:
+        """Compare what is there with what must be, now that everything is answered."""
+        for export in self.exports.values():
+            volume = self.volume(export)
+            found = await export.spread.read(volume)
+            export.history.check_crash(stamps_of(found), self.trace.now, lossless=True)
+
+    def figures(self) -> dict[str, int]:
+        """What happened, in numbers."""
+        return {
+            "events": self.trace.now,
+            "requests answered": self.n_answered,
+            "requests lost": self.n_lost,
+            "requests sent again": self.n_resent,
+            "errors": self.n_errors,
+            "connections": self.n_attached,
+            "resets": self.network.n_resets,
+            "vanished peers": self.network.n_vanished,
+            "stalled readers": self.n_stalls,
+            "timeouts": self.n_timeouts,
+            "power losses": self.n_powerless,
+            "kills": self.n_killed,
+            "restarts": self.n_restarts,
+            "changes": self.n_changes,
+            "changes refused": self.n_refused,
+            "virtual seconds": int(self._loop.time()),
+        }
+
+    # --- What went wrong ---------------------------------------------------------------------
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not is_ghost():
+            error = context.get("exception") or Wrong(context["message"])
+            self.fail(error)
+
+
+class _Alarm(logging.Handler):
+    """Fails the world when the product logs a bug of its own."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.ERROR)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and not is_ghost():
+            error = record.exc_info[1]
+            wrong = Wrong(f"the log says: {record.getMessage()}")
+            wrong.__cause__ = error
+            self._world.fail(wrong)
+
+
+def run_world(seed: int, plan: Plan) -> World:
+    """Run one world to its end."""
+    worlds: list[World] = []
+
+    async def main() -> None:
+        world = World(seed, plan)
+        worlds.append(world)
+        alarm = _Alarm(world)
+        log = logging.getLogger("nbdstore")
+        log.addHandler(alarm)
+        try:
+            await world.run()
+        finally:
+            log.removeHandler(alarm)
+
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR - 1)
+    try:
+        with asyncio.Runner(loop_factory=WorldLoop) as runner:
+            runner.run(main())
+        for images in worlds[0].remains:
+            assert_clean(images)
+    except BaseException as error:
+        if worlds:
+            error.add_note(f"plan: {plan}")
+            error.add_note("\n".join(["the last events:", *list(worlds[0].trace.recent)[-25:]]))
+        raise
+    finally:
+        logging.disable(before)
+    return worlds[0]
