@@ -18,7 +18,17 @@ from typing import Any, NoReturn
 import click
 
 from nbdstore import __version__
-from nbdstore.commands import capacity, check, completion, logs, pool, serve, transfer, volume
+from nbdstore.commands import (
+    capacity,
+    check,
+    completion,
+    logs,
+    pool,
+    salvage,
+    serve,
+    transfer,
+    volume,
+)
 from nbdstore.commands.groups import OrderedGroup
 from nbdstore.commands.session import Session
 from nbdstore.errors import NbdstoreError
@@ -174,6 +184,7 @@ cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)
 cli.add_command(capacity.capacity)
 cli.add_command(check.check)
+cli.add_command(salvage.salvage)
 cli.add_command(completion.completion)
 
 

@@ -34,7 +34,7 @@ from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
 from nbdstore.errors import AlreadyExists, PoolFailed, PoolLocked
-from nbdstore.server import Server, ServerOptions
+from nbdstore.server import HasVolumes, Server, ServerOptions
 from nbdstore.store import Pool, PoolOptions
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -85,6 +85,24 @@ async def run(options: DaemonOptions, announce: Announce) -> None:
         if not stop.requested.is_set():
             await _serve(pool, options, stop, announce)
     log.info("stopped; everything that was acknowledged is on disk")
+
+
+async def serve_salvaged(
+    pool: HasVolumes,
+    options: ServerOptions,
+    environ: Mapping[str, str],
+    announce: Callable[[Server], None],
+) -> None:
+    """Serve the volumes of a pool that is open for salvage until a signal, and nothing else."""
+    stop = _StopSignals()
+    server = Server(pool, options)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(_drain, server, stop)
+        await server.start()
+        systemd.notify(environ, "READY=1")
+        announce(server)
+        await stop.requested.wait()
+        systemd.notify(environ, "STOPPING=1")
 
 
 def _raise_descriptor_limit() -> None:

@@ -56,12 +56,18 @@ class Address:
 
 
 def show(
-    directory: str, volumes: Iterable[VolumeLike], addresses: Sequence[str], *, tls: bool
+    directory: str,
+    volumes: Iterable[VolumeLike],
+    addresses: Sequence[str],
+    *,
+    tls: bool,
+    read_only: bool = False,
 ) -> None:
     """Print where each volume is, and the lines that attach the first of them."""
     found = sorted(volumes, key=lambda volume: volume.name)
     places = [Address.parse(text) for text in addresses]
-    click.echo(f"serving pool {directory} at {', '.join(addresses) or 'passed sockets'}")
+    how = ", read-only," if read_only else ""
+    click.echo(f"serving pool {directory}{how} at {', '.join(addresses) or 'passed sockets'}")
     if not found:
         click.echo("no volumes yet: make one with 'nbdstore volume create NAME --size SIZE'")
     if found and places:

@@ -13,12 +13,14 @@ tls          contexts and certificate names
 
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server.connection import ConnectionInfo
+from nbdstore.server.exports import HasVolumes
 from nbdstore.server.options import DEFAULT_PORT, Limits, ServerOptions, TlsOptions
 from nbdstore.server.server import Server
 
 __all__ = [
     "DEFAULT_PORT",
     "ConnectionInfo",
+    "HasVolumes",
     "Limits",
     "Server",
     "ServerOptions",

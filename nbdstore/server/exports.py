@@ -12,13 +12,14 @@ may attach: what it holds is not whole yet, and would change under its client.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from nbdstore.protocol.agreement import Offer, OptionRefused, TlsMode
 from nbdstore.protocol.constants import OptionReply, TransmissionFlag
 from nbdstore.server.options import ServerOptions
-from nbdstore.store import Pool, Volume
+from nbdstore.store import Volume
 
 READ_ONLY_FLAGS = (
     TransmissionFlag.HAS_FLAGS
@@ -69,6 +70,14 @@ class VolumeOffer(Offer):
     volume: Volume
 
 
+class HasVolumes(Protocol):
+    """A pool, as far as its exports go."""
+
+    @property
+    def volumes(self) -> Mapping[str, Volume]:
+        """By name."""
+
+
 class Exports:
     """The exports of one pool.
 
@@ -77,8 +86,9 @@ class Exports:
         options: read_only, default_export and the TLS mode are used.
     """
 
-    def __init__(self, pool: Pool, options: ServerOptions) -> None:
+    def __init__(self, pool: HasVolumes, options: ServerOptions) -> None:
         self._pool = pool
+        self._owner_only = options.owner_only
         self._read_only = options.read_only
         self._default = options.default_export
         self._tls = options.tls.mode if options.tls else TlsMode.OFF
@@ -117,6 +127,8 @@ class Exports:
 
     def _refusal(self, volume: Volume, identity: Identity) -> OptionRefused | None:
         """Say why a client may not have a volume; None if it may."""
+        if self._owner_only:
+            return None
         allowed = volume.properties.get("allow")
         if allowed and not set(identity.names).intersection(allowed):
             return self._not_allowed(volume, identity)

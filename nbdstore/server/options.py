@@ -72,6 +72,7 @@ class ServerOptions:
             or ``unix:PATH``.
         sockets: sockets that listen already (systemd's socket activation).
         read_only: refuse everything that writes, on all exports.
+        owner_only: nobody but the pool's owner can connect, who may attach every volume.
         default_export: what the empty name means; without it, the only volume if there is one.
         tls: None = TLS is off.
         limits: see Limits.
@@ -80,6 +81,7 @@ class ServerOptions:
     listen: Sequence[str] = ()
     sockets: Sequence[socket.socket] = ()
     read_only: bool = False
+    owner_only: bool = False
     default_export: str | None = None
     tls: TlsOptions | None = None
     limits: Limits = field(default_factory=Limits)

@@ -11,11 +11,11 @@ import socket
 
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server.connection import Connection, ConnectionInfo, Settings
-from nbdstore.server.exports import Exports
+from nbdstore.server.exports import Exports, HasVolumes
 from nbdstore.server.listener import Listener
 from nbdstore.server.options import ServerOptions
 from nbdstore.server.tls import make_context
-from nbdstore.store import Pool, Volume
+from nbdstore.store import Volume
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Server:
         InvalidArgument: the TLS files cannot be used.
     """
 
-    def __init__(self, pool: Pool, options: ServerOptions) -> None:
+    def __init__(self, pool: HasVolumes, options: ServerOptions) -> None:
         self._options = options
         tls = options.tls if options.tls and options.tls.mode is not TlsMode.OFF else None
         self._settings = Settings(

@@ -2,8 +2,8 @@
 
 Layers within: layout, errors <- host, lazyarray <- superblock, records, journal, slots, blockmap,
 catalogue <- core <- durability, mapmemory, reading, writing, ranges, checkpoint <- volume <-
-registry <- recovery <- pool, check.  host is the contract of the I/O layer, local_host its real
-implementation, which only pool and check know, as what is used by default.
+registry <- recovery <- pool, check, salvage.  host is the contract of the I/O layer, local_host
+its real implementation, which only those three know, as what is used by default.
 """
 
 from nbdstore.store.core import PoolOptions

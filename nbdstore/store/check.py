@@ -143,22 +143,14 @@ class _Check:
         return self._report
 
     def _open(self, disk: Disk) -> recovery.Opened | None:
-        damages = recovery.OnDamages(self._node_damaged, self._free_map_damaged)
+        damages = recovery.OnDamages(
+            self._journal_damaged, self._node_damaged, self._free_map_damaged
+        )
         try:
             opened = recovery.open_parts(self._host, disk, PoolOptions(), damage=damages)
         except Corruption as error:
-            finding = self._add("damage", error.where, error.expected, error.found)
-            if not self._repair:
-                return None
-            try:
-                opened = recovery.open_parts(
-                    self._host, disk, PoolOptions(), damage=damages, cut_damage=True
-                )
-            except Corruption as second:
-                if (second.where, second.found) != (error.where, error.found):
-                    self._add("damage", second.where, second.expected, second.found)
-                return None
-            finding.repaired = True
+            self._add("damage", *_told(error))
+            return None
         for fault in opened.report.spare_faults:
             self._add("notice", *_told(fault), repaired=self._repair)
         for volume_id, seq in opened.report.dropped.items():
@@ -181,6 +173,10 @@ class _Check:
         else:
             self._report.n_findings_left_out += 1
         return finding
+
+    def _journal_damaged(self, error: Corruption | ReadFailed) -> None:
+        """The journal ends early: the pool is as it was before."""
+        self._add("damage", *_told(error), repaired=self._repair)
 
     def _free_map_damaged(self, error: Corruption | ReadFailed) -> None:
         """A block of the free map: all of it can be told from the trees."""

@@ -86,7 +86,8 @@ class Core:
     Attributes:
         map_counts: counts what all maps have in memory.
         on_damage: whom to tell of a node of a map that is damaged; all below it counts as LOST
-            then, and unless the pool is being repaired, nothing may be written.  None = raise.
+            then, and unless the pool is being repaired, nothing may be written.  It may be called
+            in a thread.  None = raise.
         failed: why the pool stopped acknowledging, or None.
         n_held: writes that wait for space now.
         n_corruptions: damaged blocks met by reads so far.

@@ -106,6 +106,8 @@ class Disk(Protocol):
     def lock(self) -> None:
         """Become the one process that uses the pool, until :meth:`close` or the process's end.
 
+        A disk opened read-only shares it with others that are.
+
         Raises:
             PoolLocked: another one does; the message names its pid.
         """
@@ -145,8 +147,8 @@ class Disk(Protocol):
 class Host(Protocol):
     """What a pool stands on."""
 
-    def disk(self, directory: Path) -> Disk:
-        """Open `directory`.
+    def disk(self, directory: Path, *, read_only: bool = False) -> Disk:
+        """Open `directory`; `read_only`, nothing in it is ever written, its lock included.
 
         Raises:
             StoreError: it does not exist, is no directory, or may not be entered.

@@ -173,13 +173,14 @@ class LocalFile:
 class LocalDisk:
     """A directory with the files of one pool, locked by this process while it is open."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open `directory`, which must exist.
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        """Open `directory`, which must exist; `read_only`, never to write anything there.
 
         Raises:
             StoreError: it does not exist, is no directory, or may not be entered.
         """
         self.directory = directory
+        self._read_only = read_only
         try:
             self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -194,15 +195,19 @@ class LocalDisk:
         Raises:
             PoolLocked: another one does; the message names its pid.
         """
+        flags = os.O_RDONLY if self._read_only else os.O_RDWR | os.O_CREAT
         try:
-            fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+            fd = os.open("lock", flags | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         except OSError as error:
+            if self._read_only and error.errno == errno.ENOENT:
+                return  # who serves a pool makes this file: nobody does
             raise StoreError(
                 f"cannot lock the pool {self.directory}: {error.strerror}: "
                 "work on it as the user who owns it"
             ) from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(fd)
@@ -210,8 +215,9 @@ class LocalDisk:
                 f"pool {self.directory} is in use by another process (pid {holder}): "
                 "stop it first, or talk to it through its control socket"
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        if not self._read_only:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
 
     def open(self, name: str, *, create: bool = False) -> LocalFile:
@@ -220,7 +226,8 @@ class LocalDisk:
         Raises:
             StoreError: it is missing, or cannot be opened.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        flags = os.O_RDONLY if self._read_only else os.O_RDWR
+        flags |= os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
             fd = os.open(name, flags, 0o600, dir_fd=self._fd)
         except OSError as error:
@@ -275,7 +282,8 @@ class LocalDisk:
         for file in self._files:
             file.close()
         if self._lock_fd is not None:
-            os.ftruncate(self._lock_fd, 0)
+            if not self._read_only:
+                os.ftruncate(self._lock_fd, 0)
             os.close(self._lock_fd)
         os.close(self._fd)
 
@@ -283,9 +291,9 @@ class LocalDisk:
 class LocalHost:
     """This machine."""
 
-    def disk(self, directory: Path) -> LocalDisk:
+    def disk(self, directory: Path, *, read_only: bool = False) -> LocalDisk:
         """See Host."""
-        return LocalDisk(directory)
+        return LocalDisk(directory, read_only=read_only)
 
     def make_directory(self, directory: Path) -> bool:
         """See Host."""

@@ -130,7 +130,8 @@ class MapMemory:
 
         def read() -> list[bytes]:
             return [
-                core.read_block(location, checksum, f"{what} {number}")
+                core.try_block(location, checksum, f"{what} {number}")
+                or layout.lost_node(core.block_size)
                 for number, (location, checksum) in zip(numbers, pointers, strict=True)
             ]
 

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -44,20 +45,31 @@ from nbdstore.store.volume import Services, Volume
 
 log = logging.getLogger("nbdstore.store")
 
+_JOURNAL_ADVICE: Final = (
+    "'nbdstore check --repair' goes on with what comes before, 'nbdstore salvage' copies that"
+)
+
+_CATALOGUE_ADVICE: Final = (
+    "no copy is whole, and nothing else says which volumes there are: restore them from a backup"
+)
+
 ReadBlock = Callable[[int, int, str], bytes]
 """Called with location, checksum and a name; returns the verified block."""
 
 
 @dataclass(frozen=True)
 class OnDamages:
-    """Whom to tell of a damaged block; None = raise.
+    """Whom to tell of damage that opening can do without; None = raise.
 
     Attributes:
+        journal: the journal is damaged, truncated, or not the right one: it ends there, and
+            records that were durable are lost.
         maps: of a node or leaf of a volume's map; see Core.on_damage.
         free_map: of a block of the free map.  Everything in it seems to be free then, and the
             free map must be corrected before the pool is written.
     """
 
+    journal: OnDamage | None = None
     maps: OnDamage | None = None
     free_map: OnDamage | None = None
 
@@ -112,14 +124,11 @@ def open_parts(
     options: PoolOptions,
     *,
     damage: OnDamages | None = None,
-    cut_damage: bool = False,
 ) -> Opened:
     """Read a pool into memory, changing nothing on disk.
 
     Arguments:
-        damage: whom to tell of damaged blocks that opening can do without; None = raise.
-        cut_damage: take a damaged journal as its end instead of refusing: records that were
-            durable are lost then.
+        damage: whom to tell of damage that opening can do without; None = raise.
 
     Raises:
         PoolFormatError: of a format not known here, or no pool.
@@ -134,15 +143,16 @@ def open_parts(
     super_file, data, ring = disk.open("super"), disk.open("data"), disk.open("journal")
     found = superblock.read(super_file)
     current = found.newest
-    if ring.size < current.journal_size and not cut_damage:
-        raise Corruption(
+    if ring.size < current.journal_size:
+        error = Corruption(
             f"{disk.directory}/journal",
             f"{current.journal_size} bytes",
             f"{ring.size} bytes",
-            "the file was truncated: run 'nbdstore check --repair' to go on with what is left",
+            f"the file was truncated; {_JOURNAL_ADVICE}",
         )
+        _tell(damage.journal, error)
     reader = Reader(ring, current.journal_size, current.uuid)
-    last, durable_seq = _scan(reader, current, str(disk.directory), cut_damage)
+    last, durable_seq = _scan(reader, current, str(disk.directory), damage.journal)
     end = current.journal_offset if last is None else last.end
     seq = current.journal_seq - 1 if last is None else last.seq
     journal = Journal(
@@ -171,7 +181,7 @@ def open_parts(
 
 
 def _scan(
-    reader: Reader, current: Superblock, directory: str, cut_damage: bool
+    reader: Reader, current: Superblock, directory: str, on_damage: OnDamage | None
 ) -> tuple[Record | None, int]:
     """Find the last record of the log, and the largest durable_seq stated."""
     last: Record | None = None
@@ -182,33 +192,39 @@ def _scan(
     missing = current.journal_seq if last is None else last.seq + 1
     end = current.journal_offset if last is None else last.end
     beyond = reader.damage_after(end, missing)
-    if beyond is not None and not cut_damage:
-        raise Corruption(
+    if beyond is not None:
+        error = Corruption(
             f"{directory}/journal, offset {end % current.journal_size}",
             f"record {missing}, which was durable when record {beyond.seq} was written",
             "no valid record",
-            "run 'nbdstore check --repair' to go on with what comes before it",
+            _JOURNAL_ADVICE,
         )
-    if last is None and current.journal_mark and not cut_damage:
-        _check_mark(reader, current, directory)
-    return last, durable_seq
-
-
-def _check_mark(reader: Reader, current: Superblock, directory: str) -> None:
-    """Tell a journal to which nothing was written since the checkpoint from one that is not it.
-
-    Raises:
-        Corruption: the file is of another pool or another time, or was zeroed.
-    """
-    if not reader.has_mark(current.journal_offset, current.journal_mark):
+        _tell(on_damage, error)
+    elif last is None and not _is_marked(reader, current):
         place = (current.journal_offset - HEADER_SIZE) % current.journal_size
-        raise Corruption(
+        error = Corruption(
             f"{directory}/journal, offset {place}",
             f"record {current.journal_mark}, with which the last checkpoint ended",
             "no such record: this is not the journal that belongs to 'super'",
-            "put the right one back, or run 'nbdstore check --repair' to go on without what came "
-            "after that checkpoint",
+            f"put the right one back; {_JOURNAL_ADVICE}",
         )
+        _tell(on_damage, error)
+    return last, durable_seq
+
+
+def _is_marked(reader: Reader, current: Superblock) -> bool:
+    """Tell a journal to which nothing was written since the checkpoint from one that is not it.
+
+    That may be of another pool or another time, or may have been zeroed.
+    """
+    mark = current.journal_mark
+    return not mark or reader.has_mark(current.journal_offset, mark)
+
+
+def _tell(on_damage: OnDamage | None, error: Corruption) -> None:
+    if on_damage is None:
+        raise error
+    on_damage(error)
 
 
 # -- the last checkpoint's trees --------------------------------------------------------------
@@ -263,7 +279,10 @@ def _load_catalogue(
         except (Corruption, ReadFailed) as error:
             faults.append(error)
     if not whole:
-        raise faults[-1 - (roots[1] != NULL)]
+        first = faults[-1 - (roots[1] != NULL)]
+        if isinstance(first, Corruption):
+            raise Corruption(first.where, first.expected, first.found, _CATALOGUE_ADVICE)
+        raise first
     next_id, infos = catalogue.decode(whole[0])
     return next_id, infos, np.concatenate(slots)
 

@@ -53,6 +53,10 @@ COPY_SIZE: Final = 4096
 MAGIC: Final = b"NBDSTORE"
 _STRUCT: Final = struct.Struct("<8s4I16sQIQQQQQQQQQQQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
+_ADVICE: Final = (
+    "the other copy is no better, and nothing else says which blocks are whose: put back a copy "
+    "of 'super' of this pool, or restore its volumes from a backup"
+)
 _CHECKSUM_AT: Final = COPY_SIZE - _CHECKSUM.size
 
 Pointer = tuple[int, int]
@@ -196,7 +200,8 @@ def read(file: File) -> Found:
         except ReadFailed as error:
             faults.append(Corruption(str(error), "a readable block", "an error of the disk"))
     if not valid:
-        raise faults[0]
+        first = faults[0]
+        raise Corruption(first.where, first.expected, first.found, _ADVICE)
     copy = max(valid, key=lambda copy: valid[copy].generation)
     return Found(valid[copy], copy, faults)
 

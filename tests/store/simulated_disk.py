@@ -99,6 +99,7 @@ class SimulatedFile:
         return len(self.live)
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        assert not self._disk.read_only
         data = b"".join(buffers)
         self._disk.before("write", self.name)
         self._disk.events.append(Write(self.name, offset, data))
@@ -181,6 +182,7 @@ class SimulatedDisk:
         self.directory = PLACE
         self.host: Host = SimulatedHost(self)
         self.files: dict[str, SimulatedFile] = {}
+        self.read_only = False
 
     def before(self, operation: str, name: str) -> None:
         if self.fault is not None:
@@ -246,7 +248,8 @@ class SimulatedHost:
     def __init__(self, disk: SimulatedDisk) -> None:
         self._disk = disk
 
-    def disk(self, directory: Path) -> SimulatedDisk:
+    def disk(self, directory: Path, *, read_only: bool = False) -> SimulatedDisk:
+        self._disk.read_only = read_only
         return self._disk
 
     def make_directory(self, directory: Path) -> bool:

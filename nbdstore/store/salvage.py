@@ -1,0 +1,283 @@
+"""Salvage: reading what is intact of a pool, however damaged, without writing a byte of it.
+
+Owns a pool that is open for reading only, and the copying of what can be read.  Opening does what
+recovery does, in memory, and goes on where recovery gives up: without what a damaged journal has
+lost, and without what is below a damaged node of a map.  What is lost is an error to read, never
+zeros and never older data, with one exception that is told: if the journal is damaged, all volumes
+are as they were before the damaged record.
+
+It needs one whole superblock and one whole copy of the catalogue: nothing else says which blocks
+are whose.  The directory may be read-only; a pool that is being served is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from nbdstore.errors import Corruption, NotFound, ReadFailed, WriteFailed
+from nbdstore.store import layout, recovery
+from nbdstore.store.blockmap import KIND, RESIDENT, UNIFORM
+from nbdstore.store.core import PoolOptions
+from nbdstore.store.host import Buffer, File, Host
+from nbdstore.store.layout import I64
+from nbdstore.store.local_host import LOCAL
+from nbdstore.store.mapmemory import load_now
+from nbdstore.store.volume import Volume
+
+_PIECE_BYTES: Final = 1 << 20  # read at once, and the most that is yielded at once
+
+
+@dataclass(frozen=True)
+class Intact:
+    """Data of a volume that stands at byte `offset`."""
+
+    offset: int
+    data: memoryview
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Bytes `[start, stop)` of a volume that cannot be read, and why."""
+
+    start: int
+    stop: int
+    reason: str
+
+
+class SalvagedPool:
+    """A pool that is open for reading only.
+
+    Attributes:
+        volumes: by name; reading what is lost raises Corruption or ReadFailed, writing WriteFailed.
+        faults: what is wrong with the pool as far as opening, and reading since, has found.
+        journal_damaged: the volumes are as they were before the damage to the journal.
+        dropped: volumes without unsynced writes that a crash took, as after any recovery.
+    """
+
+    def __init__(self, directory: Path, *, host: Host = LOCAL) -> None:
+        """Open the pool in `directory`.
+
+        Raises:
+            PoolLocked: it is being served.
+            PoolFormatError: there is none, or of a format not known here.
+            Corruption, ReadFailed: no superblock, or no copy of the catalogue, is whole.
+        """
+        self.directory = directory
+        self.faults: list[Corruption | ReadFailed] = []
+        self.journal_damaged = False
+        self._disk = host.disk(directory, read_only=True)
+        try:
+            self._disk.lock()
+            opened = self._open(host)
+        except BaseException:
+            self._disk.close()
+            raise
+        self._core = opened.services.core
+        self._core.data = _Overlaid(self._core.data, opened.inline, self._core.block_size)
+        self.volumes = opened.registry.by_name
+        for volume in opened.registry.by_id.values():
+            volume.durable_seq = volume.last_seq  # a flush has nothing to do
+        self.faults += opened.report.spare_faults
+        self.dropped = [opened.registry.by_id[n].name for n in opened.report.dropped]
+
+    def _open(self, host: Host) -> recovery.Opened:
+        damage = recovery.OnDamages(self._journal_damaged, self._add, lambda _fault: None)
+        return recovery.open_parts(host, self._disk, PoolOptions(), damage=damage)
+
+    def _journal_damaged(self, fault: Corruption | ReadFailed) -> None:
+        self._add(fault)
+        self.journal_damaged = True
+
+    def _add(self, fault: Corruption | ReadFailed) -> None:
+        if str(fault) not in map(str, self.faults):
+            self.faults.append(fault)
+
+    def close(self) -> None:
+        """Let go of the pool."""
+        self._disk.close()
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Keep the volumes called `names` alone.
+
+        Raises:
+            NotFound: there is no such volume.
+        """
+        for name in names:
+            if name not in self.volumes:
+                raise NotFound(f"there is no volume {name!r} in pool {self.directory}")
+        self.volumes = {name: self.volumes[name] for name in names}
+
+    # -- copying ----------------------------------------------------------------------------
+
+    def contents(self, volume: Volume) -> Iterator[Intact | Lost]:
+        """Yield what `volume` holds, in ascending order; the rest is zeros."""
+        last: Lost | None = None
+        for part in self._parts(volume):
+            if isinstance(part, Lost) and last is not None and last.stop == part.start:
+                last = Lost(last.start, part.stop, last.reason)
+                continue
+            if last is not None:
+                yield last
+            last = part if isinstance(part, Lost) else None
+            if last is None:
+                yield part
+        if last is not None:
+            yield last
+
+    def _parts(self, volume: Volume) -> Iterator[Intact | Lost]:
+        blocks = volume.map
+        cut_off = blocks.nodes.lost_leaves()
+        for leaf in np.flatnonzero(blocks.states & KIND).tolist():
+            start = leaf << blocks.leaf_shift
+            stop = min(start + blocks.fanout, blocks.n_blocks)
+            if leaf in cut_off:
+                yield self._lost(volume, start, stop, "below a damaged node of its map")
+            elif blocks.state_bytes[leaf] & KIND != UNIFORM:
+                yield from self._leaf(volume, start, stop)
+
+    def _leaf(self, volume: Volume, start: int, stop: int) -> Iterator[Intact | Lost]:
+        """Yield what blocks `[start, stop)`, of one leaf, hold."""
+        blocks = volume.map
+        leaf = start >> blocks.leaf_shift
+        load_now(self._core, blocks, start, start + 1, volume.name)
+        told = [str(f) for f in self.faults if f"map of {volume.name}, leaf {leaf} " in str(f)]
+        reason = told[0] if told else "given up by a repair"
+        locations = blocks.locations(start, stop)
+        lost, held = layout.is_lost(locations), layout.holds_slot(locations)
+        kinds = lost * 1 + held * 2
+        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), stop - start]
+        for first, end in itertools.pairwise(edges):
+            if lost[first]:
+                yield self._lost(volume, start + first, start + end, reason)
+            elif held[first]:
+                yield from self._data(volume, start + first, layout.slots_of(locations[first:end]))
+        if blocks.state_bytes[leaf] == RESIDENT:
+            blocks.evict_leaf(leaf)
+
+    def _lost(self, volume: Volume, start: int, stop: int, reason: str) -> Lost:
+        size = volume.block_size
+        return Lost(start * size, min(stop * size, volume.size), reason)
+
+    def _data(self, volume: Volume, start: int, slots: I64) -> Iterator[Intact | Lost]:
+        """Yield blocks from `start` on, which lie in `slots`: runs of intact ones, and others."""
+        size = volume.block_size
+        for first, stop in _pieces(layout.runs(slots), _PIECE_BYTES // size):
+            raw = self._read(int(slots[first]) * size, (stop - first) * size)
+            at = first
+            for index in range(first, stop):
+                block = start + index
+                checksum = volume.map.words[2 * block + 1]
+                view = raw[(index - first) * size :][:size]
+                if len(view) == size and xxh3_64_intdigest(view) == checksum:
+                    continue
+                yield from self._intact(volume, start + at, raw[(at - first) * size :], index - at)
+                yield self._again(volume, block, int(slots[index]))
+                at = index + 1
+            yield from self._intact(volume, start + at, raw[(at - first) * size :], stop - at)
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        """Read a run; of one that cannot be read nothing, so that each block is tried."""
+        try:
+            return memoryview(self._core.data.pread(length, offset))
+        except ReadFailed:
+            return memoryview(b"")
+
+    def _intact(
+        self, volume: Volume, block: int, raw: memoryview, n_blocks: int
+    ) -> Iterator[Intact]:
+        if n_blocks:
+            offset = block * volume.block_size
+            yield Intact(offset, raw[: min(n_blocks * volume.block_size, volume.size - offset)])
+
+    def _again(self, volume: Volume, block: int, slot: int) -> Intact | Lost:
+        """Read one block by itself, past the page cache."""
+        what = f"volume {volume.name} at byte {block * volume.block_size}"
+        try:
+            raw = self._core.reread_block(slot, volume.map.words[2 * block + 1], what)
+        except (Corruption, ReadFailed) as error:
+            return self._lost(volume, block, block + 1, str(error))
+        return next(self._intact(volume, block, memoryview(raw), 1))
+
+
+def _pieces(runs: list[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Cut runs `[start, stop)` into such of at most `most`."""
+    for start, stop in runs:
+        for at in range(start, stop, most):
+            yield at, min(at + most, stop)
+
+
+class _Overlaid:
+    """The file ``data`` for reading, with the blocks whose only copy may be in the journal.
+
+    Arguments:
+        inline: blocks by slot.
+    """
+
+    def __init__(self, file: File, inline: dict[int, memoryview], block_size: int) -> None:
+        self.name = file.name
+        self._file = file
+        self._inline = inline
+        self._slots = np.sort(np.fromiter(inline, np.int64))
+        self._block_size = block_size
+
+    @property
+    def size(self) -> int:
+        return self._file.size
+
+    @property
+    def allocated(self) -> int:
+        return self._file.allocated
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return self._with_inline(self._file.pread(length, offset), length, offset)
+
+    def pread_direct(self, length: int, offset: int) -> bytes:
+        return self._with_inline(self._file.pread_direct(length, offset), length, offset)
+
+    def _with_inline(self, raw: bytes, length: int, offset: int) -> bytes:
+        size = self._block_size
+        first, last = np.searchsorted(self._slots, [offset // size, -(-(offset + length) // size)])
+        if first == last:
+            return raw
+        buffer = bytearray(raw.ljust(length, b"\0"))
+        end = len(raw)
+        for slot in self._slots[first:last].tolist():
+            at = slot * size - offset
+            buffer[at : at + size] = self._inline[slot]
+            end = max(end, at + size)
+        return bytes(buffer[:end])
+
+    def preadv(self, buffer: Buffer, offset: int) -> int:
+        view = memoryview(buffer)
+        found = self.pread(len(view), offset)
+        view[: len(found)] = found
+        return len(found)
+
+    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
+        return False
+
+    def will_need(self, offset: int, length: int) -> None:
+        self._file.will_need(offset, length)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        raise _refusal()
+
+    def fdatasync(self) -> None:
+        raise _refusal()
+
+    def punch(self, offset: int, length: int) -> bool:
+        raise _refusal()
+
+    def truncate(self, size: int) -> None:
+        raise _refusal()
+
+
+def _refusal() -> WriteFailed:
+    return WriteFailed("the pool is open for salvage: nothing may be written")
