@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nbdstore.server import Server, ServerOptions
     from nbdstore.store import Pool
 
+MIN_CLIENT_MEMORY = 64 << 20
 DEFAULT_LISTEN = "127.0.0.1:10809"
 CONTROL_SOCKET_NAME = "control"
 """FileDescriptorName= of a passed socket that is for the control API, not for NBD."""
@@ -50,6 +51,22 @@ CONTROL_SOCKET_NAME = "control"
     show_default=True,
     metavar="N",
     help="Clients beyond it are refused.",
+)
+@click.option(
+    "--client-memory",
+    type=parameters.size,
+    default="1G",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for the requests and replies of all clients; beyond it they wait for each other.",
+)
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="When to cut off who leaves its replies unread or a request unfinished; 0 is never.",
 )
 @click.option(
     "--tls",
@@ -141,6 +158,8 @@ class Asked:
     read_only: bool
     default_export: str | None
     max_connections: int
+    client_memory: int
+    stall_timeout: float
     tls: str
     tls_cert: Path | None
     tls_key: Path | None
@@ -160,6 +179,8 @@ def _check_usage(asked: Asked) -> None:
     """Raise a UsageError for options that make no sense together."""
     if asked.stdin and asked.listen:
         raise click.UsageError("--stdin serves one client, --listen many: give one of them")
+    if asked.client_memory < MIN_CLIENT_MEMORY:
+        raise click.UsageError("--client-memory: give at least 64M, one request may take 32M")
     if asked.control and not asked.control_token_file:
         raise click.UsageError("--control wants --control-token-file: TCP has no other guard")
 
@@ -274,5 +295,9 @@ def _server_options(
         read_only=asked.read_only,
         default_export=asked.default_export,
         tls=tls,
-        limits=Limits(max_connections=asked.max_connections),
+        limits=Limits(
+            max_connections=asked.max_connections,
+            max_client_bytes=asked.client_memory,
+            stall_timeout_s=asked.stall_timeout,
+        ),
     )

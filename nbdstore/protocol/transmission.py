@@ -9,8 +9,9 @@ Where a payload lies decides who may keep it:
     ----------------------------   -------------------------   -----------------------------------
     complete in the same batch     the receive buffer          until the next `get_buffer`; `keep`
     or not longer than DIRECT                                  copies it
-    longer than DIRECT_BYTES       a buffer of its own, into   until the next `get_buffer`, which
-                                   which the rest is received  takes it back; `keep` hands it over
+    longer than DIRECT_BYTES       a buffer of its own, into   until `release` or the next
+                                   which the rest is received  `get_buffer`, which take it back;
+                                                               `keep` hands it over
     refused                        nowhere: read past          -
 
 So small payloads are never copied before the store, large ones only for the part that came with
@@ -56,6 +57,9 @@ DIRECT_BYTES = 128 << 10
 SPARE_BYTES = 4 << 20
 """A larger buffer of a payload's own is not kept for the next one."""
 
+MAX_SPARES_BYTES = 16 << 20
+"""Buffers that are kept, together."""
+
 MAX_DISCARD = 64 << 20
 """Payloads that are refused are read past up to this length, and drop the client beyond. Up to
 32 MiB nobody may be dropped (proto.md, "Block size constraints"); libnbd sends up to 64 MiB."""
@@ -71,11 +75,42 @@ _EINVAL = int(Errno.EINVAL)
 _WRITING = frozenset(int(command) for command in WRITING)
 
 
+class Spares:
+    """Buffers of large payloads that wait to be used again, by any connection.
+
+    Arguments:
+        max_bytes: what all of them may have together.
+    """
+
+    def __init__(self, max_bytes: int = MAX_SPARES_BYTES) -> None:
+        self.buffers: list[mmap] = []
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
+
+    def take(self, length: int) -> mmap:
+        """Return a buffer for `length` bytes, of less than twice that."""
+        for position, buffer in enumerate(self.buffers):
+            if length <= len(buffer) < 2 * length:
+                self._n_bytes -= len(buffer)
+                return self.buffers.pop(position)
+        return reserve(length)
+
+    def give(self, buffer: mmap) -> None:
+        """Take a buffer that nobody uses any more; the oldest make way for it."""
+        if len(buffer) > SPARE_BYTES:
+            return
+        self.buffers.append(buffer)
+        self._n_bytes += len(buffer)
+        while self._n_bytes > self._max_bytes:
+            self._n_bytes -= len(self.buffers.pop(0))
+
+
 class RequestParser:
     """Turn what a client sends into requests.
 
     Arguments:
         rules: what the agreement allows.
+        spares: shared with other parsers; None = spares of its own.
         receive_bytes, direct_bytes, max_discard: see the module's constants.
     """
 
@@ -83,12 +118,15 @@ class RequestParser:
         self,
         rules: Rules,
         *,
+        spares: Spares | None = None,
         receive_bytes: int = RECEIVE_BYTES,
         direct_bytes: int = DIRECT_BYTES,
         max_discard: int = MAX_DISCARD,
     ) -> None:
         self.finished = False
         """True after DISC: what follows is ignored (proto.md, "NBD_CMD_DISC")."""
+        self.direct_bytes = 0
+        """Size of the buffer into which a large payload is being received; 0 = there is none."""
 
         extended = rules.mode is ReplyMode.EXTENDED
         self._rules = rules
@@ -111,7 +149,7 @@ class RequestParser:
         self._direct_request: Request | None = None
         self._filled = 0
         self._lent: mmap | None = None
-        self._spare: mmap | None = None
+        self._spares = spares if spares is not None else Spares()
 
         self._refused: Request | None = None
         self._left_to_skip = 0
@@ -121,9 +159,7 @@ class RequestParser:
     def get_buffer(self) -> memoryview:
         """Say where the next bytes go; never empty. Ends the life of payloads not kept."""
         if self._lent is not None:
-            if len(self._lent) <= SPARE_BYTES:
-                self._spare = self._lent
-            self._lent = None
+            self.release()
         if self._direct is not None:
             return self._direct[self._filled :]
         if self._start == self._end:
@@ -158,6 +194,12 @@ class RequestParser:
             return payload
         return memoryview(bytes(payload))
 
+    def release(self) -> None:
+        """End the life of a large payload that was not kept: its buffer is for the next one."""
+        if self._lent is not None:
+            self._spares.give(self._lent)
+            self._lent = None
+
     def close(self) -> None:
         """Give the buffers back now; payloads not kept are lost, and nothing more is received.
 
@@ -166,8 +208,8 @@ class RequestParser:
         """
         self.finished = True
         self._view = memoryview(b"")
-        self._direct = self._direct_buffer = self._direct_request = None
-        self._lent = self._spare = None
+        self._direct = self._direct_buffer = self._direct_request = self._lent = None
+        self.direct_bytes = 0
 
     @property
     def is_between_requests(self) -> bool:
@@ -287,10 +329,9 @@ class RequestParser:
     def _receive_directly(self, request: Request, available: int) -> None:
         """Give a payload its own buffer, with the ``available`` bytes that have arrived."""
         length = request[4]
-        buffer, self._spare = self._spare, None
-        if buffer is None or len(buffer) < length:
-            buffer = reserve(length)
+        buffer = self._spares.take(length)
         self._direct_buffer = buffer
+        self.direct_bytes = len(buffer)
         self._direct = memoryview(buffer)[:length]
         self._direct[:available] = self._view[self._start : self._end]
         self._direct_request = request
@@ -306,6 +347,7 @@ class RequestParser:
         request = self._complete(self._direct_request, self._direct)
         self._lent = self._direct_buffer
         self._direct = self._direct_request = self._direct_buffer = None
+        self.direct_bytes = 0
         return [request]
 
     # --- Refused payloads --------------------------------------------------------------------

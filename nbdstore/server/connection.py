@@ -19,6 +19,7 @@ from nbdstore.errors import ProtocolError
 from nbdstore.protocol.agreement import Agreement, TlsMode
 from nbdstore.protocol.constants import TransmissionFlag
 from nbdstore.protocol.handshake import Handshake, HandshakeLimits, Phase
+from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel
 from nbdstore.server.exports import Exports, ExportsView, VolumeOffer
 from nbdstore.server.options import Limits
@@ -65,6 +66,7 @@ class Settings:
 
     exports: Exports
     limits: Limits
+    budget: Budget
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None
 
@@ -139,6 +141,13 @@ class Connection:
             self.session.drain()
         return self.session is not None
 
+    def cut_off_if_stalled(self, now_s: float, timeout_s: float) -> None:
+        """End the session if memory has waited so long for a client that does not get on."""
+        stall = self.session.stall(now_s, timeout_s) if self.session is not None else None
+        if self.session is not None and stall is not None:
+            log.warning("%s: cut off: %s", self.peer, stall)
+            self.session.lose(TimeoutError(stall))
+
     # --- Handshake ---------------------------------------------------------------------------
 
     async def _shake_hands(self) -> Handshake:
@@ -180,7 +189,9 @@ class Connection:
     # --- Session -----------------------------------------------------------------------------
 
     async def _serve(self, agreement: Agreement, first_bytes: bytes) -> None:
-        self.session = session = Session(self._channel, agreement, self._settings.limits)
+        settings = self._settings
+        session = Session(self._channel, agreement, settings.limits, settings.budget)
+        self.session = session
         name = session.volume.name
         log.info(
             "%s attached %s (%s%s)",

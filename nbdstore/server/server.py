@@ -10,6 +10,7 @@ import logging
 import socket
 
 from nbdstore.protocol.agreement import TlsMode
+from nbdstore.server.budget import Budget
 from nbdstore.server.connection import Connection, ConnectionInfo, Settings
 from nbdstore.server.exports import Exports, HasVolumes
 from nbdstore.server.listener import Listener
@@ -18,6 +19,11 @@ from nbdstore.server.tls import make_context
 from nbdstore.store import Volume
 
 log = logging.getLogger(__name__)
+
+CONTENDED_TIMEOUT_S = 5.0
+"""A client that has stalled is cut off after this, if others wait for the memory that it holds."""
+LOOK_EVERY_S = 1.0
+"""How often stalled clients are looked for."""
 
 
 class Server:
@@ -37,12 +43,14 @@ class Server:
         self._settings = Settings(
             exports=Exports(pool, options),
             limits=options.limits,
+            budget=Budget(options.limits.max_client_bytes, options.limits.max_connections),
             tls_mode=tls.mode if tls else TlsMode.OFF,
             tls_context=make_context(tls) if tls else None,
         )
         self._listener: Listener | None = None
         self._connections: dict[Connection, asyncio.Task[None]] = {}
         self._crowded = False
+        self._patrol: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Bind all addresses and begin to serve.
@@ -118,4 +126,22 @@ class Server:
         task = asyncio.get_running_loop().create_task(connection.run())
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._connections.pop(connection))
+        if self._patrol is None:
+            self._look_for_stalls()
         return task
+
+    def _look_for_stalls(self) -> None:
+        """Cut off who has stalled, now and again for as long as somebody is connected.
+
+        A look at all instead of a timer for each: that would cost something per request.
+        """
+        timeout_s = self._options.limits.stall_timeout_s
+        if not timeout_s or not self._connections:
+            self._patrol = None
+            return
+        if self._settings.budget.is_contended:
+            timeout_s = min(timeout_s, CONTENDED_TIMEOUT_S)
+        loop = asyncio.get_running_loop()
+        for connection in list(self._connections):
+            connection.cut_off_if_stalled(loop.time(), timeout_s)
+        self._patrol = loop.call_later(min(timeout_s / 4, LOOK_EVERY_S), self._look_for_stalls)

@@ -9,10 +9,12 @@ full pool), or when its command always does (FLUSH, FUA, TRIM, ...). Its reply i
 done: NBD replies may come in any order, and so may the effects of requests in flight ("Ordering of
 messages and writes"), which is why all writes of a round can go to the store together.
 
-What bounds memory: payloads in flight and replies not yet sent count as held, and requests are
-read only while there is room for more, so a client that never reads its replies stops being read
-from. Requests that were parsed but find no room wait in ``_backlog``, their payloads still in the
-receive buffer, which is not touched before they are served.
+What bounds memory: payloads in flight or on their way here, and replies not yet sent, count as
+held, and requests are read only while there is room for more, in this session's limits and in the
+budget of all, so a client that never reads its replies stops being read from. Requests that were
+parsed but find no room wait in ``_backlog``, their payloads still in the receive buffer, which is
+not touched before they are served. A client that holds something and does not get on with its own
+part is stalled; whoever asks `stall` now and then cuts it off.
 
     state          reads requests   leaves it when
     ------------   --------------   ----------------------------------------------------
@@ -29,6 +31,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 from nbdstore.errors import NotFound, ProtocolError, StoreError
 from nbdstore.protocol.agreement import Agreement
@@ -36,6 +39,7 @@ from nbdstore.protocol.constants import Command, CommandFlag, Errno
 from nbdstore.protocol.replies import Buffer, make_replies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
+from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel, Outbox
 from nbdstore.server.commands import Target, perform
 from nbdstore.server.exports import VolumeOffer
@@ -64,6 +68,18 @@ _TEXTS: dict[int, str] = {
 }
 
 
+PROGRESS_BYTES = 1 << 20
+"""What a client must take, or send, within the timeout if it is not done then: 17 KB/s by the
+default, so that even a slow network is no stall."""
+
+
+class Stall(NamedTuple):
+    """A client that we wait for: since when, and how far it was then."""
+
+    since_s: float
+    n_bytes: int
+
+
 class Session:
     """One client's transmission phase.
 
@@ -71,9 +87,12 @@ class Session:
         channel: receives and sends; closed by the caller after `serve`.
         agreement: what the handshake ended in; its offer is a VolumeOffer.
         limits: see Limits.
+        budget: of the server.
     """
 
-    def __init__(self, channel: Channel, agreement: Agreement, limits: Limits) -> None:
+    def __init__(
+        self, channel: Channel, agreement: Agreement, limits: Limits, budget: Budget
+    ) -> None:
         assert isinstance(agreement.offer, VolumeOffer)
         self.volume = agreement.offer.volume
         self.fault: Exception | None = None
@@ -86,12 +105,23 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._channel = channel
         self._limits = limits
-        self._parser = RequestParser(Rules(agreement))
+        self._budget = budget
+        self._account = budget.open(self._wake)
+        self._parser = RequestParser(Rules(agreement), spares=budget.spares)
         self._replies = make_replies(agreement.mode)
         self._target = Target(self.volume, self._replies, agreement.contexts, limits.max_extents)
         self._outbox = Outbox()
         self._backlog: list[Request] = []
         self._bytes_in_flight = 0
+        self._receiving = 0
+        """Bytes that the account holds for a large payload on its way here."""
+        self._n_partial = 0
+        """Bytes received without completing a request, ever."""
+        self._n_taken = 0
+        """Bytes that the client took when it had let some wait, ever."""
+        self._is_short = False
+        """Whether a large payload is left unread, since there is no room for it."""
+        self._stall: Stall | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._done: asyncio.Future[None] = self._loop.create_future()
         self._ending = False
@@ -100,6 +130,7 @@ class Session:
         self._blocked = False
         self._run_scheduled = False
         self._send_scheduled = False
+        self._wake_scheduled = False
 
     # --- Life --------------------------------------------------------------------------------
 
@@ -113,12 +144,12 @@ class Session:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._parser.close()
+            self._account.close()
 
     def _take_first(self, data: bytes) -> None:
         if data:
             self._parser.get_buffer()[: len(data)] = data
-            self._run(self._parser.received(len(data)))
+            self._received(len(data))
         self._settle()
 
     def drain(self) -> None:
@@ -141,6 +172,8 @@ class Session:
             self.fault = fault.with_traceback(None)
         self._backlog = []
         self._outbox.clear()
+        self._parser.close()
+        self._receiving = 0
         if self._blocked:
             self._blocked = False
             self._channel.unwatch_writable()
@@ -160,6 +193,9 @@ class Session:
 
     def _settle(self) -> None:
         """Bring reading, the backlog and the end in line with the state; after every event."""
+        held = self._bytes_in_flight + self._outbox.n_bytes
+        if held + self._receiving != self._account.held:
+            self._account.set(held + self._receiving)
         if self._backlog:
             self._watch(False)
             if not self._run_scheduled and self._fits(self._backlog[0]):
@@ -167,9 +203,14 @@ class Session:
                 self._run_scheduled = True
                 self._loop.call_soon(self._guard, self._run_backlog)
         elif not self._ending:
-            self._watch(not self._is_full())
+            if self._is_short:
+                self._ask_for_room()
+            must_wait = self._is_short or ((held > 0 or self.in_flight > 0) and self._is_full())
+            if self._reading is must_wait:
+                self._watch(not must_wait)
         else:
             self._watch(False)
+            self._account.stop_waiting()
             if not (self.in_flight or self._outbox.n_bytes or self._blocked or self._done.done()):
                 self._done.set_result(None)
 
@@ -206,11 +247,60 @@ class Session:
         return weight if share is None else self._limits.max_round_bytes // share
 
     def _fits(self, request: Request) -> bool:
-        """Whether there is room for a request; alone, every request fits."""
-        held = self._held()
-        if not held and not self.in_flight:
+        """Whether there is room for a request; if that is up to others only, wait for it.
+
+        By the session's own limits, every request fits alone.
+        """
+        weight, held = self._weigh(request), self._held()
+        if (held or self.in_flight) and (
+            self._is_full() or held + weight > self._limits.max_held_bytes
+        ):
+            self._account.stop_waiting()
+            return False
+        if self._account.fits(weight):
             return True
-        return not self._is_full() and held + self._weigh(request) <= self._limits.max_held_bytes
+        self._account.wait()
+        return False
+
+    def _ask_for_room(self) -> None:
+        """See whether there is room for the large payload that is on its way; else wait for it."""
+        wanted = self._parser.direct_bytes
+        self._is_short = not self._account.fits(wanted)
+        if self._is_short:
+            self._account.wait()
+        else:
+            self._receiving = wanted
+            self._account.set(self._account.held + wanted)
+            self._account.stop_waiting()
+
+    def _wake(self) -> None:
+        """There may be room now."""
+        if not self._wake_scheduled:
+            self._wake_scheduled = True
+            self._loop.call_soon(self._guard, self._look_again)
+
+    def _look_again(self) -> None:
+        self._wake_scheduled = False
+        self._settle()
+
+    def stall(self, now_s: float, timeout_s: float) -> str | None:
+        """Say what the client has not done for `timeout_s`, while memory waits for it; else None.
+
+        A client that holds nothing, because it is idle or waits for us, is never stalled. To be
+        asked every few seconds.
+        """
+        if self._blocked:
+            what = f"it does not read its replies, of which {self._outbox.n_bytes} bytes wait"
+            n_bytes = self._n_taken
+        elif self._reading and not self._parser.is_between_requests:
+            what, n_bytes = "it stopped in the middle of a request", self._n_partial
+        else:
+            self._stall = None
+            return None
+        if self._stall is None or n_bytes - self._stall.n_bytes >= PROGRESS_BYTES:
+            self._stall = Stall(now_s, n_bytes)
+        stalled_s = now_s - self._stall.since_s
+        return f"{what}: for {stalled_s:.0f} s" if stalled_s >= timeout_s else None
 
     # --- Rounds ------------------------------------------------------------------------------
 
@@ -223,9 +313,7 @@ class Session:
         except BlockingIOError:
             return
         if n_bytes:
-            requests = self._parser.received(n_bytes)
-            if requests:
-                self._run(requests)
+            self._received(n_bytes)
             return
         # Leaving without DISC is usual (fio's probe does), unless a request is cut off.
         if not self._parser.is_between_requests:
@@ -233,10 +321,35 @@ class Session:
         self._ending = True
         self._settle()
 
+    def _received(self, n_bytes: int) -> None:
+        requests = self._parser.received(n_bytes)
+        if requests:
+            self._stall = None
+            if self._receiving:
+                self._receiving = 0
+                self._run(requests)
+                self._release()
+            else:
+                self._run(requests)
+        else:
+            self._n_partial += n_bytes
+        if self._parser.direct_bytes != self._receiving:
+            self._ask_for_room()
+            self._settle()
+
+    def _release(self) -> None:
+        """Let go of a large payload that has been served."""
+        if not self._backlog:
+            self._parser.release()
+
     def _run_backlog(self) -> None:
         self._run_scheduled = False
         backlog, self._backlog = self._backlog, []
         self._run(backlog)
+        self._release()
+        if self._account.is_waiting:
+            self._account.stop_waiting()  # it had its turn
+            self._settle()
 
     def _run(self, requests: list[Request]) -> None:
         """Walk one round of requests, then send all replies at once.
@@ -248,7 +361,9 @@ class Session:
         out, replies, read_now = self._outbox.buffers, self._replies, self.volume.read_now
         writes: list[Request] = []
         data: list[tuple[int, memoryview]] = []
-        room = self._limits.max_held_bytes - self._held()
+        room = self._limits.max_held_bytes - self._bytes_in_flight - self._outbox.n_bytes
+        if room > self._budget.free_for_all:
+            room = min(room, self._account.room())
         left_in_round = self._limits.max_round_bytes
         n_out = 0
         # A full pool makes tasks of all writes of a round, so its requests are bounded, too.
@@ -328,9 +443,12 @@ class Session:
         self._guard(self._send_more)
 
     def _send_more(self) -> None:
+        n_before = self._outbox.n_bytes
         if self._channel.flush(self._outbox):
             self._blocked = False
+            self._stall = None
             self._channel.unwatch_writable()
+        self._n_taken += n_before - self._outbox.n_bytes
         self._settle()
 
     # --- Tasks -------------------------------------------------------------------------------
@@ -351,7 +469,7 @@ class Session:
         out: list[Buffer] = []
         try:
             n_bytes = await perform(self._target, request, out)
-            self._account(request)
+            self._count(request)
             if not self._lost:
                 self._outbox.buffers += out
                 self._outbox.n_bytes += n_bytes
@@ -364,7 +482,7 @@ class Session:
             self._bytes_in_flight -= weight
             self._settle()
 
-    def _account(self, request: Request) -> None:
+    def _count(self, request: Request) -> None:
         if request[0] == _READ:
             self.bytes_read += request[4]
         elif request[0] == _WRITE:

@@ -56,6 +56,8 @@ USAGE = [
     ("serve --control localhost:10810", "--control wants --control-token-file"),
     ("serve --control-token-file t", "which is not given"),
     ("serve --max-connections 0", "0 is not in the range x>=1"),
+    ("serve --client-memory 63M", "--client-memory: give at least 64M"),
+    ("serve --stall-timeout -1", "-1.0 is not in the range x>=0"),
     ("serve --full-timeout x", "'x' is not a valid float"),
     ("serve --log-level loud", "'loud' is not one of"),
     ("serve --stdin", "standard input (--stdin) is not a socket"),
