@@ -27,6 +27,11 @@ SOCKET_NAME = "control.sock"
 MAX_CONNECTIONS = 64
 """Callers over TCP at a time, whoever they are: they would else take the descriptors that the NBD
 clients of the same process need. Over the unix socket there is only the owner."""
+HEAD_TIMEOUT_S = 30.0
+"""How long a caller may take to send the head of its first request, and how long it may be idle
+before its next: who does not know the token must not hold one of the connections for longer."""
+MAX_HEAD_BYTES = 32 << 10
+"""aiohttp's own bounds on a request's head are narrower; it answers what is beyond them."""
 STOP_TIMEOUT_S = 5.0
 """Seconds that calls under way get to finish when the server stops."""
 
@@ -63,6 +68,7 @@ class Endpoint:
         self._sockets = list(sockets)
         self._runners: list[web.AppRunner] = []
         self._servers: list[asyncio.Server] = []
+        self._entrances: list[_Entrance] = []
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -87,9 +93,12 @@ class Endpoint:
             self._path.unlink()
         for server in self._servers:
             server.close()
+        for entrance in self._entrances:
+            entrance.close()
         for runner in self._runners:
             await runner.cleanup()
         self._servers.clear()
+        self._entrances.clear()
         self._runners.clear()
 
     def _family(self, *, unix: bool) -> list[socket.socket]:
@@ -100,45 +109,82 @@ class Endpoint:
             application(self._operations, token=token),
             access_log=None,
             shutdown_timeout=STOP_TIMEOUT_S,
+            keepalive_timeout=HEAD_TIMEOUT_S,
             auto_decompress=False,  # no caller of ours compresses, and a bomb is not unpacked
         )
         await runner.setup()
         self._runners.append(runner)
+        server = runner.server
+        assert server is not None
+        over_tcp = any(sock.family != socket.AF_UNIX for sock in sockets)
+        entrance = _Entrance(server, MAX_CONNECTIONS if over_tcp else sys.maxsize)
+        self._entrances.append(entrance)
+        loop = asyncio.get_running_loop()
         for sock in sockets:
-            await self._listen(runner, sock)
+            self._servers.append(await loop.create_server(lambda: _Turnstile(entrance), sock=sock))
             if sock.family != socket.AF_UNIX:
                 host, port = sock.getsockname()[:2]
                 self.addresses.append(
                     f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
                 )
 
-    async def _listen(self, runner: web.AppRunner, sock: socket.socket) -> None:
-        server = runner.server
-        assert server is not None
-        limit = MAX_CONNECTIONS if sock.family != socket.AF_UNIX else sys.maxsize
-        loop = asyncio.get_running_loop()
-        self._servers.append(await loop.create_server(lambda: _Turnstile(server, limit), sock=sock))
 
+class _Entrance:
+    """Hands connections to aiohttp once they have sent the head of a request.
 
-class _Turnstile(asyncio.Protocol):
-    """Hands a new connection to aiohttp, or closes it if there are too many.
-
-    Not decided when the protocol is made: a whole batch of connections is accepted before the
-    first of them counts.
+    Those that take too long for that are closed, and so are those that are too many.
     """
 
     def __init__(self, server: web.Server, limit: int) -> None:
-        self._server = server
-        self._limit = limit
+        self.server = server
+        self.limit = limit
+        self.waiting: set[asyncio.Transport] = set()
+
+    def is_crowded(self) -> bool:
+        return len(self.server.connections) + len(self.waiting) >= self.limit
+
+    def close(self) -> None:
+        """Let nobody in who is still waiting."""
+        for stream in self.waiting:
+            stream.abort()
+
+
+class _Turnstile(asyncio.Protocol):
+    """One connection before its first request is there.
+
+    Whether there are too many is not decided when the protocol is made: a whole batch of
+    connections is accepted before the first of them counts.
+    """
+
+    def __init__(self, entrance: _Entrance) -> None:
+        self._entrance = entrance
+        self._head = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        stream = cast("asyncio.Transport", transport)  # uvloop's is none by its class
-        if len(self._server.connections) >= self._limit:
-            stream.abort()
+        self._stream = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(HEAD_TIMEOUT_S, self._stream.abort)
+        if self._entrance.is_crowded():
+            self._stream.abort()
+        else:
+            self._entrance.waiting.add(self._stream)
+
+    def data_received(self, data: bytes) -> None:
+        self._head += data
+        if b"\r\n\r\n" not in self._head and len(self._head) < MAX_HEAD_BYTES:
             return
-        handler = self._server()
-        stream.set_protocol(handler)
-        handler.connection_made(transport)
+        self._leave()
+        handler = self._entrance.server()
+        self._stream.set_protocol(handler)
+        handler.connection_made(self._stream)
+        handler.data_received(self._head)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._deadline.cancel()
+        self._entrance.waiting.discard(self._stream)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nbdstore import unix_socket
-from nbdstore.control import bodies
+from nbdstore.control import bodies, endpoint
 from nbdstore.control.endpoint import MAX_CONNECTIONS, SOCKET_NAME, Endpoint
 from nbdstore.control.stream import Piece, StreamWriter
 from nbdstore.errors import InvalidArgument
@@ -171,6 +171,37 @@ class TestTcp:
         call(answering, "GET", "/healthz")
         assert call(answering, "GET", "/healthz", tcp=True)[0] == 200
 
+    @pytest.mark.parametrize(
+        "sent", [b"", b"GET /healthz HTTP/1.1\r\n", b"GET /v1/pool HTTP/1.1\r\nHost: x\r\n\r\n"]
+    )
+    def test_who_says_nothing_does_not_stay(
+        self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, sent: bytes
+    ) -> None:
+        """Before the first request, in the middle of it, and after it."""
+        monkeypatch.setattr(endpoint, "HEAD_TIMEOUT_S", 0.2)
+        answering = request.getfixturevalue("answering")
+        host, _, port = answering.http_url.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port))) as silent:
+            silent.settimeout(30)
+            silent.sendall(sent)
+            with contextlib.suppress(ConnectionResetError):
+                while silent.recv(1 << 16):
+                    pass
+
+    def test_a_head_may_come_in_pieces(self, answering: Answering) -> None:
+        host, _, port = answering.http_url.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port))) as caller:
+            caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n":
+                caller.sendall(bytes([byte]))
+            assert caller.makefile("rb").readline().split()[1] == b"200"
+
+    def test_a_head_without_end_is_refused(self, answering: Answering) -> None:
+        host, _, port = answering.http_url.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port))) as caller:
+            caller.sendall(b"GET /healthz HTTP/1.1\r\nX: " + b"x" * (64 << 10))
+            assert caller.makefile("rb").readline().split()[1] == b"400"
+
     def test_nothing_is_unpacked_for_strangers(self, answering: Answering) -> None:
         body = zlib.compress(json.dumps(VOLUME).encode())
         found = call(answering, "POST", "/v1/volumes", body, {"Content-Encoding": "deflate"})
@@ -184,9 +215,9 @@ class TestTcp:
     async def test_a_port_in_use(self, tmp_path: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            endpoint = Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", port), token="t")
+            second = Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", port), token="t")
             with pytest.raises(InvalidArgument, match=f"127.0.0.1:{port}: address already in use"):
-                await endpoint.start()
+                await second.start()
         assert not (tmp_path / SOCKET_NAME).exists()
 
 
