@@ -102,6 +102,12 @@ class Worker:
                 if sent.look is not None:
                     self.model.end_look(sent.look)
 
+    async def leave(self) -> None:
+        """End the connection as the protocol wants it."""
+        self.client.start(Command.DISC)
+        self.client.close()
+        await self.client.writer.wait_closed()
+
     # --- Requests ---
 
     def _send_any(self) -> None:
