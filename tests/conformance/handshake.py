@@ -172,7 +172,7 @@ class Client:
 
     def go(self, name: str) -> Export:
         """Choose an export by GO; Violation if that is refused."""
-        replies = self.ask(Option.GO, info_data(name))
+        replies = self.ask(Option.GO, info_data(name, [Info.EXPORT]))
         if replies[-1].kind == Rep.ERR_UNSUP:
             return self.export_name(name)
         if replies[-1].is_error:

@@ -51,7 +51,7 @@ class Facts:
         exports: the names it lists.
         starttls: its answer to STARTTLS on a plain connection.
         wants_tls: its answer to INFO on a plain connection was ERR_TLS_REQD.
-        wants_tls_for_all: so was that to an unknown option.
+        wants_tls_for_all: so were those to options that only FORCEDTLS refuses.
     """
 
     export: Export = field(default_factory=lambda: Export(0, Flag(0)))
@@ -257,16 +257,17 @@ def _ask_about_tls(server: Server, facts: Facts) -> None:
     client = server.plain()
     facts.starttls = client.final(Option.STARTTLS).kind
     client = server.plain()
-    data = info_data(server.name)
-    facts.wants_tls = client.final(Option.INFO, data).kind == Rep.ERR_TLS_REQD
-    facts.wants_tls_for_all = client.final(UNKNOWN_OPTION).kind == Rep.ERR_TLS_REQD
+    info, context = info_data(server.name), context_data(server.name)
+    facts.wants_tls = client.final(Option.INFO, info).kind == Rep.ERR_TLS_REQD
+    lists = (client.final(Option.LIST), client.final(Option.LIST_META_CONTEXT, context))
+    facts.wants_tls_for_all = all(reply.kind == Rep.ERR_TLS_REQD for reply in lists)
     if facts.wants_tls and not server.target.tls:
         raise Violation("the export wants TLS: use nbds:// and, if needed, --tls-ca")
 
 
 def _ask_about_export(server: Server, facts: Facts) -> None:
     client = server.connect()
-    replies = client.ask(Option.INFO, info_data(server.name, [Info.BLOCK_SIZE]))
+    replies = client.ask(Option.INFO, info_data(server.name, [Info.EXPORT, Info.BLOCK_SIZE]))
     facts.has_info = replies[-1].kind == Rep.ACK
     if facts.has_info:
         facts.export = parse_export(replies)
