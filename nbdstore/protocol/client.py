@@ -49,10 +49,19 @@ from nbdstore.protocol.constants import (
     ClientFlag,
     Command,
     CommandFlag,
+    Errno,
     Option,
     OptionReply,
     ReplyFlag,
 )
+
+MAX_OPTION_REPLY = 1 << 20
+"""An option reply that announces more is nonsense; waiting for it would mean to hold it."""
+
+MAX_CHUNK = (64 << 20) + U64.size
+"""So is a chunk that is longer than any READ."""
+
+_ERRORS = frozenset(map(int, Errno))
 
 # --- Handshake -----------------------------------------------------------------------------------
 
@@ -131,6 +140,8 @@ class ClientHandshake:
         magic, option, reply, length = OPTION_REPLY.unpack_from(self._received)
         if magic != OPTION_REPLY_MAGIC:
             raise ProtocolError(f"an option reply starts with {magic:#x}")
+        if length > MAX_OPTION_REPLY:
+            raise ProtocolError(f"an option reply of {length} bytes")
         raw = self._take(OPTION_REPLY.size + length)
         return None if raw is None else OptionAnswer(option, reply, raw[OPTION_REPLY.size :])
 
@@ -154,6 +165,8 @@ class ClientHandshake:
 
 def parse_info_export(data: bytes) -> ExportSize:
     """Parse the data of a REP_INFO with INFO_EXPORT."""
+    if len(data) != INFO_EXPORT.size:
+        raise ProtocolError(f"an INFO_EXPORT of {len(data)} bytes")
     _, size, flags = INFO_EXPORT.unpack(data)
     return ExportSize(size, flags)
 
@@ -284,17 +297,25 @@ class ClientTransmission:
         if len(self._received) < layout.size:
             return False
         _, flags, chunk, cookie, *echoed, length = layout.unpack_from(self._received)
+        pending = self._find(cookie)
+        if echoed and echoed[0] != pending.offset:
+            raise ProtocolError(f"offset {echoed[0]} echoed instead of {pending.offset}")
+        if flags & ~int(ReplyFlag.DONE):
+            raise ProtocolError(f"a chunk with the flags {flags:#x}")
+        if length > MAX_CHUNK:
+            raise ProtocolError(f"a chunk of {length} bytes")
         stop = layout.size + length
         if len(self._received) < stop:
             return False
         payload = bytes(self._received[layout.size : stop])
         del self._received[:stop]
-        pending = self._find(cookie)
-        if echoed and echoed[0] != pending.offset:
-            raise ProtocolError(f"offset {echoed[0]} echoed instead of {pending.offset}")
         pending.reply.chunks.append((chunk, length))
         self._take_payload(pending, chunk, payload)
-        return self._finish(pending) if flags & ReplyFlag.DONE else True
+        if flags & ReplyFlag.DONE:
+            return self._finish(pending)
+        if chunk == Chunk.NONE:
+            raise ProtocolError("a NONE chunk that is not the last")
+        return True
 
     def _find(self, cookie: bytes) -> _Pending:
         pending = self._pending.get(U64.unpack(cookie)[0])
@@ -307,15 +328,18 @@ class ClientTransmission:
             if payload:
                 raise ProtocolError("a NONE chunk with a payload")
         elif chunk == Chunk.OFFSET_DATA:
+            require_bytes(payload, U64.size, "OFFSET_DATA")
             (start,) = U64.unpack_from(payload)
             self._take_content(pending, start, len(payload) - U64.size, payload[U64.size :])
         elif chunk == Chunk.OFFSET_HOLE:
+            if len(payload) != OFFSET_HOLE.size:
+                raise ProtocolError(f"an OFFSET_HOLE chunk of {len(payload)} bytes")
             start, length = OFFSET_HOLE.unpack(payload)
             self._take_content(pending, start, length, b"")
         elif chunk in (Chunk.BLOCK_STATUS, Chunk.BLOCK_STATUS_EXT):
             self._take_status(pending, chunk, payload)
         elif chunk in (Chunk.ERROR, Chunk.ERROR_OFFSET):
-            self._take_error(pending, payload)
+            self._take_error(pending, chunk, payload)
         else:
             raise ProtocolError(f"unknown chunk type {chunk}")
 
@@ -337,8 +361,13 @@ class ClientTransmission:
         extended = self.mode is ReplyMode.EXTENDED
         if (chunk == Chunk.BLOCK_STATUS_EXT) is not extended:
             raise ProtocolError(f"chunk type {chunk} in mode {self.mode.value}")
+        if pending.reply.command != Command.BLOCK_STATUS:
+            raise ProtocolError("a block status that nobody asked for")
         layout = EXTENDED_EXTENT if extended else EXTENT
         head = BLOCK_STATUS_EXT if extended else U32
+        require_bytes(payload, head.size, "BLOCK_STATUS")
+        if (len(payload) - head.size) % layout.size:
+            raise ProtocolError(f"a block status of {len(payload)} bytes")
         context_id, *count = head.unpack_from(payload)
         extents = list(layout.iter_unpack(payload[head.size :]))
         if count and count[0] != len(extents):
@@ -351,15 +380,30 @@ class ClientTransmission:
             raise ProtocolError("more extents than the request covers")
         pending.reply.extents[context_id] = extents
 
-    def _take_error(self, pending: _Pending, payload: bytes) -> None:
+    def _take_error(self, pending: _Pending, chunk: int, payload: bytes) -> None:
+        require_bytes(payload, ERROR.size, "ERROR")
         error, length = ERROR.unpack_from(payload)
-        message = payload[ERROR.size : ERROR.size + length]
-        if not error or len(message) < length or length > MAX_STRING:
+        tail = U64.size if chunk == Chunk.ERROR_OFFSET else 0
+        if not error or length > min(MAX_STRING, len(payload) - ERROR.size - tail):
             raise ProtocolError("an error chunk without an error, or with a length that lies")
-        pending.reply.error, pending.reply.message = error, message.decode()
+        try:
+            message = payload[ERROR.size : ERROR.size + length].decode()
+        except UnicodeDecodeError:
+            raise ProtocolError("an error's message is not UTF-8") from None
+        if "\0" in message:
+            raise ProtocolError("an error's message contains a NUL")
+        if tail:
+            (offset,) = U64.unpack_from(payload, ERROR.size + length)
+            if not pending.offset <= offset < pending.offset + max(1, pending.length):
+                raise ProtocolError(f"an error at {offset}, outside of the request")
+        pending.reply.error, pending.reply.message = error, message
 
     def _finish(self, pending: _Pending) -> Reply:
         reply = pending.reply
+        if reply.error and reply.error not in _ERRORS:
+            raise ProtocolError(f"the error {reply.error}, which NBD does not have")
+        if reply.command == Command.BLOCK_STATUS and not (reply.error or reply.extents):
+            raise ProtocolError("a block status without extents")
         if reply.command == Command.READ and reply.chunks and not reply.error:
             covered = sum(stop - start for start, stop in pending.covered)
             if covered != pending.length:
@@ -367,6 +411,11 @@ class ClientTransmission:
             reply.data = bytes(pending.content or b"")
         del self._pending[reply.cookie]
         return reply
+
+
+def require_bytes(payload: bytes, n_bytes: int, what: str) -> None:
+    if len(payload) < n_bytes:
+        raise ProtocolError(f"a chunk {what} of {len(payload)} bytes")
 
 
 def option_exchange(name: str, mode: ReplyMode, queries: Sequence[str] = ()) -> Iterator[bytes]:

@@ -35,7 +35,9 @@ class Rules:
         self.max_payload = agreement.offer.maximum_payload
         self.read_only = bool(agreement.flags & TransmissionFlag.READ_ONLY)
         self.context_ids = frozenset(context.id for context in agreement.contexts)
-        self._misaligned = agreement.offer.minimum_block - 1
+        self.misaligned = agreement.offer.minimum_block - 1
+        """Bits that neither an offset nor a length may have."""
+
         self._flags = allowed_flags(agreement)
 
     def judge(self, command: int, flags: int, offset: int, length: int) -> int:
@@ -55,7 +57,7 @@ class Rules:
             return Errno.EINVAL if offset or length else ALLOWED
         if offset + length > self.size:
             return Errno.ENOSPC if command in ENDS_IN_ENOSPC else Errno.EINVAL
-        if (offset | length) & self._misaligned:
+        if (offset | length) & self.misaligned:
             return Errno.EINVAL
         if command == Command.BLOCK_STATUS:
             return ALLOWED if length and self.context_ids else Errno.EINVAL

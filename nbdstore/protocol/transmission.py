@@ -133,7 +133,9 @@ class RequestParser:
         self._header = EXTENDED_REQUEST if extended else REQUEST
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._payload_flag = _PAYLOAD_LEN if extended else 0
-        self._writable_size = -1 if rules.read_only else rules.size
+        # The hot loop takes a shortcut past the rules, below these sizes and for single bytes.
+        self._readable_size = -1 if rules.misaligned else rules.size
+        self._writable_size = -1 if rules.read_only else self._readable_size
         self._direct_bytes = direct_bytes
         self._max_discard = max_discard
 
@@ -222,7 +224,7 @@ class RequestParser:
         """Append all complete requests. The hot loop: reads and plain writes come first."""
         view, end, position = self._view, self._end, self._start
         unpack, header_size, magic = self._header.unpack_from, self._header.size, self._magic
-        size, writable_size = self._rules.size, self._writable_size
+        size, writable_size = self._readable_size, self._writable_size
         max_payload, payload_flag = self._rules.max_payload, self._payload_flag
         append = requests.append
         self._missing = header_size

@@ -7,7 +7,7 @@ content that covers every byte once, extents that make sense, errors that exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tests.conformance.connection import Connection
@@ -40,8 +40,8 @@ from tests.conformance.wire import (
     name_of,
 )
 
-MAX_CHUNK_BYTES = 128 << 20
-"""A chunk that announces more is taken for nonsense."""
+MAX_CHUNK_BYTES = (64 << 20) + U64.size
+"""A chunk that announces more than the longest READ of libnbd is taken for nonsense."""
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,9 @@ class Session:
         """Receive the replies to several requests, whatever their order."""
         return [self.reply(cookie) for cookie in cookies]
 
-    def in_order_of_completion(self, n_replies: int) -> Iterator[int]:
-        """Yield the cookies of so many replies as they become complete."""
-        for _ in range(n_replies):
-            while not self._complete:
-                self.take_message()
-            cookie = next(iter(self._complete))
-            yield cookie
-            self._complete.pop(cookie, None)
+    def complete(self) -> list[int]:
+        """The cookies of the replies that are complete, and not taken yet."""
+        return list(self._complete)
 
     def take_message(self) -> None:
         """Receive one simple reply or one chunk."""
@@ -241,10 +236,11 @@ class Session:
         header = start + self.connection.take(SIMPLE_REPLY.size - len(start))
         _, error, cookie = SIMPLE_REPLY.unpack(header)
         reply = self._find(cookie)
-        if self.mode is Mode.STRUCTURED and reply.command in (Cmd.READ, Cmd.BLOCK_STATUS):
-            if reply.command == Cmd.READ or not error:
-                raise Broken(f"a simple reply to {name_of(Cmd, reply.command)}")
-        elif reply.command == Cmd.READ and not error:
+        if reply.command == Cmd.BLOCK_STATUS and not error:
+            raise Broken("a simple reply to BLOCK_STATUS that claims success")
+        if reply.command == Cmd.READ and self.mode is Mode.STRUCTURED:
+            raise Broken("a simple reply to READ")
+        if reply.command == Cmd.READ and not error:
             reply.data = self.connection.take(reply.length)
         reply.error = error
         self._finish(cookie)

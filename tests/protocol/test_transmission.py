@@ -33,7 +33,7 @@ DIRECT = 1000
 """The parsers here receive longer payloads directly, so that small tests reach all paths."""
 
 
-def parser(mode=SIMPLE, contexts=(), read_only=False, **limits) -> RequestParser:
+def parser(mode=SIMPLE, contexts=(), read_only=False, minimum_block=1, **limits) -> RequestParser:
     flags = FLAGS
     if read_only:
         flags |= TransmissionFlag.READ_ONLY
@@ -41,7 +41,8 @@ def parser(mode=SIMPLE, contexts=(), read_only=False, **limits) -> RequestParser
         flags |= TransmissionFlag.SEND_DF
     if mode is EXTENDED and contexts:
         flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
-    rules = Rules(Agreement(Offer("disk", SIZE, flags), flags, mode, contexts))
+    offer = Offer("disk", SIZE, flags, minimum_block=minimum_block)
+    rules = Rules(Agreement(offer, flags, mode, contexts))
     limits = {"receive_bytes": 4 * DIRECT, "direct_bytes": DIRECT} | limits
     return RequestParser(rules, **limits)
 
@@ -357,3 +358,11 @@ def test_requests_of_the_client_are_understood_by_the_server():
         assert feed(parser(mode), client.request(Command.WRITE, 5, payload=b"")[1])[0][-1] == (
             NOTHING_TO_DO
         )
+
+
+@pytest.mark.parametrize("mode", ReplyMode)
+@pytest.mark.parametrize(("offset", "verdict"), [(512, 0), (511, Errno.EINVAL)])
+def test_the_shortcut_of_plain_requests_keeps_to_the_minimum_block(mode, offset, verdict):
+    stream = request(Command.READ, offset, 512, mode=mode) + write(bytes(512), offset, mode=mode)
+    found = feed(parser(mode, minimum_block=512), stream)
+    assert [verdict for *_, verdict in found] == [verdict, verdict]
