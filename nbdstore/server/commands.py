@@ -61,8 +61,6 @@ class Target:
         self.contexts = contexts
         self.max_extents = max_extents
         self.max_status_bytes = max_extents * EXTENDED_EXTENT.size * len(contexts)
-        self.abandoned = False
-        """The client is gone: long commands should end early."""
         self._reported: set[type[Exception]] = set()
 
     def fail(self, request: Request, error: Exception, out: list[Buffer]) -> int:
@@ -137,8 +135,6 @@ async def _write_zeroes(target: Target, request: Request, out: list[Buffer]) -> 
 async def _cache(target: Target, request: Request, out: list[Buffer]) -> int:
     _, _, cookie, offset, length, _, _ = request
     for start in range(offset, offset + length, CACHE_BYTES):
-        if target.abandoned:
-            break
         await asyncio.sleep(0)  # the store may do a step without waiting, and others want a turn
         await target.volume.cache(start, min(CACHE_BYTES, offset + length - start))
     return target.replies.done(out, cookie, offset)

@@ -18,12 +18,13 @@ part is stalled; whoever asks `stall` now and then cuts it off.
 
     state          reads requests   leaves it when
     ------------   --------------   ----------------------------------------------------
-    serving        while room       DISC, end of stream or drain -> ending; fault -> lost
+    serving        while room       DISC, end of stream or drain -> ending; fault -> lost;
+                                    end of stream with requests in flight -> lost
     ending         no               everything is answered and sent -> done
-    lost           no               no task is left -> done (their replies are dropped)
+    lost           no               its tasks, which are cancelled, have ended -> done
 
-Concurrency: everything runs on the loop's thread. Callbacks do not await; between two awaits of a
-task the session may end up lost, so a task looks again before it queues its reply.
+Concurrency: everything runs on the loop's thread. Callbacks do not await; a task may be cancelled
+wherever it waits.
 """
 
 from __future__ import annotations
@@ -141,8 +142,7 @@ class Session:
             await self._done
         finally:
             self.lose(ConnectionAbortedError("the server gave the connection up"))
-            for task in self._tasks:
-                task.cancel()
+            self._cancel_tasks()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._account.close()
 
@@ -163,13 +163,20 @@ class Session:
         self._settle()
 
     def lose(self, fault: Exception) -> None:
-        """Give the client up: drop its replies, and let the tasks come to their ends."""
+        """Give the client up: drop its replies, and end the tasks where they wait.
+
+        What a request has not done by now, it must not do any more: a client that comes again
+        repeats it, and then writes newer data to the same place, over which a write that was held
+        here, or a long TRIM, would come back from the past.
+        """
         if self._lost:
             return
-        self._lost = self._ending = self._target.abandoned = True
+        self._lost = self._ending = True
         if not self._done.done():
             # Without the frames that it passed, which would keep buffers and this session alive.
             self.fault = fault.with_traceback(None)
+        # In the next turn, since a task that has not begun could not account for its end.
+        self._loop.call_soon(self._cancel_tasks)
         self._backlog = []
         self._outbox.clear()
         self._parser.close()
@@ -178,6 +185,10 @@ class Session:
             self._blocked = False
             self._channel.unwatch_writable()
         self._settle()
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     def _guard(self, step: Callable[..., None], *args: object) -> None:
         """Run one step of this session; what goes wrong in it ends this session only."""
@@ -318,6 +329,8 @@ class Session:
         # Leaving without DISC is usual (fio's probe does), unless a request is cut off.
         if not self._parser.is_between_requests:
             raise ProtocolError("the client left in the middle of a request")
+        if self.in_flight:
+            raise ConnectionResetError(f"the client left {self.in_flight} requests unanswered")
         self._ending = True
         self._settle()
 

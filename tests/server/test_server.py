@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 
 import pytest
 
@@ -397,6 +398,47 @@ async def test_drain_cuts_off_what_does_not_end(pool, serve, connect, caplog):
     assert server.connections == []
     assert "cutting off 1 connections" in caplog.text
     assert bytes(volume.blocks.get(0, b"")[:4]) != b"held"
+
+
+@pytest.mark.parametrize("leave", ["closed", "reset"])
+async def test_a_client_that_is_gone_writes_no_more(pool, serve, connect, leave):
+    """It has come again and written newer data: nothing must return from the past."""
+    volume = pool.volumes["disk"]
+    server = await serve()
+    gone, again = await connect(), await connect()
+    await gone.go()
+    await again.go()
+    volume.space.clear()
+    gone.start(Command.WRITE, 0, payload=b"old")
+    await until(lambda: "write" in volume.calls)
+    if leave == "reset":
+        sock = gone.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.writer.transport.abort()
+    else:
+        gone.close()
+    await until(lambda: len(server.connections) == 1)
+    volume.space.set()
+    await again.write(0, b"new")
+    assert await again.read(0, 3) == b"new"
+    assert volume.calls.count("write") == 1
+
+
+async def test_a_client_that_is_gone_before_its_task_has_begun(serve, connect, monkeypatch):
+    """A task that is given up in the round that made it accounts for its end, too."""
+
+    def fail(outbox):
+        raise BrokenPipeError("the client has gone")
+
+    server = await serve()
+    client = await connect()
+    await client.go()
+    session = next(iter(server._connections)).session
+    monkeypatch.setattr(session._channel, "flush", fail)
+    requests = [client.transmission.request(c, 0, n) for c, n in ((Command.FLUSH, 0), (0, 1))]
+    client.send(b"".join(data for _, data in requests))
+    await until(lambda: not server.connections)
+    assert session.in_flight == 0
 
 
 async def test_replies_survive_unread_requests(serve, connect):
