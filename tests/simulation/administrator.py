@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 _PLACES: Final = [place for place in Failpoint if not place.name.startswith("POOL_")]
 _MOST_EXPORTS: Final = 6
+_MOST_NAMES: Final = 50
+"""Whose volumes are made anew again and again never comes to an end."""
+_MOST_ENDS: Final = 20
+"""Restarts and crashes; with too many, on a slow network, nobody would get anything done."""
 
 
 class Administrator:
@@ -30,6 +34,7 @@ class Administrator:
         self._world = world
         self._random = random.Random(world.random.random())
         self._n_names = 0
+        self._n_ends = 0
         self.stopped = False
 
     async def run(self) -> None:
@@ -63,7 +68,7 @@ class Administrator:
         return self._random.choice(exports) if exports else None
 
     async def _create(self) -> None:
-        if len(self._world.exports) < _MOST_EXPORTS:
+        if len(self._world.exports) < _MOST_EXPORTS and self._n_names < _MOST_NAMES:
             await self.create()
 
     async def create(self) -> None:
@@ -136,11 +141,19 @@ class Administrator:
 
     # --- The server --------------------------------------------------------------------------
 
+    def _may_end(self) -> bool:
+        self._n_ends += 1
+        return self._n_ends <= _MOST_ENDS
+
     async def _restart(self) -> None:
+        if not self._may_end():
+            return
         await self._world.restart()
 
     async def _crash(self) -> None:
         """Let the server die, at once or when it comes to a place."""
+        if not self._may_end():
+            return
         rng, process = self._random, self._world.process
         power, kind = rng.random() < 0.7, rng.random()
         if kind < 0.2:

@@ -36,6 +36,7 @@ ANSWER_S: Final = 90.0
 """A request on a living connection that has no answer after this is never going to have one: writes
 are held for 5 s at most, a disk takes tenths of a second, a link some seconds."""
 _LOOK_S: Final = 5.0
+NOTICE_S: Final = 0.001
 
 
 class Lost(Exception):
@@ -255,14 +256,15 @@ class Connection:
             self.ended.set_result(None)
 
     def _hand_over(self, sending: Sending) -> None:
-        """What was sent may have its effect until the server closes its end."""
+        """What was sent may have its effect until the server knows that the client is gone."""
         server, request, start = self._sock.link.server, sending.request, sending.start
-        trace = self._world.trace
+        trace, loop = self._world.trace, self._loop
 
         def over() -> None:
-            request.over(start, trace.now)
+            # Tasks of the server that are ready now run before it has cancelled them.
+            loop.call_later(NOTICE_S, lambda: request.over(start, trace.now))
 
         if server.closed:
             over()
         else:
-            server.on_close.append(over)
+            server.on_end.append(over)

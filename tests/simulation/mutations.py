@@ -31,7 +31,7 @@ CRASHES: Final = Plan(
     n_jobs=3,
     n_requests=60,
     cells=256,
-    moments_s=(0.02, 0.1),
+    moments_s=(0.005, 0.02),
     actions={"crash": 3, "wait": 1},
 )
 """Worlds of much writing and many crashes."""
@@ -63,7 +63,7 @@ class Mutation:
     patch: Callable[[], Any]
     says: str
     plan: Plan = CRASHES
-    n_seeds: int = 10
+    n_seeds: int = 20
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -214,6 +214,7 @@ MUTATIONS: Final = (
         "a write is two records",
         lambda: mock.patch.object(Volume, "write_now", _write_half),
         "torn",
+        replace(CRASHES, moments_s=(0.02, 0.1)),
         n_seeds=60,
     ),
     Mutation(

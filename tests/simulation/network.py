@@ -171,12 +171,11 @@ class Link:
         self._network.trace.note(self.name, "vanishes")
         self.is_silent = self.is_vanished = True
         self._network.n_vanished += 1
-        for end in (self.client, self.server):
-            self._network.loop.call_later(
-                RETRANSMISSION_S if end.outgoing.unsent else KEEPALIVE_S,
-                end.fail,
-                TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)),
-            )
+        # A client's host is told to be less patient.
+        owed = RETRANSMISSION_S if self.server.outgoing.unsent else KEEPALIVE_S
+        for end, delay_s in ((self.client, KEEPALIVE_S), (self.server, owed)):
+            error = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            self._network.loop.call_later(delay_s, end.fail, error)
 
 
 class SimulatedSocket:
@@ -195,7 +194,8 @@ class SimulatedSocket:
         self.reading = Watch(loop, self._is_readable)
         self.writing = Watch(loop, self._is_writable)
         self.closed = False
-        self.on_close: list[Callable[[], None]] = []
+        self.on_end: list[Callable[[], None]] = []
+        """Called when the owner of this end has learned that the other one is gone, or closed."""
         self._error: OSError | None = None
         self._failed = False
 
@@ -237,8 +237,9 @@ class SimulatedSocket:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         arrived = self.incoming.arrived
         if not arrived:
-            self._raise_error()
             if self._failed or self.incoming.at_end:
+                self._tell_of_the_end()
+                self._raise_error()
                 return 0
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         n = min(len(buffer), len(arrived))
@@ -256,6 +257,8 @@ class SimulatedSocket:
             return sum(map(len, buffers))
         if self.closed:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if self._failed:
+            self._tell_of_the_end()
         self._raise_error()
         if self._failed or self.outgoing.ends:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -287,7 +290,11 @@ class SimulatedSocket:
             self.link.reset(f"{self.name} closed with bytes unread")
         self.outgoing.ends = True
         self.outgoing.push()
-        for call in self.on_close:
+        self._tell_of_the_end()
+
+    def _tell_of_the_end(self) -> None:
+        calls, self.on_end = self.on_end, []
+        for call in calls:
             call()
 
     # --- For clients -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ once, are lost and sent again, and the order of their effects is not known.  Wha
 
 - a request takes effect at some time after it was sent, and before its acknowledgement is
   received; if it is never acknowledged, then at any time, in part, or not at all, but not after
-  the server has closed every connection that it was sent over ("gone");
+  the server has learned that every connection that it was sent over is gone ("gone");
 - so a request is overwritten for sure by another one that was sent after the first was gone, from
   the moment on at which that other one is acknowledged ("dead");
 - and by whatever a later read has seen instead of it.

@@ -72,11 +72,11 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
     return Plan(
         weather=_choose_weather(rng),
         capacity=(16 if small else 24) << 20,
-        ballast=rng.choice((9, 12, 13)) << 20 if small else 0,
+        ballast=rng.choice((26, 28, 29)) << 19 if small else 0,
         n_exports=rng.choice((1, 2, 3)),
         n_jobs=rng.choice((1, 2, 3)),
         n_requests=int(rng.choice((30, 100, 200)) * scale),
-        cells=rng.choice((64, 512, 4096)),
+        cells=rng.choice((4096, 8192) if small else (64, 512, 4096)),
         spread=Spread(rng.choice((WINDOW, WINDOW, WINDOW, 300 << 20, 70 << 30))),
         limits=NARROW if rng.random() < 0.3 else Limits(),
         options=_choose_options(rng),
@@ -84,7 +84,7 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
         trouble=rng.choice(("", "", "", "", "full", "errors", "broken")),
         stalls=rng.choice((0.0, 0.0, 0.02)),
         patience_s=rng.choice((10.0, 1000.0)),
-        moments_s=rng.choice(((0.02, 0.1), (0.05, 0.2, 1.0), (1.0, 4.0))),
+        moments_s=rng.choice(((0.005, 0.02), (0.02, 0.1), (0.05, 0.2, 1.0), (1.0, 4.0))),
         actions={
             "crash": rng.choice((0, 1, 4)),
             "restart": rng.choice((0, 0, 1)),
@@ -114,7 +114,7 @@ def _choose_weather(rng: random.Random) -> Weather:
 def _choose_options(rng: random.Random) -> PoolOptions:
     return PoolOptions(
         on_full=rng.choice(("wait", "wait", "error")),
-        full_timeout_s=5.0,
+        full_timeout_s=rng.choice((5.0, 30.0)),
         sync_interval_s=rng.choice((0.3, 5.0)),
         checkpoint_interval_s=rng.choice((0.5, 60.0)),
     )

@@ -33,7 +33,7 @@ from tests.store.power_loss import assert_clean
 from tests.store.simulated_disk import Images, load_images
 from tests.store.workload import Spread
 
-END_S: Final = 4000.0
+END_S: Final = 10_000.0
 """A world that has not ended after this hangs."""
 SETTLED_S: Final = 1000.0
 """After this every end of a connection has heard of the other one's death."""
