@@ -63,10 +63,11 @@ CONTROL_SOCKET_NAME = "control"
 @click.option(
     "--stall-timeout",
     type=click.FloatRange(min=0),
-    default=60.0,
+    default=10.0,
     show_default=True,
     metavar="SECONDS",
-    help="When to cut off who leaves its replies unread or a request unfinished; 0 is never.",
+    help="When to cut off who leaves its replies unread or a request unfinished, if others wait "
+    "for the memory that it holds; 0 is never.",
 )
 @click.option(
     "--tls",

@@ -11,8 +11,8 @@ when nobody uses that part.
 Beside it there are only the receive buffers of small requests, 512 KiB for each connection, and the
 spares. What is served and sent at once is never held.
 
-A client that stops while it holds something is cut off in time (see `Session.stall`), so what
-waits here does not wait for ever.
+A client that does not get on while it holds something, and others wait, is cut off in time (see
+`Session.stall`), so what waits here does not wait for ever.
 
 Concurrency: everything runs on the loop's thread, and nothing awaits.
 """

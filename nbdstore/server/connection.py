@@ -141,12 +141,15 @@ class Connection:
             self.session.drain()
         return self.session is not None
 
-    def cut_off_if_stalled(self, now_s: float, timeout_s: float) -> None:
-        """End the session if memory has waited so long for a client that does not get on."""
-        stall = self.session.stall(now_s, timeout_s) if self.session is not None else None
-        if self.session is not None and stall is not None:
-            log.warning("%s: cut off: %s", self.peer, stall)
-            self.session.lose(TimeoutError(stall))
+    def stall(self, now_s: float, timeout_s: float) -> str | None:
+        """See Session.stall; before the session there is the handshake's timeout."""
+        return self.session.stall(now_s, timeout_s) if self.session is not None else None
+
+    def cut_off(self, stall: str) -> None:
+        """End the session of a client that does not get on."""
+        assert self.session is not None
+        log.warning("%s: cut off, since others wait for the memory it holds: %s", self.peer, stall)
+        self.session.lose(TimeoutError(stall))
 
     # --- Handshake ---------------------------------------------------------------------------
 

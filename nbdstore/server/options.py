@@ -29,8 +29,8 @@ class Limits:
             is always served, however large, so a connection holds at most this and 32 MiB.
         max_client_bytes: the same of all connections together, see `Budget`.
         stall_timeout_s: how long a client may leave its replies unread, or a request unfinished,
-            before it is cut off; 5 s if others wait for the memory that it holds. It need not do
-            much to show that it lives. 0 = for ever.
+            if others wait for the memory that it holds. It need not do much to show that it
+            lives. 0 = for ever.
         max_unsent_bytes: replies that wait for the client to read; with more of them, nothing
             new is begun.
         max_round_bytes: content of READs served in one go, before others get their turn.
@@ -45,7 +45,7 @@ class Limits:
     max_in_flight: int = 1024
     max_held_bytes: int = 64 << 20
     max_client_bytes: int = 1 << 30
-    stall_timeout_s: float = 60.0
+    stall_timeout_s: float = 10.0
     max_unsent_bytes: int = 4 << 20
     max_round_bytes: int = 4 << 20
     max_extents: int = 4 << 10

@@ -20,8 +20,6 @@ from nbdstore.store import Volume
 
 log = logging.getLogger(__name__)
 
-CONTENDED_TIMEOUT_S = 5.0
-"""A client that has stalled is cut off after this, if others wait for the memory that it holds."""
 LOOK_EVERY_S = 1.0
 """How often stalled clients are looked for."""
 
@@ -131,17 +129,20 @@ class Server:
         return task
 
     def _look_for_stalls(self) -> None:
-        """Cut off who has stalled, now and again for as long as somebody is connected.
+        """Cut off who has stalled while others wait, for as long as somebody is connected.
 
-        A look at all instead of a timer for each: that would cost something per request.
+        A look at all instead of a timer for each: that would cost something per request. A client
+        that stalls and harms nobody is left alone: it may be a virtual machine that was paused,
+        and its filesystems would not survive the loss of their disk.
         """
         timeout_s = self._options.limits.stall_timeout_s
         if not timeout_s or not self._connections:
             self._patrol = None
             return
-        if self._settings.budget.is_contended:
-            timeout_s = min(timeout_s, CONTENDED_TIMEOUT_S)
+        contended = self._settings.budget.is_contended
         loop = asyncio.get_running_loop()
         for connection in list(self._connections):
-            connection.cut_off_if_stalled(loop.time(), timeout_s)
+            stall = connection.stall(loop.time(), timeout_s)
+            if stall is not None and contended:
+                connection.cut_off(stall)
         self._patrol = loop.call_later(min(timeout_s / 4, LOOK_EVERY_S), self._look_for_stalls)

@@ -144,51 +144,74 @@ async def test_an_idle_client_keeps_no_large_payload(serve, connect):
 # --- Stalls --------------------------------------------------------------------------------------
 
 
+async def stalled_client(connect, fault: str):
+    """A client that does its part no further."""
+    if fault == "does not read":
+        return await deaf_client(connect)
+    client = await connect()
+    await client.go()
+    part = unfinished_write(2 * MIB)
+    client.send(part if fault == "stops in a payload" else part[:20])
+    return client
+
+
+async def crowd(server, connect) -> list:
+    """Make others wait for memory, which clients that never read hold."""
+    deaf = [await deaf_client(connect) for _ in range(6)]
+    await until(lambda: server._settings.budget.is_contended)
+    return deaf
+
+
 @pytest.mark.parametrize("fault", ["does not read", "stops in a payload", "stops in a header"])
-async def test_a_client_that_stalls_is_cut_off(serve, connect, caplog, fault):
+async def test_a_client_that_stalls_is_cut_off_if_others_wait(
+    serve, connect, caplog, monkeypatch, fault
+):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(server_module, "LOOK_EVERY_S", 0.02)
     server = await serve(limits=small_budget(stall_timeout_s=0.2))
-    client = await deaf_client(connect) if fault == "does not read" else await connect()
-    if fault != "does not read":
-        await client.go()
-        part = unfinished_write(2 * MIB)
-        client.send(part if fault == "stops in a payload" else part[:20])
-    await until(lambda: not server.connections)
-    (line,) = [record.message for record in caplog.records if "cut off" in record.message]
+    await stalled_client(connect, fault)
+    (session,) = sessions(server)
+    await until(lambda: session._stall is not None)
+    since_s = session._stall.since_s
+    await until(lambda: server._patrol.when() - since_s > 0.5)  # more than the timeout
+    assert session in sessions(server), "it harms nobody"
+    await crowd(server, connect)
+    await until(lambda: session not in sessions(server))
+    line = next(record.message for record in caplog.records if "cut off" in record.message)
+    assert "others wait" in line
     assert ("read its replies" if fault == "does not read" else "middle of a request") in line
     assert "detached disk" in caplog.text
 
 
-async def test_a_stall_is_short_when_others_wait(serve, connect, monkeypatch):
-    monkeypatch.setattr(server_module, "CONTENDED_TIMEOUT_S", 0.1)
+async def test_whoever_waits_is_served_once_the_stalled_are_gone(serve, connect, monkeypatch):
     monkeypatch.setattr(server_module, "LOOK_EVERY_S", 0.02)
-    server = await serve(limits=small_budget(stall_timeout_s=1000))
-    alone = await deaf_client(connect)
-    await until(lambda: sessions(server)[0]._blocked)
-    assert not server._settings.budget.is_contended
-    deaf = [await deaf_client(connect) for _ in range(5)]
+    server = await serve(limits=small_budget(stall_timeout_s=0.1))
+    deaf = await crowd(server, connect)
     other = await connect()
     await other.go()
-    await until(lambda: server._settings.budget.is_contended)
     assert await other.read(0, 8 * MIB) == bytes(8 * MIB)
-    for client in (alone, *deaf):
+    for client in deaf:
         client.writer.transport.abort()
 
 
-async def test_idle_clients_and_clients_that_wait_for_us_are_not_cut_off(pool, serve, connect):
+async def test_idle_clients_and_clients_that_wait_for_us_are_not_cut_off(
+    pool, serve, connect, monkeypatch
+):
+    monkeypatch.setattr(server_module, "LOOK_EVERY_S", 0.02)
     server = await serve(limits=small_budget(stall_timeout_s=0.1))
-    idle, waiting, deaf = await connect(), await connect(), await connect()
-    for client in (idle, waiting, deaf):
+    idle, waiting = await connect(), await connect()
+    for client in (idle, waiting):
         await client.go()
     pool.volumes["disk"].space.clear()
     cookies = [waiting.start(Command.WRITE, 0, payload=bytes(MIB)) for _ in range(20)]
-    deaf.writer.transport.pause_reading()
-    deaf.send(read_request(0, MIB) * 100)
-    await until(lambda: len(server.connections) == 2)  # by then the others are as old as the deaf
+    deaf = await crowd(server, connect)
+    await until(lambda: len(server.connections) < 8)  # by now the others are as old as the deaf
     assert await idle.read(0, 1) == b"\0"
     pool.volumes["disk"].space.set()
     for cookie in cookies:
         assert (await waiting.reply(cookie)).error == 0
+    for client in deaf:
+        client.writer.transport.abort()
 
 
 async def test_a_slow_client_is_not_stalled(serve, connect):
