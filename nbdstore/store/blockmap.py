@@ -23,6 +23,7 @@ UNIFORM      all entries are PROVISIONED, of one epoch; the memory is untouched
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -110,6 +111,21 @@ class BlockMap:
     def leaf_range(self, start: int, stop: int) -> tuple[int, int]:
         """The leaves `[first, last + 1)` that hold blocks `[start, stop)`, not empty."""
         return start >> self.leaf_shift, ((stop - 1) >> self.leaf_shift) + 1
+
+    def leaves_in_use(self) -> Iterator[tuple[int, int, bool]]:
+        """Yield `(first, stop, lost)`, ascending, for all leaves that are not HOLE.
+
+        A stretch of leaves that are LOST with the nodes above them comes as a whole, every other
+        leaf by itself.
+        """
+        leaves = np.flatnonzero(self.states & KIND)
+        at = 0
+        for first, stop in self.nodes.lost_stretches():
+            before, after = np.searchsorted(leaves, [first, stop]).tolist()
+            yield from ((leaf, leaf + 1, False) for leaf in leaves[at:before].tolist())
+            yield first, stop, True
+            at = after
+        yield from ((leaf, leaf + 1, False) for leaf in leaves[at:].tolist())
 
     def missing(self, start: int, stop: int) -> Leaves:
         """The STORED leaves that hold entries of blocks `[start, stop)`."""

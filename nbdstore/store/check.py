@@ -29,7 +29,7 @@ from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import layout, recovery
-from nbdstore.store.blockmap import KIND, RESIDENT
+from nbdstore.store.blockmap import RESIDENT
 from nbdstore.store.core import PoolOptions
 from nbdstore.store.host import Disk, Host
 from nbdstore.store.layout import I64, U8
@@ -221,19 +221,18 @@ class _Check:
         n_slots = opened.services.core.slots.n_slots
         n_mapped = n_provisioned = 0
         lost = _Stretches()
-        lost_leaves = volume.map.nodes.lost_leaves()
-        for leaf in np.flatnonzero(volume.map.states & KIND).tolist():
+        for leaf, end, is_lost in volume.map.leaves_in_use():
             start = leaf << volume.map.leaf_shift
-            stop = min(start + volume.map.fanout, volume.map.n_blocks)
-            if leaf in lost_leaves:
-                lost.add(np.arange(start, stop))
+            stop = min(end << volume.map.leaf_shift, volume.map.n_blocks)
+            if is_lost:
+                lost.add(start, stop)
                 continue
             self._load_leaf(opened, volume, leaf)
             locations = volume.map.locations(start, stop)
             n_provisioned += int(np.count_nonzero(layout.is_provisioned(locations)))
             held = np.flatnonzero(layout.holds_slot(locations)) + start
             n_mapped += len(held)
-            lost.add(np.flatnonzero(layout.is_lost(locations)) + start)
+            lost.add_blocks(np.flatnonzero(layout.is_lost(locations)) + start)
             slots = layout.slots_of(volume.map.entries[held, 0])
             self._use(used, slots, f"volume {volume.name}", n_slots)
             self._verify(opened, volume, held, slots)
@@ -351,13 +350,16 @@ class _Stretches:
     def __init__(self) -> None:
         self.found: list[tuple[int, int]] = []
 
-    def add(self, blocks: I64) -> None:
+    def add_blocks(self, blocks: I64) -> None:
         """Add `blocks`, int64, ascending."""
         for start, stop in layout.runs(blocks):
-            first, end = int(blocks[start]), int(blocks[stop - 1]) + 1
-            if self.found and self.found[-1][1] == first:
-                first = self.found.pop()[0]
-            self.found.append((first, end))
+            self.add(int(blocks[start]), int(blocks[stop - 1]) + 1)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add blocks `[start, stop)`."""
+        if self.found and self.found[-1][1] == start:
+            start = self.found.pop()[0]
+        self.found.append((start, stop))
 
 
 def _told(error: Corruption | ReadFailed) -> tuple[str, str, str]:

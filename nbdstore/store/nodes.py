@@ -176,13 +176,19 @@ class Nodes:
         found: Indices = nodes[row] * self.fanout + column
         return found
 
-    def lost_leaves(self) -> set[int]:
-        """The leaves whose node of level 1 is LOST and not in memory."""
+    def lost_stretches(self) -> list[tuple[int, int]]:
+        """The leaves `[first, stop)` whose nodes of level 1 are LOST and not in memory."""
         if self.depth == 1:
-            return set()
+            return []
         lost = layout.is_lost(self.levels[1][: len(self.states), 0]) & (self.states == STORED)
-        leaves = np.flatnonzero(lost)[:, None] * self.fanout + np.arange(self.fanout)
-        return set(leaves.reshape(-1).tolist())
+        nodes = np.flatnonzero(lost)
+        return [
+            (
+                int(nodes[start]) << self.shift,
+                min(int(nodes[stop - 1] + 1) << self.shift, self.n_leaves),
+            )
+            for start, stop in layout.runs(nodes)
+        ]
 
     # -- level 1 in memory ------------------------------------------------------------------
 

@@ -133,13 +133,12 @@ class SalvagedPool:
 
     def _parts(self, volume: Volume) -> Iterator[Intact | Lost]:
         blocks = volume.map
-        cut_off = blocks.nodes.lost_leaves()
-        for leaf in np.flatnonzero(blocks.states & KIND).tolist():
-            start = leaf << blocks.leaf_shift
-            stop = min(start + blocks.fanout, blocks.n_blocks)
-            if leaf in cut_off:
+        for first, last, is_lost in blocks.leaves_in_use():
+            start = first << blocks.leaf_shift
+            stop = min(last << blocks.leaf_shift, blocks.n_blocks)
+            if is_lost:
                 yield self._lost(volume, start, stop, "below a damaged node of its map")
-            elif blocks.state_bytes[leaf] & KIND != UNIFORM:
+            elif blocks.state_bytes[first] & KIND != UNIFORM:
                 yield from self._leaf(volume, start, stop)
 
     def _leaf(self, volume: Volume, start: int, stop: int) -> Iterator[Intact | Lost]:

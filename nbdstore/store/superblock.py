@@ -123,7 +123,9 @@ def decode(raw: bytes, where: str) -> Superblock:
         PoolFormatError: it is whole, but of a version or with features unknown here.
         Corruption: it is no superblock, or its checksum does not fit.
     """
-    if len(raw) < COPY_SIZE or not raw.startswith(MAGIC):
+    if len(raw) < COPY_SIZE:
+        raise Corruption(where, f"{COPY_SIZE} bytes", f"{len(raw)} bytes")
+    if not raw.startswith(MAGIC):
         raise Corruption(where, f"magic {MAGIC.decode()}", repr(raw[: len(MAGIC)]))
     (expected,) = _CHECKSUM.unpack_from(raw, _CHECKSUM_AT)
     found = xxhash.xxh3_64_intdigest(raw[:_CHECKSUM_AT])

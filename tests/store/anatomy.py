@@ -7,7 +7,7 @@ say, so that a test can damage a chosen structure, and that the format is read t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nbdstore.store.layout import PROVISIONED, SLOT_MASK
+from nbdstore.store.layout import LOST, PROVISIONED, SLOT_MASK
 from nbdstore.store.superblock import COPY_SIZE, Superblock, decode
 
 Entry = tuple[int, int]
@@ -43,12 +43,22 @@ class Place:
 class Anatomy:
     """All blocks that are reachable from the newest superblock; journal not looked at."""
 
-    def __init__(self, directory: Path) -> None:
-        raw = (directory / "super").read_bytes()
+    def __init__(
+        self, files: Path | Mapping[str, bytes | bytearray], *, journal_live: bool = False
+    ) -> None:
+        """Read a pool: its directory, or its files by name.
+
+        Arguments:
+            journal_live: what the journal says may have freed blocks, and given others their slots.
+        """
+        self._journal_live = journal_live
+        if isinstance(files, Path):
+            files = {name: (files / name).read_bytes() for name in ("super", "data")}
+        raw = bytes(files["super"])
         copies = [decode(raw[at : at + COPY_SIZE], "super") for at in (0, COPY_SIZE)]
         self.superblock: Superblock = max(copies, key=lambda s: s.generation)
         self.block_size = self.superblock.block_size
-        self._data = (directory / "data").read_bytes()
+        self._data = bytes(files["data"])
         self.places: list[Place] = []
         self.catalogue = self._read_catalogue()
         self._read_free_map()
@@ -66,6 +76,15 @@ class Anatomy:
         assert xxhash.xxh3_64_intdigest(raw) == entry[1], f"slot {slot}"
         return raw
 
+    def _is_there(self, entry: Entry) -> bool:
+        try:
+            self._block(entry)
+        except AssertionError:
+            if not self._journal_live:
+                raise
+            return False
+        return True
+
     def _entries(self, raw: bytes) -> list[Entry]:
         return [(a, b) for a, b in np.frombuffer(raw, "<u8").reshape(-1, 2).tolist()]
 
@@ -79,7 +98,7 @@ class Anatomy:
 
     def _below(self, root: Entry, depth: int, place: Place) -> Iterator[tuple[int, Entry]]:
         """Yield (number, entry) of what hangs below `depth` levels of nodes."""
-        nodes = [(0, root)] if root[0] else []
+        nodes = [(0, root)] if root[0] & SLOT_MASK not in (0, LOST) else []
         for level in range(depth, 0, -1):
             below: list[tuple[int, Entry]] = []
             for number, entry in nodes:
@@ -89,7 +108,9 @@ class Anatomy:
                 )
                 found = self._entries(self._block(entry))
                 first = number * len(found)
-                below += [(first + i, e) for i, e in enumerate(found) if e[0]]
+                below += [
+                    (first + i, e) for i, e in enumerate(found) if e[0] & SLOT_MASK not in (0, LOST)
+                ]
             nodes = below
         yield from nodes
 
@@ -127,6 +148,5 @@ class Anatomy:
             self.places.append(Place("leaf", entry[0] & SLOT_MASK, name, leaf))
             for index, block in enumerate(self._entries(self._block(entry))):
                 slot = block[0] & SLOT_MASK
-                if slot not in (0, PROVISIONED):
-                    self._block(block)
+                if slot not in (0, LOST, PROVISIONED) and self._is_there(block):
                     self.places.append(Place("data", slot, name, leaf * fanout + index))
