@@ -151,7 +151,7 @@ def open_parts(
             f"the file was truncated; {_JOURNAL_ADVICE}",
         )
         _tell(damage.journal, error)
-    reader = Reader(ring, current.journal_size, current.uuid)
+    reader = Reader(ring, current.journal_size, current.uuid, damage.journal)
     last, durable_seq = _scan(reader, current, str(disk.directory), damage.journal)
     end = current.journal_offset if last is None else last.end
     seq = current.journal_seq - 1 if last is None else last.seq
@@ -396,7 +396,13 @@ class _Replay:
         slots = layout.slots_of(mapping[:, 1]).tolist()
         for slot, checksum in zip(slots, mapping[:, 2].tolist(), strict=True):
             if inline.get(slot) != checksum:
-                raw = self._core.data.pread(size, slot * size)
+                try:
+                    raw = self._core.data.pread(size, slot * size)
+                except ReadFailed as error:
+                    if self._core.on_damage is None:
+                        raise
+                    self._core.on_damage(error)
+                    continue  # what cannot be read is lost, but what came after it need not be
                 if len(raw) < size or xxh3_64_intdigest(raw) != checksum:
                     return False
         return True

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbdstore.errors import ReadFailed
 from nbdstore.store.host import Disk, File
 from nbdstore.store.journal import ALIGNMENT, HEADER_SIZE, Journal, Reader, Record, format_ring
 from nbdstore.store.layout import JOURNAL_PAGE
@@ -336,3 +337,28 @@ def test_going_on_without_a_checkpoint_wipes_what_could_seem_to_follow() -> None
     assert ring.payloads() == [b"0", b"1", b"2", b"3", b"4", b"new"]
     assert ring.damaged() is None
     assert ring.memory.n_syncs == 1
+
+
+def test_pages_that_cannot_be_read_are_told_and_hide_no_other_record() -> None:
+    ring = Ring()
+    offsets = []
+    for number in range(6):
+        offsets.append(ring.journal.head)
+        ring.append(bytes([number]) * 100)
+        ring.sync()
+
+    class HalfReadable(MemoryFile):
+        def pread(self, length: int, offset: int) -> bytes:
+            if offset < offsets[2] + 64 and offset + length > offsets[2]:
+                raise ReadFailed("journal: Input/output error")
+            return super().pread(length, offset)
+
+    file = cast(File, HalfReadable("journal", bytes(ring.memory.raw)))
+    with pytest.raises(ReadFailed):
+        list(Reader(file, SIZE, POOL).records(0, SEQ))
+    told: list[ReadFailed] = []
+    reader = Reader(file, SIZE, POOL, told.append)
+    assert [record.seq for record in reader.records(0, SEQ)] == [1, 2]
+    assert told
+    witness = reader.damage_after(offsets[2], 3)
+    assert witness is not None and witness.seq == 4
