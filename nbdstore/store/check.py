@@ -126,7 +126,7 @@ class _Check:
     async def run(self) -> CheckReport:
         if not self._host.exists(self._directory / "super"):
             raise PoolFormatError(f"{self._directory} holds no pool: nothing to check")
-        disk = self._host.disk(self._directory)
+        disk = self._host.disk(self._directory, read_only=not self._repair)
         try:
             disk.lock()
             opened = self._open(disk)

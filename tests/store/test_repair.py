@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from nbdstore.errors import Corruption, PoolFailed
 from nbdstore.store import Pool
+from nbdstore.store.check import check_pool
 from nbdstore.store.ranges import ExtentKind
 from tests.store.pools import (
     MIB,
@@ -19,7 +21,10 @@ from tests.store.pools import (
     read,
     until,
 )
+from tests.store.simulated_disk import PLACE, Crash, SimulatedDisk, crash_images
 from tests.store.specimen import BLOCK, GIB, PLACES, WIDE, first_node, flip_slot
+from tests.store.subjects import damaged as damaged_copy
+from tests.store.subjects import open_and_look, subjects
 
 
 def below(depth: int) -> list[int]:
@@ -159,3 +164,24 @@ async def test_a_node_damaged_under_a_checkpoint_stops_the_pool_and_loses_no_flu
         with pytest.raises(Corruption):
             await read(pool.volumes["wide"], 0, BLOCK)
         assert len(await read(pool.volumes["wide"], 300 * MIB, BLOCK)) == BLOCK
+
+
+@pytest.mark.parametrize("name", ["node", "journal payload"])
+def test_a_crash_during_repair_leaves_a_pool_that_repair_brings_back_all_the_same(
+    name: str,
+) -> None:
+    subject = subjects()["killed"]
+    images = damaged_copy(subject)
+    regions = [r for r in subject.regions if r.kind == name]
+    region = regions[len(regions) // 2]
+    images[region.file][region.start + 20] ^= 1
+    disk = SimulatedDisk(images)
+    check_pool(PLACE, host=disk.host, repair=True)
+    expected = open_and_look(SimulatedDisk(disk.images))
+    n_events = len(disk.events)
+    assert n_events > 10
+    for moment in range(n_events + 1):
+        rng = random.Random(moment)
+        again = SimulatedDisk(crash_images(disk, moment, Crash.random(rng), rng))
+        check_pool(PLACE, host=again.host, repair=True)
+        assert open_and_look(again) == expected
