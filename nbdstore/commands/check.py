@@ -13,7 +13,7 @@ from nbdstore.control.client import ControlClient
 from nbdstore.errors import PoolLocked
 
 if TYPE_CHECKING:
-    from nbdstore.store.check import CheckReport
+    from nbdstore.store.check import CheckReport, Finding
 
 
 @click.command(short_help="Verify a pool that is not being served, and repair it.")
@@ -64,7 +64,7 @@ def _checked(session: Session, repair: bool) -> CheckReport:
 
 def _show(report: CheckReport, repair: bool) -> None:
     for finding in report.findings:
-        click.echo(f"{finding}{', repaired' if finding.repaired else ''}")
+        click.echo(f"{finding}{_outcome(finding)}")
     if report.n_findings_left_out:
         click.echo(f"... and {report.n_findings_left_out} more of the kind")
     looked_at = ", ".join(
@@ -80,12 +80,21 @@ def _show(report: CheckReport, repair: bool) -> None:
         note("'nbdstore check --repair' makes what is intact usable again")
 
 
+def _outcome(finding: Finding) -> str:
+    if not finding.repaired:
+        return ""
+    return ", given up" if finding.severity == "damage" else ", repaired"
+
+
 def _verdict(report: CheckReport) -> str:
     n_left = sum(not f.repaired and f.severity != "notice" for f in report.findings)
-    n_repaired = sum(f.repaired for f in report.findings)
+    n_given_up = sum(f.repaired and f.severity == "damage" for f in report.findings)
+    n_repaired = sum(f.repaired for f in report.findings) - n_given_up
     parts = []
     if not report.clean:
         parts.append(f"{counted(n_left + report.n_findings_left_out, 'fault')} left")
     if n_repaired:
         parts.append(f"{counted(n_repaired, 'fault')} repaired")
+    if n_given_up:
+        parts.append(f"{counted(n_given_up, 'fault')} given up")
     return ", ".join(parts) or "all is well"

@@ -32,6 +32,8 @@ each sync that made more records durable, an empty record is written that says s
 sync of its own.  After the server is killed, damage to any record that a flush covered is found.
 After a loss of power, that of the last few seconds may be taken for unsynced ones: the empty
 record gets to the disk with the next sync, which is never longer away than the sync interval.
+Likewise an older copy of the whole file: one from before the last checkpoint lacks its mark
+(superblock.py); a younger one cannot be told from a loss of power.
 """
 
 from __future__ import annotations

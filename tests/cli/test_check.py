@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import CommandLine, HeldPool
+from tests.store.anatomy import Anatomy
+from tests.store.specimen import flip_slot
 
 MARK = b"find me in the data file, please"
 
@@ -61,6 +63,25 @@ def test_what_is_derived_is_repaired(commands: CommandLine) -> None:
     commands.run("check")  # a notice: the other superblock serves
     assert "repaired" in commands.run("check", "--repair")
     assert "repaired" not in commands.run("check")
+
+
+def test_what_damage_has_cut_off_is_given_up(commands: CommandLine, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(MARK * 1024)
+    commands.run("import", image, "db", "--size", "1M")
+    (leaf,) = Anatomy(commands.directory).of_kind("leaf")
+    flip_slot(commands.directory, leaf)
+    lines = commands.run("check", "--repair", status=1).splitlines()
+    assert lines[0].startswith("damage: map of db, leaf 0 (slot ")
+    assert lines[0].endswith(", given up")
+    lost = "damage: volume db, bytes 0 to 1048576: expected data, found nothing: "
+    assert lines[1].startswith(lost)
+    assert lines[2].endswith(": 1 fault left, 1 fault given up")
+    lines = commands.run("check", status=1).splitlines()
+    assert lines[0].startswith(lost)
+    assert lines[1].endswith(": 1 fault left")
+    commands.run("import", image, "db", "--overwrite")
+    assert "all is well" in commands.run("check")
 
 
 def test_a_pool_that_is_served(
