@@ -61,20 +61,7 @@ async def begin_tls(client, context) -> None:
     await client.start_tls(context)
 
 
-# --- Rules ----------------------------------------------------------------------------------------
-
-
-async def test_11_starttls_forgets_everything(serve, connect, tls_options, client_context):
-    """proto.md, "NBD_OPT_STARTTLS"; qemu kept contexts (CVE-2021-3716)."""
-    await serve(tls=tls_options(OPTIONAL))
-    client = await connect()
-    assert await client.last(Option.STRUCTURED_REPLY) == OptionReply.ACK
-    await begin_tls(client, client_context())
-    contexts = build_meta_context("disk", ["base:allocation"])
-    assert await client.last(Option.SET_META_CONTEXT, contexts) == OptionReply.ERR_INVALID
-    await client.go("disk", ReplyMode.SIMPLE)
-    await client.write(0, b"secret")
-    assert await client.read(0, 6) == b"secret"
+# --- Rules: those that a client can see by itself are in tests/conformance/cases/tls.py -----------
 
 
 @pytest.mark.parametrize(
@@ -86,26 +73,6 @@ async def test_11_plaintext_behind_starttls_closes(serve, connect, tls_options, 
     client = await connect()
     client.send(build_option(Option.STARTTLS) + early)
     assert await client.closed()
-
-
-@pytest.mark.parametrize("option", [Option.LIST, Option.GO, Option.INFO, 0, 4711, 1 << 31])
-async def test_12_everything_else_waits_for_tls(serve, connect, tls_options, option):
-    """proto.md, "FORCEDTLS": unknown options, too."""
-    await serve(tls=tls_options(REQUIRED))
-    client = await connect()
-    assert await client.last(option, build_info("disk")) == OptionReply.ERR_TLS_REQD
-    client.send(build_option(Option.EXPORT_NAME, b"disk"))
-    assert await client.closed()
-
-
-async def test_12_nothing_asks_for_tls_under_tls(serve, connect, tls_options, client_context):
-    """proto.md, "FORCEDTLS"."""
-    await serve(tls=tls_options(REQUIRED))
-    client = await connect()
-    await begin_tls(client, client_context())
-    assert await client.last(Option.STARTTLS) == OptionReply.ERR_INVALID
-    assert await client.last(4711) == OptionReply.ERR_UNSUP
-    assert (await client.try_go("none")).reply == OptionReply.ERR_UNKNOWN
 
 
 async def test_13_only_info_and_go_ask_for_tls(pool, serve, connect, tls_options):
@@ -121,47 +88,6 @@ async def test_13_only_info_and_go_ask_for_tls(pool, serve, connect, tls_options
     contexts = build_meta_context("disk", [])
     assert await client.last(Option.LIST_META_CONTEXT, contexts) == OptionReply.ERR_POLICY
     assert (await client.go("open")).size == 1 << 20
-
-
-async def test_14_tls_1_2_is_spoken(serve, connect, tls_options, client_context):
-    """proto.md, "TLS versions"; nbd-client speaks nothing newer."""
-    await serve(tls=tls_options(REQUIRED))
-    client = await connect()
-    context = client_context()
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    await begin_tls(client, context)
-    await client.go()
-
-
-@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-async def test_14_older_tls_is_not(serve, connect, tls_options, client_context):
-    await serve(tls=tls_options(REQUIRED))
-    client = await connect()
-    context = client_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1
-    context.maximum_version = ssl.TLSVersion.TLSv1_1
-    assert await client.last(Option.STARTTLS) == OptionReply.ACK
-    with pytest.raises((ssl.SSLError, ConnectionError)):
-        await client.start_tls(context)
-
-
-async def test_14_a_failed_tls_handshake_closes(serve, connect, tls_options):
-    await serve(tls=tls_options(REQUIRED))
-    client = await connect()
-    assert await client.last(Option.STARTTLS) == OptionReply.ACK
-    client.send(b"this is no ClientHello" * 10)
-    await client.until_closed()  # an alert may come first
-
-
-async def test_14_disc_is_answered_by_close_notify(serve, connect, tls_options, client_context):
-    """proto.md, "Terminating the transmission phase": the TLS session is shut down first."""
-    await serve(tls=tls_options(REQUIRED))
-    client = await connect()
-    await begin_tls(client, client_context())
-    await client.go()
-    client.start(Command.DISC)
-    # A stream that ends without close_notify would raise here instead.
-    assert await client.receive_or_end() == b""
 
 
 # --- Who may attach what -------------------------------------------------------------------------
