@@ -171,13 +171,18 @@ class Connection:
             pass
         return False
 
-    def must_close(self, why: str, *, allow_data: bool = False) -> bytes:
+    def must_close(
+        self, why: str, *, allow_data: bool = False, within_s: float | None = None
+    ) -> bytes:
         """Wait for the end of the connection; Violation if it does not come.
 
         Arguments:
             why: what the server ought to close the connection for.
             allow_data: whether something may come before the end.
+            within_s: instead of the deadline; for what servers are known to leave open.
         """
+        if within_s is not None:
+            self.deadline = Deadline(min(within_s, self.deadline.left_s()))
         received = bytes(self._received)
         self._received.clear()
         try:

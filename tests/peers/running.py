@@ -11,6 +11,7 @@ from tests.conformance.outcome import Outcome, Unreachable
 from tests.conformance.runner import Result, run_cases
 from tests.conformance.server import Settings, find_facts
 from tests.conformance.target import TlsFiles, parse_uri
+from tests.conformance.wire import Mode
 
 Restart = Callable[[], None]
 
@@ -22,14 +23,17 @@ def outcomes(
     settings: Settings | None = None,
     tls_files: TlsFiles | None = None,
     restart: Restart | None = None,
+    modes: Sequence[Mode] = tuple(Mode),
 ) -> list[Result]:
     """Run cases, all but the slow ones if none are given; return what came of them.
 
-    A server that is gone is a failure, unless ``restart`` can bring it back.
+    Cases that run once for each family of replies do so for ``modes`` only. A server that is gone
+    is a failure, unless ``restart`` can bring it back.
     """
     settings = settings or Settings()
     target = parse_uri(uri, tls_files)
     facts = find_facts(target, settings)
+    facts.modes = tuple(mode for mode in facts.modes if mode in modes)
     left = list(cases) if cases is not None else [c for c in all_cases() if not c.slow]
     results: list[Result] = []
     while left:

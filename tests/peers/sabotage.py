@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import ssl
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -33,10 +35,11 @@ from nbdstore.protocol.handshake import Handshake, HandshakeLimits
 from nbdstore.protocol.replies import SimpleReplies, StructuredReplies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
-from nbdstore.server import commands, connection
+from nbdstore.server import commands, connection, server
 from nbdstore.server.channel import TlsChannel
 from nbdstore.server.session import Session
 from nbdstore.store import ExtentKind
+from tests.conformance.wire import Mode
 from tests.server.memory_pool import MemoryVolume
 
 Patch = pytest.MonkeyPatch
@@ -50,12 +53,14 @@ class Sabotage:
         rule: the number of the rule.
         found_by: the case that must not pass.
         tls: the mode that the server must be in.
+        modes: in which the case runs; one is enough if it takes all of its time.
         apply: breaks it.
     """
 
     rule: int
     found_by: str
     tls: TlsMode
+    modes: Sequence[Mode]
     apply: Callable[[Patch], None]
 
     @property
@@ -67,12 +72,12 @@ SABOTAGES: list[Sabotage] = []
 
 
 def breaks(
-    rule: int, found_by: str, tls: TlsMode = TlsMode.OFF
+    rule: int, found_by: str, tls: TlsMode = TlsMode.OFF, modes: Sequence[Mode] = tuple(Mode)
 ) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
     """Add a function to the list."""
 
     def add(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
-        SABOTAGES.append(Sabotage(rule, found_by, tls, apply))
+        SABOTAGES.append(Sabotage(rule, found_by, tls, modes, apply))
         return apply
 
     return add
@@ -212,6 +217,31 @@ def lists_want_tls(patch: Patch) -> None:
 @breaks(14, "tls-goodbye", TlsMode.REQUIRED)
 def no_goodbye(patch: Patch) -> None:
     patch.setattr(TlsChannel, "_say_goodbye", lambda self: None)
+
+
+@breaks(14, "tls-old", TlsMode.REQUIRED)
+def old_tls_is_spoken(patch: Patch) -> None:
+    def make(original: Any, options: Any) -> ssl.SSLContext:
+        context: ssl.SSLContext = original(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = ssl.TLSVersion.TLSv1
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        return context
+
+    wrap(patch, server, "make_context", make)
+
+
+@breaks(11, "tls-injected", TlsMode.REQUIRED)
+def plaintext_is_taken_for_secret(patch: Patch) -> None:
+    def starttls(original: Any, self: Any, option: int, data: bytes) -> None:
+        sent_ahead = bytes(self._received)
+        self._received.clear()
+        original(self, option, data)
+        self._received += sent_ahead
+
+    wrap(patch, Handshake, "_starttls", starttls)
+    patch.setitem(Handshake._HANDLERS, Option.STARTTLS, Handshake._starttls)
 
 
 # --- Replies -------------------------------------------------------------------------------------
@@ -388,7 +418,7 @@ def cache_drops_what_it_should_fetch(patch: Patch) -> None:
     patch.setattr(MemoryVolume, "cache", cache)
 
 
-@breaks(28, "command-unknown-payload")
+@breaks(28, "command-unknown-payload", modes=(Mode.SIMPLE,))
 def unknown_commands_eat_what_follows(patch: Patch) -> None:
     def received(original: Any, self: Any, n_bytes: int) -> list[Request]:
         kept = []
@@ -401,7 +431,7 @@ def unknown_commands_eat_what_follows(patch: Patch) -> None:
     wrap(patch, RequestParser, "received", received)
 
 
-@breaks(29, "magic-unknown")
+@breaks(29, "magic-unknown", modes=(Mode.SIMPLE,))
 def unknown_magics_are_overlooked(patch: Patch) -> None:
     def parse(original: Any, self: Any, requests: list[Request]) -> None:
         try:
@@ -412,8 +442,8 @@ def unknown_magics_are_overlooked(patch: Patch) -> None:
     wrap(patch, RequestParser, "_parse", parse)
 
 
-@breaks(29, "read")
-def every_tenth_request_is_forgotten(patch: Patch) -> None:
+@breaks(29, "read", modes=(Mode.SIMPLE,))
+def every_third_request_is_forgotten(patch: Patch) -> None:
     """Nothing comes, for ever: a hang is found by the case's deadline."""
     n_requests = 0
 
@@ -421,6 +451,6 @@ def every_tenth_request_is_forgotten(patch: Patch) -> None:
         nonlocal n_requests
         n_requests += 1
         requests: list[Request] = original(self, n_bytes)
-        return requests if n_requests % 10 else []
+        return requests if n_requests % 3 else []
 
     wrap(patch, RequestParser, "received", received)

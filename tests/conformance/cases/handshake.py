@@ -59,7 +59,8 @@ def unknown_client_flags(server: Server) -> None:
 def old_client(server: Server) -> None:
     client = server.plain(0)
     client.send(Option.LIST)
-    client.connection.must_close("an option other than EXPORT_NAME from a non-fixed client")
+    why = "an option other than EXPORT_NAME from a non-fixed client"
+    client.connection.must_close(why, within_s=2)
 
 
 def choose_by_name(server: Server, flags: int) -> None:

@@ -339,5 +339,6 @@ def idle_clients(server: Server) -> None:
     slow=True,
 )
 def handshake_deadline(server: Server) -> None:
-    client = server.plain()
+    silent, client = server.dial(), server.plain()
     client.connection.must_close("a handshake that does not go on")
+    silent.must_close("a handshake that does not begin", allow_data=True)

@@ -446,6 +446,30 @@ def fast_zero_unoffered(server: Server) -> None:
 
 
 @case(
+    "read-mixed",
+    MUST,
+    "a READ across data and holes has each byte once, with DF, too",
+    source='proto.md, "NBD_CMD_READ"',
+    rules=(18,),
+    writes=True,
+    each_mode=True,
+)
+def reads_across_holes(server: Server, mode: Mode) -> None:
+    server.need(Flag.SEND_WRITE_ZEROES)
+    session = begin(server, mode)
+    expected = bytearray(pattern(AREA_BYTES))
+    step = max(8192, 2 * server.unit)
+    for start in range(0, AREA_BYTES - step, 2 * step):
+        session.do(Cmd.WRITE_ZEROES, start, step)
+        expected[start : start + step] = bytes(step)
+    for start, stop in ((0, AREA_BYTES), (step, AREA_BYTES), (server.unit, AREA_BYTES - step)):
+        require(session.read(start, stop - start) == expected[start:stop], f"from {start}")
+    if session.export.flags & Flag.SEND_DF:
+        reply = session.do(Cmd.READ, server.unit, 65536, flags=CmdFlag.DF)
+        require(reply.data == bytes(expected[server.unit : server.unit + 65536]), "with DF")
+
+
+@case(
     "status-written",
     MUST,
     "what was written is not told to be zero or a hole",
