@@ -59,6 +59,9 @@ class Talk:
         volume.cold = bool(knobs & 2)
         self._breaks_after = knobs >> 4 if knobs & 4 else -1
         self._honest = True
+        self._left = False
+        """DISC was sent."""
+
         self._client = ClientTransmission(self.mode)
         self._n_requests = 0
         self._last_range = 0, 4096
@@ -84,8 +87,12 @@ class Talk:
 
     async def _say_all(self, reading: asyncio.Future[None]) -> None:
         try:
-            while self._program and self._honest:
+            while self._program and self._honest and not self._left:
                 await self._say(reading)
+            if self._honest and not self._left:
+                # To close without it would mean to give up what is in flight.
+                _, disc = self._client.request(Command.DISC)
+                await self._loop.sock_sendall(self._sock, disc)
             self._sock.shutdown(socket.SHUT_WR)
         except ConnectionError:
             assert not self._honest, "an honest client is cut off"
@@ -125,7 +132,7 @@ class Talk:
         cookie, data = self._build(command, offset, length, flags, kind)
         await self._loop.sock_sendall(self._sock, data)
         if command == Command.DISC:
-            self._honest = False  # nothing more is answered
+            self._left = True
             return
         self._n_requests += 1
         if self._n_requests == self._breaks_after:

@@ -191,10 +191,10 @@ def zeroes_are_one_byte_short(patch: Patch) -> None:
 
 
 def a_bug_of_the_server_is_only_logged(patch: Patch) -> None:
-    def account(original: Any, self: Any, request: Any) -> None:
+    def answer(original: Any, self: Any, *args: Any) -> int:
         raise ZeroDivisionError("a bug")
 
-    wrapped(patch, Session, "_account", account)
+    wrapped(patch, Session, "_answer", answer)
 
 
 def the_rules_know_an_error_that_nbd_does_not(patch: Patch) -> None:
