@@ -6,6 +6,8 @@
 #   make lint types    the quick checks
 #   make tests         the tests alone; ARGS="tests/store -k journal" chooses
 #   make memory-test   100 volumes of 1 TiB with 1 GiB in each: 100 GiB of disk, a quarter of an hour
+#   make bench-quick   nbdstore beside nbdkit, qemu-nbd and nbd-server, in under three minutes
+#   make bench         every benchmark; ARGS="fsync --rounds 9" chooses; see benchmarks/README.md
 #   make format        rewrite the code as ruff wants it
 #   make clean         remove what the others have made
 #
@@ -17,7 +19,7 @@ TEST_PROCESSES ?= 2
 ARGS ?=
 LISTEN ?= 127.0.0.1:10809
 
-.PHONY: serve test lint types tests memory-test format packages clean
+.PHONY: serve test lint types tests memory-test bench bench-quick format packages clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.ready
@@ -41,6 +43,13 @@ tests: $(VENV)/.ready-test
 memory-test: $(VENV)/.ready-test
 	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py
 
+bench: $(VENV)/.ready-bench
+	@scripts/install-packages benchmarks/debian-packages.txt
+	$(BIN)/python -m benchmarks run $(ARGS)
+
+bench-quick: ARGS := --quick $(ARGS)
+bench-quick: bench
+
 format: $(VENV)/.ready-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,6 +62,10 @@ $(VENV)/.ready-test: setup.cfg pyproject.toml scripts/make-venv
 	@scripts/make-venv $(VENV) test
 	@touch $(VENV)/.ready $@
 
+$(VENV)/.ready-bench: setup.cfg pyproject.toml scripts/make-venv
+	@scripts/make-venv $(VENV) bench
+	@touch $(VENV)/.ready $@
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find nbdstore tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nbdstore benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for top in ("nbdstore", "tests") for path in ROOT.joinpath(top).rglob("*.py"))
+TOPS = ("benchmarks", "nbdstore", "tests")
+FILES = sorted(path for top in TOPS for path in ROOT.joinpath(top).rglob("*.py"))
 
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 70

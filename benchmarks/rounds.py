@@ -1,0 +1,189 @@
+"""All rows, all rounds, all peers, in turns.
+
+For each stage the servers of all peers run side by side, idle but for the one that is being
+measured. A row's rounds follow each other; within each round every peer is measured once, and each
+round begins with another peer, so that what changes on the machine meanwhile (its clock, its
+neighbours, its disk) meets all of them. After each sample what is dirty is written out, so that
+nobody is measured while another one's data goes to disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks import credentials, machine, page_cache
+from benchmarks.bed import bed
+from benchmarks.model import LeftOut, Need, Row, Stage, Transport
+from benchmarks.peers import Peer
+from benchmarks.progress import Progress
+from benchmarks.results import Results, RowResult, row_result
+from benchmarks.server import Server
+from benchmarks.tools import FAULTS, Tools, told
+from nbdstore.sizes import format_size
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        directory: on the disk to measure on; disks of a stage are made in it and removed.
+    """
+
+    rows: Sequence[Row]
+    peers: Sequence[Peer]
+    rounds: int
+    directory: Path
+
+    def stages(self) -> dict[Stage, list[Row]]:
+        """Rows by stage, in order."""
+        found: dict[Stage, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.stage, []).append(row)
+        return found
+
+    def cost_s(self, row: Row, runtime_s: float) -> float:
+        """About how long a row takes."""
+        return self.rounds * len(self.peers) * (runtime_s + row.cost_s)
+
+    def preparing_s(self, stage: Stage) -> float:
+        """About how long it takes to prepare a stage: 500 MB/s, 30,000 overwrites a second."""
+        written_s = stage.stored_bytes / 500e6 + stage.aging_writes / 30e3
+        return len(self.peers) * (1 + written_s + 0.002 * stage.n_volumes)
+
+
+def rotated(items: Sequence[Item], n: int) -> list[Item]:
+    """The items, from the n-th on and round."""
+    start = n % len(items)
+    return [*items[start:], *items[:start]]
+
+
+def describe(stage: Stage) -> str:
+    """A stage in words."""
+    volumes = "a volume" if stage.n_volumes == 1 else f"{stage.n_volumes:,} volumes"
+    words = [f"{volumes} of {format_size(stage.size)}", stage.filling.value]
+    if stage.filled_bytes:
+        words[-1] = f"{stage.n_scattered:,} {words[-1]}"
+    if stage.aging_writes:
+        words.append(f"then {stage.aging_writes:,} random overwrites of 4 KiB")
+    words.append(f"over {stage.transport.value}")
+    return ", ".join(words)
+
+
+class Runner:
+    """Measures a plan.
+
+    Arguments:
+        results: gets each row as it is begun, so that an interrupted run leaves what it has.
+        save: called after each row.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        results: Results,
+        tools: Tools,
+        credentials_directory: Path,
+        progress: Progress,
+        save: Callable[[], None],
+    ) -> None:
+        self._plan = plan
+        self._results = results
+        self._tools = tools
+        self._credentials = credentials_directory
+        self._progress = progress
+        self._save = save
+
+    def run(self) -> None:
+        """Measure everything."""
+        stages = self._plan.stages()
+        runtime_s = self._tools.runtime_s
+        self._progress.begin(
+            sum(map(self._plan.preparing_s, stages))
+            + sum(self._plan.cost_s(row, runtime_s) for row in self._plan.rows)
+        )
+        for number, (stage, rows) in enumerate(stages.items()):
+            self._stage(number, stage, [(row, self._begin(row)) for row in rows])
+
+    def _begin(self, row: Row) -> RowResult:
+        """A row's result, in which those who cannot be measured are named."""
+        result = row_result(row, describe(row.stage))
+        for peer in self._plan.peers:
+            if reason := why_left_out(row, peer):
+                result.left_out[peer.name] = reason
+        return result
+
+    def _stage(self, number: int, stage: Stage, rows: Sequence[tuple[Row, RowResult]]) -> None:
+        results = [result for _, result in rows]
+        peers = [
+            peer
+            for peer in self._plan.peers
+            if any(peer.name not in result.left_out for result in results)
+        ]
+
+        def failed(peer: Peer, reason: str) -> None:
+            self._progress.say(f"{peer.name} failed: {reason}")
+            for result in results:
+                if peer.name not in result.left_out:
+                    result.failed[peer.name] = reason
+
+        self._progress.stage(describe(stage))
+        directory = self._plan.directory / f"stage-{number}"
+        try:
+            if peers:
+                with bed(stage, peers, directory, self._credentials, self._tools, failed) as beds:
+                    self._progress.advance(self._plan.preparing_s(stage))
+                    for index, (row, result) in enumerate(rows):
+                        self._row(index, row, result, beds)
+        except LeftOut as reason:
+            for result in results:
+                result.left_out |= {peer.name: str(reason) for peer in peers}
+        self._results.rows += [result for result in results if result not in self._results.rows]
+        self._save()
+
+    def _row(self, index: int, row: Row, result: RowResult, servers: dict[str, Server]) -> None:
+        self._results.rows.append(result)
+        names = [name for name in servers if name not in result.left_out]
+        for number in range(self._plan.rounds):
+            for name in rotated(names, index + number):
+                if name in result.left_out or name in result.failed:
+                    continue
+                self._progress.sample(f"{row.name}, round {number + 1}: {name}")
+                self._sample(row, result, name, servers[name], is_first=number == 0)
+        self._progress.row(result)
+        self._progress.advance(self._plan.cost_s(row, self._tools.runtime_s))
+        self._save()
+
+    def _sample(
+        self, row: Row, result: RowResult, name: str, server: Server, *, is_first: bool
+    ) -> None:
+        """Measure one peer once; what goes wrong is noted with the row."""
+        tools = self._tools
+        try:
+            if is_first and row.warms_up and tools.scale.warm_up_s:
+                shorter = dataclasses.replace(tools, runtime_s=tools.scale.warm_up_s)
+                row.measure(server, row.stage, shorter)
+            result.add(name, row.measure(server, row.stage, tools))
+            page_cache.sync(server.files())
+        except LeftOut as reason:
+            result.left_out[name] = str(reason)
+        except FAULTS as error:
+            result.failed[name] = told(error)
+            self._progress.say(f"{row.name}: {name} failed: {told(error)}")
+
+
+def why_left_out(row: Row, peer: Peer) -> str | None:
+    """Say why a peer cannot be measured in a row; None if it can."""
+    for name in (*peer.programs, *row.needs_host):
+        if reason := machine.why_missing(name):
+            return reason
+    for need in Need:
+        if need in row.needs and need in peer.lacks:
+            return peer.lacks[need]
+    return credentials.why_missing() if row.stage.transport is Transport.TLS else None
