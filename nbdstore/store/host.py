@@ -85,7 +85,11 @@ class File(Protocol):
         """Tell the host to start reading `[offset, offset + length)`."""
 
     def fdatasync(self) -> None:
-        """Make everything written so far durable.  A failure is final: see the pool."""
+        """Make everything written so far durable.
+
+        A failure is final, and every later call fails as well: what the kernel has dropped then,
+        no sync brings to the disk (fsync(2)).
+        """
 
     def punch(self, offset: int, length: int) -> bool:
         """Give `[offset, offset + length)` back to the filesystem; False if it cannot."""

@@ -59,6 +59,7 @@ _CHECKSUM: Final = struct.Struct("<Q")
 HEADER_SIZE: Final = _HEADER.size + _CHECKSUM.size
 assert HEADER_SIZE == ALIGNMENT
 _SCAN_BYTES: Final = 8 << 20
+_WINDOW_BYTES: Final = 1 << 20
 _WIPE_BYTES: Final = 1 << 20
 
 
@@ -221,6 +222,9 @@ def format_ring(file: File, size: int, start: int = 0) -> None:
 class Reader:
     """The reading end: the records from a known place on, in order.
 
+    It reads past the page cache, where records may be that a failed sync has kept from the disk
+    for good, and which therefore nothing may be built on.
+
     Arguments:
         on_unreadable: whom to tell of pages that the disk cannot read; None = raise.
     """
@@ -236,6 +240,8 @@ class Reader:
         self._on_unreadable = on_unreadable
         self._size = size
         self._pool = pool_tag(pool)
+        self._window = b""
+        self._window_at = 0
 
     def records(self, offset: int, seq: int) -> Iterator[Record]:
         """Yield the valid records from `offset` on, the first of which has `seq`."""
@@ -272,13 +278,13 @@ class Reader:
     def _parse(self, offset: int) -> Record | None:
         """Return the record at `offset`, or None if there is no valid one."""
         place = offset % self._size
-        raw = self._pread(HEADER_SIZE, place)
+        raw = self._read(HEADER_SIZE, place)
         if len(raw) < HEADER_SIZE or not raw.startswith(MAGIC):
             return None
         _, pool, seq, durable_seq, length = _HEADER.unpack_from(raw)
         if pool != self._pool or length > self._size - place - HEADER_SIZE:
             return None
-        whole = memoryview(raw + self._pread(length, place + HEADER_SIZE))
+        whole = memoryview(self._read(HEADER_SIZE + length, place))
         (expected,) = _CHECKSUM.unpack_from(whole, _HEADER.size)
         if len(whole) < HEADER_SIZE + length or _checksum(whole, length) != expected:
             return None
@@ -295,7 +301,7 @@ class Reader:
         at = start
         while at < start + self._size:
             place = at % self._size
-            raw = self._pread(min(_SCAN_BYTES, self._size - place), place)
+            raw = self._read(min(_SCAN_BYTES, self._size - place), place)
             whole = len(raw) - len(raw) % ALIGNMENT
             if not whole:
                 return
@@ -310,16 +316,23 @@ class Reader:
                 yield at + index * ALIGNMENT
             at += whole
 
-    def _pread(self, length: int, place: int) -> bytes:
+    def _read(self, length: int, place: int) -> bytes:
+        """Read a part of the file, through a window of whole pages."""
+        start, stop = place - place % JOURNAL_PAGE, align(place + length, JOURNAL_PAGE)
+        if start < self._window_at or stop > self._window_at + len(self._window):
+            self._window = self._read_pages(max(stop - start, _WINDOW_BYTES), start)
+            self._window_at = start
+        return self._window[place - self._window_at : place - self._window_at + length]
+
+    def _read_pages(self, length: int, start: int) -> bytes:
         """Read; tell of what cannot be read, if somebody wants to know, and make zeros of it."""
         try:
-            return self._file.pread(length, place)
+            return self._file.pread_direct(length, start)
         except ReadFailed as error:
             if self._on_unreadable is None:
                 raise
             if length <= JOURNAL_PAGE:
                 self._on_unreadable(error)
                 return bytes(length)
-        ends = [*range(align(place + 1, JOURNAL_PAGE), place + length, JOURNAL_PAGE)]
-        edges = itertools.pairwise([place, *ends, place + length])
-        return b"".join(self._pread(stop - start, start) for start, stop in edges)
+        half = align(length // 2, JOURNAL_PAGE)
+        return self._read_pages(half, start) + self._read_pages(length - half, start + half)

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ class LocalFile:
         self._fd = fd
         self._directory_fd = directory_fd
         self._nowait_flag = os.RWF_NOWAIT
+        self._syncing = threading.Lock()
+        self._sync_failed = False
 
     @property
     def size(self) -> int:
@@ -124,6 +127,8 @@ class LocalFile:
                 done = os.preadv(fd, [buffer], offset)
                 return buffer[:done]
         except OSError as error:
+            if error.errno == errno.EINVAL:  # it wants another alignment
+                return self.pread(length, offset)
             raise self._read_error(offset, error) from error
         finally:
             os.close(fd)
@@ -133,11 +138,19 @@ class LocalFile:
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def fdatasync(self) -> None:
-        """Make everything written so far durable.  A failure is final: see the pool."""
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            raise WriteFailed(f"{self.name}: {error.strerror} while syncing") from error
+        """Make everything written so far durable; see File.
+
+        One at a time: of two that wait for the same pages, the kernel tells only one of an error
+        in writing them (a descriptor learns of each error once), and the other that all is well.
+        """
+        with self._syncing:
+            if self._sync_failed:
+                raise WriteFailed(f"{self.name}: an earlier sync failed: nothing more is durable")
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._sync_failed = True
+                raise WriteFailed(f"{self.name}: {error.strerror} while syncing") from error
 
     def punch(self, offset: int, length: int) -> bool:
         """Give `[offset, offset + length)` back to the filesystem; False if it cannot."""

@@ -120,6 +120,9 @@ class Pool:
         report, core = opened.report, self._core
         for fault in report.spare_faults:
             log.warning("%s; the other copy is used", fault)
+        # A killed process may have left its superblock unsynced, which frees what the one before
+        # needs: nothing may be written before it is durable.
+        await self._disk.offload(opened.super_file.fdatasync)
         core.host.reached(Failpoint.RECOVERY_REPLAYED)
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)

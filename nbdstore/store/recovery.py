@@ -12,6 +12,10 @@ DATA group of the journal.  The first record of a volume that does not ends that
 it and all later records of that volume are dropped.  So each volume is as it was at one moment at
 or after its last acknowledged flush.  A missing record at or below D is damage of the medium, and
 is reported, never taken for the end.
+
+Superblock, journal and unsynced data are read past the page cache.  After a failed fdatasync the
+kernel takes pages for clean that the disk has never got (fsync(2)), and a server started anew on
+the same machine would build on them, and vouch for them by syncs that have nothing left to write.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, OnDamage, PoolOptions
 from nbdstore.store.durability import Committer
-from nbdstore.store.host import Disk, Host
+from nbdstore.store.host import Disk, File, Host
 from nbdstore.store.journal import HEADER_SIZE, Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
@@ -45,6 +49,7 @@ from nbdstore.store.volume import Services, Volume
 
 log = logging.getLogger("nbdstore.store")
 
+_PIECE_BYTES: Final = 1 << 20
 _JOURNAL_ADVICE: Final = (
     "'nbdstore check --repair' goes on with what comes before, 'nbdstore salvage' copies that"
 )
@@ -106,6 +111,7 @@ class Opened:
     """The parts of an open pool.
 
     Attributes:
+        super_file: holds the superblock that was used.
         node_slots: by volume id, the slots of the nodes of its map at the last checkpoint.
         inline: blocks whose only durable copy is in the journal, by slot.
     """
@@ -113,6 +119,7 @@ class Opened:
     services: Services
     registry: Registry
     report: Report
+    super_file: File
     roots: Roots
     node_slots: dict[int, I64]
     inline: dict[int, memoryview]
@@ -177,7 +184,7 @@ def open_parts(
     node_slots = {info.id: _load_volume(services, registry, info) for info in infos}
     replay = _Replay(services, registry, reader, report, durable_seq)
     replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
-    return Opened(services, registry, report, roots, node_slots, replay.inline)
+    return Opened(services, registry, report, super_file, roots, node_slots, replay.inline)
 
 
 def _scan(
@@ -391,21 +398,37 @@ class _Replay:
                 self._report.dropped[volume] = seq
 
     def _is_whole(self, mapping: U64, inline: dict[int, int]) -> bool:
-        """Tell whether all data that a MAP group maps is there."""
-        size = self._core.block_size
-        slots = layout.slots_of(mapping[:, 1]).tolist()
-        for slot, checksum in zip(slots, mapping[:, 2].tolist(), strict=True):
-            if inline.get(slot) != checksum:
-                try:
-                    raw = self._core.data.pread(size, slot * size)
-                except ReadFailed as error:
-                    if self._core.on_damage is None:
-                        raise
+        """Tell whether all data that a MAP group maps is there, on the disk or in the journal."""
+        all_slots = layout.slots_of(mapping[:, 1]).tolist()
+        pairs = zip(all_slots, mapping[:, 2].tolist(), strict=True)
+        expected = [(slot, checksum) for slot, checksum in pairs if inline.get(slot) != checksum]
+        slots = np.array([slot for slot, _ in expected], np.int64)
+        checksums = [checksum for _, checksum in expected]
+        return all(
+            self._is_on_disk(int(slots[start]), checksums[start:stop])
+            for start, stop in layout.runs(slots)
+        )
+
+    def _is_on_disk(self, slot: int, checksums: list[int]) -> bool:
+        """Tell whether the slots from `slot` on hold blocks of `checksums`.
+
+        Past the page cache: it may still have what a failed sync has kept from the disk for good.
+        """
+        size, n = self._core.block_size, len(checksums)
+        if n * size <= _PIECE_BYTES:
+            try:
+                raw = memoryview(self._core.data.pread_direct(n * size, slot * size))
+                blocks = [raw[at : at + size] for at in range(0, len(raw), size)]
+                return [*map(xxh3_64_intdigest, blocks)] == checksums
+            except ReadFailed as error:
+                if self._core.on_damage is None:
+                    raise
+                if n == 1:  # it is lost, but what came after it need not be
                     self._core.on_damage(error)
-                    continue  # what cannot be read is lost, but what came after it need not be
-                if len(raw) < size or xxh3_64_intdigest(raw) != checksum:
-                    return False
-        return True
+                    return True
+        half = n // 2
+        first, rest = checksums[:half], checksums[half:]
+        return self._is_on_disk(slot, first) and self._is_on_disk(slot + half, rest)
 
     # -- doing it again ---------------------------------------------------------------------
 

@@ -195,7 +195,8 @@ def read(file: File) -> Found:
     faults: list[Corruption] = []
     for copy in (0, 1):
         try:
-            raw = file.pread(COPY_SIZE, copy * COPY_SIZE)
+            # Past the page cache, where one may be whose sync failed.
+            raw = file.pread_direct(COPY_SIZE, copy * COPY_SIZE)
             valid[copy] = decode(raw, f"{file.name}, copy {copy}")
         except Corruption as error:
             faults.append(error)

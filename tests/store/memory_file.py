@@ -27,5 +27,9 @@ class MemoryFile:
     def pread(self, length: int, offset: int) -> bytes:
         return bytes(self.raw[offset : offset + length])
 
+    def pread_direct(self, length: int, offset: int) -> bytes:
+        assert length % 4096 == offset % 4096 == 0
+        return self.pread(length, offset)
+
     def fdatasync(self) -> None:
         self.n_syncs += 1

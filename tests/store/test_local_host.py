@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,39 @@ def test_errors_of_the_system_are_told_in_the_stores_words(
     with pytest.raises(expected, match=f"file: {os.strerror(code)}") as caught:
         CALLS[call](file)
     assert type(caught.value) is expected
+
+
+async def test_after_a_failed_sync_none_says_that_all_is_well(
+    disk: LocalDisk, file: LocalFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of an error once, and takes the pages that it lost for clean."""
+    running: list[int] = []
+
+    def fail_once(_fd: int) -> None:
+        running.append(1)
+        assert sum(running) == 1, "two syncs at once: one of them would not learn of an error"
+        time.sleep(0.01)
+        running.append(-1)
+        if len(running) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    syncs = [disk.offload(file.fdatasync) for _ in range(4)]
+    outcomes = await asyncio.gather(*syncs, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [WriteFailed] * 4
+    with pytest.raises(WriteFailed, match="earlier"):
+        file.fdatasync()
+
+
+def test_a_filesystem_that_wants_another_alignment_is_read_through_the_cache(
+    file: LocalFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    file.pwritev([b"x" * 8192], 0)
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert file.pread_direct(4096, 4096) == b"x" * 4096
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EOPNOTSUPP])
