@@ -38,7 +38,6 @@ Likewise an older copy of the whole file: one from before the last checkpoint la
 
 from __future__ import annotations
 
-import itertools
 import struct
 import uuid
 from collections.abc import Callable, Iterator

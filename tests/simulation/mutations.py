@@ -63,7 +63,7 @@ class Mutation:
     patch: Callable[[], Any]
     says: str
     plan: Plan = CRASHES
-    n_seeds: int = 20
+    n_seeds: int = 40
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -215,7 +215,7 @@ MUTATIONS: Final = (
         lambda: mock.patch.object(Volume, "write_now", _write_half),
         "torn",
         replace(CRASHES, moments_s=(0.02, 0.1)),
-        n_seeds=60,
+        n_seeds=300,
     ),
     Mutation(
         "freed slots are used again at once",

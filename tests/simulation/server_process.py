@@ -22,19 +22,16 @@ from nbdstore.store import Pool
 from nbdstore.store.host import Failpoint
 from tests.simulation.oracle import Stamps, Wrong, stamps_of
 from tests.simulation.world_loop import Process
+from tests.store.crashes import KILLED, LAZY, Crash, crash_images
 from tests.store.power_loss import Trouble
 from tests.store.simulated_disk import (
-    KILLED,
-    LAZY,
     PLACE,
-    Crash,
     Images,
     Reached,
     SimulatedDisk,
     SimulatedHost,
     Write,
     adversarial,
-    crash_images,
 )
 
 if TYPE_CHECKING:

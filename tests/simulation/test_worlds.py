@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdstore.errors import StoreError
 from tests.simulation.mutations import MUTATIONS, Mutation
 from tests.simulation.oracle import Wrong
 from tests.simulation.plan import choose_plan
@@ -58,7 +59,7 @@ def test_a_broken_server_is_found_out(mutation: Mutation) -> None:
         for seed in range(mutation.n_seeds):
             try:
                 run_world(seed, mutation.plan)
-            except (Wrong, AssertionError, RuntimeError) as error:
+            except (Wrong, AssertionError, RuntimeError, StoreError) as error:
                 assert mutation.says in str(error), error
                 return
     pytest.fail(f"{mutation.n_seeds} worlds have not noticed: {mutation.name}")

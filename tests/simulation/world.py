@@ -29,8 +29,9 @@ from tests.simulation.oracle import CELL, Wrong, stamps_of
 from tests.simulation.plan import Plan
 from tests.simulation.server_process import Death, ServerProcess
 from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
+from tests.store.crashes import load_images
 from tests.store.power_loss import assert_clean
-from tests.store.simulated_disk import Images, load_images
+from tests.store.simulated_disk import Images
 from tests.store.workload import Spread
 
 END_S: Final = 10_000.0

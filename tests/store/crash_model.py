@@ -24,7 +24,7 @@ class Change:
     Attributes:
         pieces: (offset, data) of each write, in order; of zeroing, the data is a length.
         size: the new size, if the request changes it.
-        whole: it is there whole or not at all; else any of its sectors may be.
+        whole: it is there whole or not at all; else each of its pieces is.
     """
 
     pieces: tuple[tuple[int, bytes | int], ...] = ()
@@ -106,12 +106,17 @@ class History:
             change.apply(found)
         return found
 
-    def why_not(self, found: bytes) -> str | None:
-        """Say why `found` is not what may be there after a crash; None if it may."""
+    def why_not(self, found: bytes, *, everything: bool = False) -> str | None:
+        """Say why `found` is not what may be there after a crash; None if it may.
+
+        Arguments:
+            everything: of what was acknowledged must be there.
+        """
+        n_sure = len(self.changes) if everything else self.n_durable
         state = bytearray(self.base)
-        for change in self.changes[: self.n_durable]:
+        for change in self.changes[:n_sure]:
             change.apply(state)
-        rest, alone = self.changes[self.n_durable :], self.in_flight
+        rest, alone = self.changes[n_sure:], self.in_flight
         if not all(change.whole for change in self.in_flight):  # these have the volume alone
             rest, alone = [*rest, *self.in_flight], []
         for change in rest:
@@ -119,7 +124,7 @@ class History:
                 return None
             after = bytearray(state)
             change.apply(after)
-            if not change.whole and _mixed(state, after, found):
+            if not change.whole and _in_parts(state, change, found):
                 return None
             state = after
         if state == found:
@@ -145,14 +150,16 @@ class History:
         )
 
 
-def _mixed(before: bytearray, after: bytearray, found: bytes) -> bool:
-    """Tell whether each sector of `found` is as it was before, or after."""
-    if not len(found) == len(before) == len(after):
+def _in_parts(before: bytearray, change: Change, found: bytes) -> bool:
+    """Tell whether `found` is as `before`, but for some pieces of `change`, each of them whole."""
+    if len(found) != len(before):
         return False
-    return all(
-        found[at : at + SECTOR] in (before[at : at + SECTOR], after[at : at + SECTOR])
-        for at in range(0, len(found), SECTOR)
-    )
+    expected = bytearray(before)
+    for offset, data in change.pieces:
+        raw = bytes(data) if isinstance(data, int) else data
+        if found[offset : offset + len(raw)] == raw:
+            expected[offset : offset + len(raw)] = raw
+    return expected == found
 
 
 class Model:
@@ -196,8 +203,14 @@ class Model:
 
     # -- after a crash ----------------------------------------------------------------------
 
-    def check(self, found: dict[str, tuple[int, dict[str, Any], bytes]]) -> None:
-        """Assert that what recovery found - by name: id, properties, content - may be."""
+    def check(
+        self, found: dict[str, tuple[int, dict[str, Any], bytes]], *, everything: bool = False
+    ) -> None:
+        """Assert that what recovery found - by name: id, properties, content - may be.
+
+        Arguments:
+            everything: of what was acknowledged must be there: only a process has died.
+        """
         by_id = {number: (name, about, raw) for name, (number, about, raw) in found.items()}
         for number, history in self.volumes.items():
             names = [about and about["name"] for about in (history.about, *history.about_in_flight)]
@@ -210,7 +223,7 @@ class Model:
                 about["properties"] for about in (history.about, *history.about_in_flight) if about
             ]
             assert properties in allowed, f"volume {name}: properties {properties}, not {allowed}"
-            why = history.why_not(raw)
+            why = history.why_not(raw, everything=everything)
             assert why is None, f"volume {name} ({number}): {why}"
         for name, _, raw in by_id.values():
             made = [about for about in self.creating if about["name"] == name]

@@ -1,9 +1,9 @@
 """Crash after crash: run a workload, cut the power, recover, check, go on.
 
 Owns the course of one seed.  `run_seed` is what the tests call, and what one calls by hand with
-thousands of seeds::
+thousands of seeds (see tests/seeds.py)::
 
-    python -m tests.store.power_loss 1000 2000
+    python -m tests.store.power_loss --seed 1000 --count 1000
 """
 
 from __future__ import annotations
@@ -11,29 +11,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import random
-import sys
-import tempfile
-import traceback
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
-from nbdstore.errors import NoSpace, PoolFailed, ReadFailed, WriteFailed
+from nbdstore.errors import NoSpace, PoolFailed, ReadFailed, StoreError, WriteFailed
 from nbdstore.store import Pool, PoolOptions
 from nbdstore.store.check import check_pool
+from tests.seeds import main
 from tests.store import virtual_clock
 from tests.store.crash_model import History, Model
+from tests.store.crashes import KILLED, Crash, crash_images, killed_at
 from tests.store.simulated_disk import (
     PLACE,
-    Crash,
     Images,
     Mark,
+    ShortWrite,
     SimulatedDisk,
+    SyncFailed,
     adversarial,
-    crash_images,
-    load_images,
 )
 from tests.store.workload import WINDOW, Settings, Spread, Workload
 
@@ -41,6 +38,9 @@ OPTIONS: Final = PoolOptions(full_timeout_s=5, sync_interval_s=0.7, checkpoint_i
 
 Found = dict[str, tuple[int, dict[str, Any], bytes]]
 """What an open pool holds, by name: id, properties, content."""
+
+Base = dict[int, History]
+"""What a pool holds when a workload begins, by id."""
 
 
 @dataclass
@@ -66,10 +66,11 @@ class Course:
 @functools.cache
 def new_pool(block_size: int, capacity: int) -> dict[str, bytes]:
     """The files of a pool that was just made."""
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory) / "pool"
-        Pool.create(place, block_size=block_size, capacity=capacity, journal_size=1 << 20)
-        return {name: bytes(image) for name, image in load_images(place).items()}
+    disk = SimulatedDisk(None, capacity + block_size)  # each with a uuid of its own
+    Pool.create(
+        PLACE, block_size=block_size, capacity=capacity, journal_size=1 << 20, host=disk.host
+    )
+    return {name: bytes(image) for name, image in disk.images.items()}
 
 
 async def read_all(pool: Pool, spread: Spread) -> Found:
@@ -79,11 +80,17 @@ async def read_all(pool: Pool, spread: Spread) -> Found:
     }
 
 
+@dataclass(frozen=True)
+class Opened:
+    """Mark: the pool is open, so all that recovery found is durable."""
+
+
 def recover(disk: SimulatedDisk, spread: Spread) -> Found:
     """Open the pool on `disk`, read everything, close it."""
 
     async def main() -> Found:
         pool = await Pool.open(PLACE, adversarial(), host=disk.host)
+        disk.mark(Opened())
         try:
             return await read_all(pool, spread)
         finally:
@@ -96,11 +103,18 @@ def assert_clean(images: Images) -> None:
     """Assert that a check finds nothing."""
     report = check_pool(PLACE, host=SimulatedDisk(images).host)
     serious = [str(f) for f in report.findings if f.severity != "notice"]
-    assert not serious, serious
+    assert not serious, f"{len(serious)} findings: {serious[:5]}"
 
 
 class Trouble:
-    """What a disk does to a pool that has done nothing wrong."""
+    """What a disk does to a pool that has done nothing wrong.
+
+    Attributes:
+        opening: the pool is being opened.  Reads do not fail then: a copy of the catalogue that
+            cannot be read keeps its slots until `check --repair`.
+    """
+
+    opening = False
 
     def __init__(self, kind: str, rng: random.Random) -> None:
         self._rng = rng
@@ -115,67 +129,86 @@ class Trouble:
                 self._full = not self._full
                 self._left = self._rng.randrange(1, 30 if self._full else 200)
             if self._full:
-                raise NoSpace("data: No space left on device while writing")
+                self._fail_write(NoSpace("data: No space left on device while writing"))
         elif self._kind == "errors" and name == "data" and self._rng.random() < 0.02:
-            if operation == "read":
+            if operation == "read" and not self.opening:
                 raise ReadFailed("data: Input/output error while reading")
             if operation == "write" and self._left < 0:
-                raise WriteFailed("data: Input/output error while writing")
+                self._fail_write(WriteFailed("data: Input/output error while writing"))
             self._left -= 1
         elif self._kind == "broken" and operation == "sync":
             self._left -= 5
             if self._left <= 0 and self._rng.random() < 0.5:
                 raise WriteFailed(f"{name}: Input/output error while syncing")
 
+    def _fail_write(self, error: StoreError) -> NoReturn:
+        if self._rng.random() < 0.5:
+            raise error
+        raise ShortWrite(self._rng.random(), error)
 
-def run_workload(disk: SimulatedDisk, model: Model, seed: int, course: Course) -> None:
-    """Open the pool on `disk` and use it, leaving marks; it is not closed."""
 
-    async def main() -> None:
+def run_workload(disk: SimulatedDisk, base: Base | None, seed: int, course: Course) -> Base:
+    """Open the pool on `disk` and use it, leaving marks; it is not closed.
+
+    Arguments:
+        base: what is in the pool; None = look, and return that.
+    """
+
+    async def main() -> Base:
         try:
             pool = await Pool.open(PLACE, adversarial(course.options), host=disk.host)
-        except (NoSpace, PoolFailed, ReadFailed):
-            return  # the disk is in trouble already
+        except (NoSpace, PoolFailed, ReadFailed, WriteFailed):
+            return base or {}  # the disk is in trouble already
+        found = base_of(await read_all(pool, course.settings.spread)) if base is None else base
+        disk.mark(Opened())
+        if isinstance(disk.fault, Trouble):
+            disk.fault.opening = False
         work = Workload(pool, disk, seed, course.settings)
-        work.adopt(model.volumes)
+        work.adopt(found)
         with contextlib.suppress(PoolFailed):
             await work.run()
         # The process ends here: what still runs is never heard of again.
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
+        return found
 
-    virtual_clock.run(main())
+    return virtual_clock.run(main())
 
 
-def model_at(base: dict[int, History], disk: SimulatedDisk, at: int) -> Model:
-    """What a client knows after `at` events of the disk."""
+def model_at(base: Base, disk: SimulatedDisk, since: int, at: int) -> Model:
+    """What a client knows after `at` events of the disk, `base` having been there `since` one."""
     model = Model()
     model.volumes = {n: History(h.base, h.about) for n, h in base.items()}
-    for event in disk.events[:at]:
-        if isinstance(event, Mark):
+    for event in disk.events[since:at]:
+        if isinstance(event, Mark) and not isinstance(event.what, Opened):
             model.feed(event.what)
     return model
 
 
 def check_crash(
-    images: Images, model: Model, rng: random.Random, spread: Spread
-) -> tuple[Images, Found]:
-    """Assert that recovery makes of `images` what it must; return the pool after it."""
-    assert_clean(images)
-    disk = SimulatedDisk(images, rng.randrange(1 << 30), slow=True)
-    found = recover(disk, spread)
-    model.check(found)
-    closed = {name: file.live for name, file in disk.files.items()}
-    assert_clean(closed)
+    after: SimulatedDisk, model: Model, rng: random.Random, spread: Spread, *, killed: bool = False
+) -> Found:
+    """Assert that recovery makes of the disk `after` a crash what it must; return what it found.
+
+    Arguments:
+        killed: only the process has died: what was acknowledged is there until the power fails.
+    """
+    assert_clean(after.images)
+    found = recover(after, spread)
+    model.check(found, everything=killed)
+    assert_clean(after.images)
     # Another crash during recovery, or after it, changes nothing.
-    again = crash_images(disk, rng.randrange(len(disk.events) + 1), Crash.random(rng), rng)
-    assert recover(SimulatedDisk(again), spread) == found, (
-        "a crash during recovery changed the result"
-    )
-    return closed, found
+    moment = rng.randrange(len(after.events) + 1)
+    images = crash_images(after, moment, Crash.random(rng), rng)
+    second = recover(SimulatedDisk(images), spread)
+    if killed and Mark(Opened()) not in after.events[:moment]:
+        model.check(second)
+    else:
+        assert second == found, "a crash during recovery changed the result"
+    return found
 
 
-def base_of(found: Found) -> dict[int, History]:
+def base_of(found: Found) -> Base:
     """Begin new histories with what was found."""
     return {
         number: History(raw, {"name": name, "size": len(raw), "properties": properties})
@@ -183,72 +216,114 @@ def base_of(found: Found) -> dict[int, History]:
     }
 
 
-def run_seed(seed: int, course: Course) -> int:
-    """Run one seed; return the number of crashes that were survived."""
-    rng = random.Random(seed)
-    new = new_pool(course.block_size, course.capacity)
-    images: Images = {name: bytearray(image) for name, image in new.items()}
-    base: dict[int, History] = {}
-    n_survived = 0
-    for _ in range(course.n_generations):
-        disk = SimulatedDisk(
-            images, rng.randrange(1 << 30), share_uncached=rng.choice((0, 0.1, 0.9)), slow=True
-        )
-        disk.fault = Trouble(course.trouble, random.Random(rng.random()))
-        model = Model()
-        model.volumes = base
-        run_workload(disk, model, rng.randrange(1 << 30), course)
+def run_seed(seed: int, course: Course | None = None) -> Counter[str]:
+    """Run one seed, by default on a course that it chooses; return figures."""
+    return _Seed(seed, course or courses(seed)).run()
+
+
+class _Seed:
+    """The course of one seed.
+
+    Attributes:
+        base: what is in the pool at the start of a generation.
+    """
+
+    def __init__(self, seed: int, course: Course) -> None:
+        self._seed = seed
+        self._course = course
+        self._rng = random.Random(seed)
+        self._images: Images = {
+            name: bytearray(image)
+            for name, image in new_pool(course.block_size, course.capacity).items()
+        }
+        self.base: Base = {}
+        self._figures = Counter[str]()
+
+    def run(self) -> Counter[str]:
+        for generation in range(self._course.n_generations):
+            try:
+                self._generation()
+            except BaseException as error:
+                error.add_note(f"seed {self._seed}, generation {generation}")
+                raise
+        return self._figures
+
+    def _generation(self) -> None:
+        rng, course = self._rng, self._course
+        share = rng.choice((0, 0.1, 0.9))
+        seed = rng.randrange(1 << 30)
+        disk = SimulatedDisk(self._images, seed, share_uncached=share, slow=True)
+        disk.fault = trouble = Trouble(course.trouble, random.Random(rng.random()))
+        trouble.opening = True
+        run_workload(disk, self.base, rng.randrange(1 << 30), course)
+        since = 0
+        if course.trouble == "broken" and rng.random() < 0.5:
+            since = self._restart(disk)
         n_events = len(disk.events)
         # Soon after the start old and new records lie next to each other.
-        ends = [n_events if rng.random() < 0.8 else 60 for _ in range(course.n_crashes)]
-        for moment in sorted(rng.randint(0, min(end, n_events)) for end in ends):
-            crashed = crash_images(disk, moment, Crash.random(rng), rng)
-            context = f"seed {seed}, generation {_}, crash at event {moment} of {n_events}"
-            try:
-                model = model_at(base, disk, moment)
-                images, found = check_crash(crashed, model, rng, course.settings.spread)
-            except BaseException as error:
-                error.add_note(context)
-                raise
-            n_survived += 1
-        base = base_of(found)
-    return n_survived
+        soon = min(since + 60, n_events)
+        ends = [n_events if rng.random() < 0.8 else soon for _ in range(course.n_crashes)]
+        found: Found = {}
+        for moment in sorted(rng.randint(since, end) for end in ends):
+            found = self._crash(disk, since, moment)
+        self.base = base_of(found)
+
+    def _restart(self, disk: SimulatedDisk) -> int:
+        """The pool failed, and is opened again on the same machine, whose disk is well again.
+
+        Returns the number of the event when it was open.
+        """
+        disk.fault = None
+        n_events = len(disk.events)
+        model = model_at(self.base, disk, 0, n_events)
+        self.base = run_workload(disk, None, self._rng.randrange(1 << 30), self._course)
+        model.check(
+            {h.about["name"]: (n, h.about["properties"], h.base) for n, h in self.base.items()}
+        )
+        self._figures["restarts after a failed sync"] += 1
+        return disk.events.index(Mark(Opened()), n_events)
+
+    def _crash(self, disk: SimulatedDisk, since: int, moment: int) -> Found:
+        rng = self._rng
+        crash = KILLED if rng.random() < 0.15 else Crash.random(rng)
+        killed = crash is KILLED and not any(isinstance(e, SyncFailed) for e in disk.events)
+        if killed:
+            after = killed_at(disk, moment, rng.randrange(1 << 30))
+        else:
+            after = SimulatedDisk(crash_images(disk, moment, crash, rng), rng.randrange(1 << 30))
+        after.slow = True
+        model = model_at(self.base, disk, since, moment)
+        try:
+            found = check_crash(after, model, rng, self._course.settings.spread, killed=killed)
+        except BaseException as error:
+            error.add_note(f"crash at event {moment} of {len(disk.events)}: {crash}")
+            raise
+        self._images = after.images
+        self._figures["kills" if killed else "crashes"] += 1
+        return found
 
 
 def courses(seed: int) -> Course:
     """The course of a seed that was given by hand."""
     rng = random.Random(~seed)
     settings = Settings(
-        n_steps=rng.choice((5, 15, 40)),
-        max_volumes=rng.choice((1, 2, 3)),
-        max_size=rng.choice((1 << 18, 3 << 20, 6 << 20)),
+        n_steps=rng.choice((5, 20, 50)),
+        max_volumes=rng.choice((1, 2, 3, 3)),
+        max_size=rng.choice((1 << 18, 1 << 18, 3 << 20, 6 << 20)),
         large=rng.choice((0, 0.05, 0.3)),
-        administration=rng.random() < 0.7,
+        administration=rng.random() < 0.5,
         spread=Spread(rng.choice((WINDOW, WINDOW, 300 << 20, 70 << 30))),
+        patience=rng.choice((0.3, 1.0, 30.0, 1000.0)),
     )
     return Course(
         settings,
         n_generations=rng.choice((1, 3)),
         block_size=rng.choice((4096, 4096, 4096, 65536)),
         capacity=rng.choice((24, 16)) << 20,
+        n_crashes=rng.choice((5, 12)),
         trouble=rng.choice(("", "", "", "full", "broken", "errors")),
     )
 
 
-def main() -> None:
-    logging.disable(logging.CRITICAL)
-    n_survived = n_failed = 0
-    for seed in range(int(sys.argv[1]), int(sys.argv[2])):
-        try:
-            n_survived += run_seed(seed, courses(seed))
-        except Exception:
-            n_failed += 1
-            print(f"--- seed {seed}")
-            traceback.print_exc(limit=-4)
-            with contextlib.suppress(BrokenPipeError):
-                sys.stdout.flush()
-    print(f"{n_survived} crashes survived, {n_failed} seeds failed")
-
-
 if __name__ == "__main__":
-    main()
+    main("tests.store.power_loss", run_seed)

@@ -8,17 +8,10 @@ from typing import Any
 
 from nbdstore.store import Pool, PoolOptions
 from tests.store import virtual_clock
-from tests.store.power_loss import Spread, assert_clean, new_pool, recover
-from tests.store.simulated_disk import (
-    LAZY,
-    PLACE,
-    Crash,
-    Fault,
-    Images,
-    SimulatedDisk,
-    adversarial,
-    crash_images,
-)
+from tests.store.crashes import LAZY, Crash, crash_images
+from tests.store.power_loss import assert_clean, new_pool, recover
+from tests.store.simulated_disk import PLACE, Fault, Images, SimulatedDisk, adversarial
+from tests.store.workload import Spread
 
 Act = Callable[[Pool], Awaitable[None]]
 

@@ -1,11 +1,15 @@
 """A host in memory that remembers what power loss may take: the simulated I/O layer.
 
-Owns the log of everything that was done to the files of a pool, and the making of what could be
-on the platter after a crash at any moment of it; knows nothing of what the bytes mean.
+Owns the log of everything that was done to the files of a pool, and the failing of any call on
+demand; knows nothing of what the bytes mean.  What could be on the platter after a crash at any
+moment of the log is crashes.py's.
 
-What a crash leaves: all that a completed fdatasync covers (everything written to that file before
-the call), and of each later write nothing, all of it, or any of its sectors of 512 bytes; or the
-pages of 4096 bytes that it touches hold anything at all, other bytes in them included.
+Durable is what host.py promises: all that a completed fdatasync covers (everything written to that
+file before the call), and names that a directory sync covers.
+
+After an fdatasync that failed, the kernel takes the dirty pages for clean (fsync(2)): each of
+these writes has reached the platter or never will, whatever syncs come later, and reads find the
+new bytes for as long as the page cache keeps them, then what the platter has.
 
 The same log takes the marks of a test ("this write was acknowledged"), so that disk and model
 agree on what happened before a crash.  Everything random comes from one seeded generator.
@@ -16,22 +20,26 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 
-from nbdstore.errors import StoreError
+from nbdstore.errors import StoreError, WriteFailed
 from nbdstore.store import PoolOptions
 from nbdstore.store.host import Buffer, Failpoint, Host
 from nbdstore.store.layout import I64
 from nbdstore.store.slots import Slots
 
-SECTOR: Final = 512
 PAGE: Final = 4096
 NAMES: Final = ("super", "journal", "data")
+PLACE: Final = Path("simulated")
+DIRECTORY: Final = "directory"
+"""Stands for a file's name where a call works on names."""
+
+_FORGET_SHARE: Final = 0.1  # of the reads of a page that was taken for clean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,11 +55,36 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Truncated:
+    """A new length on its way to the platter."""
+
+    file: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Synced:
-    """All writes of `file` before event number `covered` are on the platter."""
+    """All changes of `file` before event number `covered` are on the platter."""
 
     file: str
     covered: int
+
+
+@dataclass(frozen=True)
+class SyncFailed:
+    """A sync of `file` failed: the events `landed` are on the platter, `lost` never will be."""
+
+    file: str
+    landed: frozenset[int]
+    lost: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Named:
+    """The names of `changes` stand for these files now, or for none: all at once, or not at all."""
+
+    changes: tuple[tuple[str, str | None], ...]
+    file: str = DIRECTORY
 
 
 @dataclass(frozen=True)
@@ -68,10 +101,19 @@ class Reached:
     place: Failpoint
 
 
-Event = Write | Synced | Mark | Reached
+Event = Write | Truncated | Synced | SyncFailed | Named | Mark | Reached
 Images = dict[str, bytearray]
 Fault = Callable[[str, str], None]
 """Called with the operation and the file's name before it is done; raises what shall go wrong."""
+
+
+class ShortWrite(Exception):
+    """Raised by a fault: a write puts `share` of its bytes into the file, and then fails."""
+
+    def __init__(self, share: float, error: StoreError) -> None:
+        super().__init__(share, error)
+        self.share = share
+        self.error = error
 
 
 def apply(image: bytearray, offset: int, data: Buffer) -> None:
@@ -81,14 +123,36 @@ def apply(image: bytearray, offset: int, data: Buffer) -> None:
     image[offset : offset + len(data)] = data
 
 
-class SimulatedFile:
-    """One file: `live` is what reads find, the page cache included."""
+def resize(image: bytearray, size: int) -> None:
+    """Set the length of `image`."""
+    del image[size:]
+    image.extend(bytes(size - len(image)))
 
-    def __init__(self, disk: SimulatedDisk, name: str) -> None:
+
+def pages(offset: int, length: int) -> range:
+    """The pages that `[offset, offset + length)` touches."""
+    return range(offset // PAGE, -(-(offset + length) // PAGE))
+
+
+class SimulatedFile:
+    """One open file.
+
+    Attributes:
+        key: its name in the log, which outlives renaming.
+        live: what reads find, the page cache included.
+        syncing: held by the one sync that runs; `sync_failed`: none will do any good.
+        stale: by number, what the platter has of pages whose newer bytes it will never get.
+    """
+
+    def __init__(self, disk: SimulatedDisk, name: str, key: str, live: bytearray) -> None:
         self._disk = disk
         self.name = name
-        self.live = disk.images[name]
+        self.key = key
+        self.live = live
+        self.stale = disk.stale.setdefault(key, {})
         self.n_syncs = 0
+        self.syncing = asyncio.Lock()
+        self.sync_failed = False
 
     @property
     def size(self) -> int:
@@ -101,12 +165,28 @@ class SimulatedFile:
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         assert not self._disk.read_only
         data = b"".join(buffers)
-        self._disk.before("write", self.name)
-        self._disk.events.append(Write(self.name, offset, data))
+        try:
+            self._disk.before("write", self.name)
+        except ShortWrite as short:
+            self._write(data[: int(len(data) * short.share)], offset)
+            raise short.error from None
+        self._write(data, offset)
+
+    def _write(self, data: bytes, offset: int) -> None:
         apply(self.live, offset, data)
+        again = [page for page in pages(offset, len(data)) if self.stale.pop(page, None)]
+        if again:  # the whole page is dirty once more
+            start, stop = min(offset, again[0] * PAGE), offset + len(data)
+            stop = max(stop, (again[-1] + 1) * PAGE)
+            offset, data = start, bytes(self.live[start:stop])
+        self._disk.events.append(Write(self.key, offset, data))
 
     def pread(self, length: int, offset: int) -> bytes:
         self._disk.before("read", self.name)
+        if self.stale:
+            for page in pages(offset, length):
+                if self._disk.random.random() < _FORGET_SHARE:
+                    self.forget(page)
         return bytes(self.live[offset : offset + length])
 
     def preadv(self, buffer: Buffer, offset: int) -> int:
@@ -120,6 +200,9 @@ class SimulatedFile:
         return self.preadv(buffer, offset) == len(buffer)
 
     def pread_direct(self, length: int, offset: int) -> bytes:
+        assert length % PAGE == offset % PAGE == 0
+        for page in pages(offset, length) if self.stale else ():
+            self.forget(page)
         return self.pread(length, offset)
 
     def will_need(self, offset: int, length: int) -> None:
@@ -130,20 +213,36 @@ class SimulatedFile:
 
     def begin_sync(self) -> int:
         self.n_syncs += 1
-        self._disk.before("sync", self.name)
+        if self.sync_failed:
+            raise WriteFailed(f"{self.name}: an earlier sync failed")
+        try:
+            self._disk.before("sync", self.name)
+        except StoreError:
+            self.sync_failed = True
+            self._disk.fail_sync(self)
+            raise
         return len(self._disk.events)
 
     def end_sync(self, covered: int) -> None:
-        self._disk.events.append(Synced(self.name, covered))
+        self._disk.events.append(Synced(self.key, covered))
 
     def punch(self, offset: int, length: int) -> bool:
+        self._disk.before("punch", self.name)
         length = max(0, min(length, len(self.live) - offset))
         if length:
-            self.pwritev([bytes(length)], offset)
+            self._write(bytes(length), offset)
         return True
 
     def truncate(self, size: int) -> None:
-        raise NotImplementedError("pools are made on a real disk")
+        self._disk.before("truncate", self.name)
+        resize(self.live, size)
+        self._disk.events.append(Truncated(self.key, size))
+
+    def forget(self, page: int) -> None:
+        """The page cache drops a page that it takes for clean."""
+        found = self.stale.pop(page, None)
+        if found is not None:
+            apply(self.live, page * PAGE, found)
 
     def close(self) -> None:
         pass
@@ -153,38 +252,47 @@ class SimulatedDisk:
     """The disk of one pool.
 
     Arguments:
-        images: what the platter holds at the start.
-        seed: of all delays, and of the page cache's misses.
+        images: what the platter holds at the start, by name; None = the directory does not exist.
+        seed: of all delays, of the page cache's misses, and of what failed syncs lose.
         share_uncached: how often a read finds nothing in the page cache.
         slow: calls that wait for the disk take their time, others go on meanwhile.
         fault: see Fault.
 
     Attributes:
         events: everything that happened, in order.
+        images: what the files hold for the processes of this machine, by name.
+        there: the directory exists.
+        free: bytes that the filesystem has left.
     """
 
     def __init__(
         self,
-        images: Mapping[str, bytes | bytearray],
+        images: Mapping[str, bytes | bytearray] | None,
         seed: int = 0,
         *,
         share_uncached: float = 0.0,
         slow: bool = False,
         fault: Fault | None = None,
     ) -> None:
-        self.start = {name: bytes(image) for name, image in images.items()}
-        self.images = {name: bytearray(image) for name, image in images.items()}
+        self.start = {name: bytes(image) for name, image in (images or {}).items()}
+        self.images = {name: bytearray(image) for name, image in self.start.items()}
+        self.there = images is not None
         self.random = random.Random(seed)
         self.share_uncached = share_uncached
         self.slow = slow
         self.fault = fault
         self.events: list[Event] = []
         self.directory = PLACE
+        self.free = 1 << 40
         self.host: Host = SimulatedHost(self)
         self.files: dict[str, SimulatedFile] = {}
         self.read_only = False
+        self.stale: dict[str, dict[int, bytes]] = {}
+        self.keys = {name: name for name in self.images}
+        self.has_lock_file = False
 
     def before(self, operation: str, name: str) -> None:
+        """Do `operation` with file `name` next, or fail."""
         if self.fault is not None:
             self.fault(operation, name)
 
@@ -192,31 +300,77 @@ class SimulatedDisk:
         """Remember that `what` happened now."""
         self.events.append(Mark(what))
 
+    def fail_sync(self, file: SimulatedFile) -> None:
+        """A sync of `file` fails: decide for each change that it would have covered."""
+        pending, lost = undecided(self.events)
+        changes = [i for i in pending if getattr(self.events[i], "file", None) == file.key]
+        landed = frozenset(index for index in changes if self.random.random() < 0.5)
+        doomed = frozenset(changes) - landed
+        self.events.append(SyncFailed(file.key, landed, doomed))
+        image = bytearray(self.start.get(file.key, b""))
+        for index, event in enumerate(self.events):
+            if index not in lost and index not in doomed:
+                put(image, event, file.key)
+        for event in [self.events[index] for index in sorted(doomed)]:
+            for page in pages(event.offset, len(event.data)) if isinstance(event, Write) else ():
+                found = bytes(image[page * PAGE : (page + 1) * PAGE])
+                file.stale[page] = found.ljust(PAGE, b"\0")  # beyond the end it is a hole
+                if self.random.random() < 0.3:
+                    file.forget(page)
+
     # -- the contract of host.Disk ------------------------------------------------------------
 
     def lock(self) -> None:
-        pass
+        self.before("lock", DIRECTORY)
+        self.has_lock_file = True
 
     def open(self, name: str, *, create: bool = False) -> SimulatedFile:
-        if name not in self.images:
+        self.before("create" if create else "open", name)
+        if create:
+            if name in self.images:
+                raise StoreError(f"{name}: File exists")
+            key = name
+            while key in self.start or any(key == file.key for file in self.files.values()):
+                key += "'"
+            self.images[name] = bytearray()
+            self._name({name: key})
+        elif name not in self.images:
             raise StoreError(f"{name}: No such file or directory")
-        self.files[name] = SimulatedFile(self, name)
-        return self.files[name]
+        file = SimulatedFile(self, name, self.keys[name], self.images[name])
+        self.files[name] = file
+        return file
+
+    def _name(self, changes: Mapping[str, str | None]) -> None:
+        for name, key in changes.items():
+            if key is None:
+                del self.keys[name]
+            else:
+                self.keys[name] = key
+        self.events.append(Named(tuple(changes.items())))
 
     def exists(self, name: str) -> bool:
         return name in self.images
 
     def remove(self, name: str) -> None:
-        raise NotImplementedError("pools are made on a real disk")
+        self.before("remove", name)
+        if name == "lock":
+            self.has_lock_file = False
+            return
+        del self.images[name]
+        self._name({name: None})
 
     def rename(self, old: str, new: str) -> None:
-        raise NotImplementedError("pools are made on a real disk")
+        self.before("rename", old)
+        self.images[new] = self.images.pop(old)
+        self.files[new] = self.files.pop(old)
+        self._name({new: self.keys[old], old: None})
 
     def sync(self) -> None:
-        pass
+        self.before("sync", DIRECTORY)
+        self.events.append(Synced(DIRECTORY, len(self.events)))
 
     def free_bytes(self) -> int:
-        return 1 << 40
+        return self.free
 
     def total_bytes(self) -> int:
         return 1 << 40
@@ -224,11 +378,13 @@ class SimulatedDisk:
     async def offload(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         owner = getattr(call, "__self__", None)
         if isinstance(owner, SimulatedFile) and call == owner.fdatasync:
-            covered = owner.begin_sync()
-            await self.pause()
-            owner.end_sync(covered)
+            async with owner.syncing:
+                covered = owner.begin_sync()
+                await self.pause()
+                owner.end_sync(covered)
             return None  # type: ignore[return-value]
-        await self.pause()
+        for _ in range(self.random.choice((1, 1, 3, 10)) if self.slow else 1):
+            await self.pause()
         found = call(*args, **kwargs)
         await self.pause()
         return found
@@ -249,26 +405,37 @@ class SimulatedHost:
         self._disk = disk
 
     def disk(self, directory: Path, *, read_only: bool = False) -> SimulatedDisk:
+        self._disk.before("open", DIRECTORY)
+        if not self.is_directory(directory):
+            raise StoreError(f"{directory}: No such file or directory")
         self._disk.read_only = read_only
         return self._disk
 
     def make_directory(self, directory: Path) -> bool:
-        raise NotImplementedError("pools are made on a real disk")
+        self._disk.before("make", DIRECTORY)
+        made, self._disk.there = not self._disk.there, True
+        return made
 
     def list_directory(self, directory: Path) -> list[str]:
-        return sorted(self._disk.images)
+        self._disk.before("list", DIRECTORY)
+        return sorted([*self._disk.images, *(["lock"] if self._disk.has_lock_file else [])])
 
     def remove_directory(self, directory: Path) -> None:
-        raise NotImplementedError("pools are made on a real disk")
+        self._disk.before("remove", DIRECTORY)
+        assert not self.list_directory(directory)
+        self._disk.there = False
 
     def is_directory(self, directory: Path) -> bool:
-        return directory == PLACE
+        return directory == PLACE and self._disk.there
 
     def exists(self, path: Path) -> bool:
         return path.parent == PLACE and self._disk.exists(path.name)
 
     def monotonic(self) -> float:
-        return asyncio.get_running_loop().time()
+        try:
+            return asyncio.get_running_loop().time()
+        except RuntimeError:  # a pool is made outside of any loop
+            return 0.0
 
     def time(self) -> float:
         return 1_700_000_000 + self.monotonic()
@@ -284,95 +451,37 @@ class SimulatedHost:
         self._disk.events.append(Reached(place))
 
 
-# -- crashes ---------------------------------------------------------------------------------
+# -- the log ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Crash:
-    """What a power loss does to the writes that no sync covers.
-
-    Attributes:
-        applied: by file, the share of them that is on the platter whole.
-        torn: the share of which only some sectors are.
-        ruined: the share whose pages hold garbage.
-        in_order: once one is lost, all later ones of that file are.
-    """
-
-    applied: dict[str, float] = field(default_factory=dict)
-    torn: float = 0.0
-    ruined: float = 0.0
-    in_order: bool = False
-
-    @classmethod
-    def random(cls, rng: random.Random) -> Crash:
-        """Choose one of the kinds that have found bugs, or could."""
-        extremes = (0.0, 0.1, 0.5, 0.9, 1.0)
-        return cls(
-            applied={name: rng.choice(extremes) for name in NAMES},
-            torn=rng.choice((0.0, 0.1, 0.5)),
-            ruined=rng.choice((0.0, 0.0, 0.1)),
-            in_order=rng.random() < 0.2,
-        )
-
-
-KILLED: Final = Crash(applied=dict.fromkeys(NAMES, 1.0))
-"""The process dies, the machine lives: nothing is lost."""
-LAZY: Final = Crash(applied=dict.fromkeys(NAMES, 0.0))
-"""The power fails before the kernel wrote anything that it had not to."""
-
-
-def crash_images(disk: SimulatedDisk, at: int, crash: Crash, rng: random.Random) -> Images:
-    """Return what the platter could hold if the power failed after `at` events."""
-    events = disk.events[:at]
-    covered = dict.fromkeys(disk.start, 0)
-    for event in events:
-        if isinstance(event, Synced):
-            covered[event.file] = max(covered[event.file], event.covered)
-    images = {name: bytearray(image) for name, image in disk.start.items()}
-    lost: set[str] = set()
-    for index, event in enumerate(events):
-        if not isinstance(event, Write):
-            continue
-        image = images[event.file]
-        if index < covered[event.file]:
-            apply(image, event.offset, event.data)
-        elif event.file not in lost:
-            _apply_unsynced(image, event, crash, rng)
-            if crash.in_order and rng.random() >= crash.applied.get(event.file, 1.0):
-                lost.add(event.file)
-    return images
-
-
-def _apply_unsynced(image: bytearray, event: Write, crash: Crash, rng: random.Random) -> None:
-    choice = rng.random()
-    if choice < crash.torn:
-        for start in range(0, len(event.data), SECTOR):
-            if rng.random() < 0.5:
-                apply(image, event.offset + start, event.data[start : start + SECTOR])
-    elif choice < crash.torn + crash.ruined:
-        start, stop = event.offset, event.offset + len(event.data)
-        start, stop = start - start % PAGE, stop + -stop % PAGE
-        apply(image, start, rng.randbytes(stop - start))
-    elif rng.random() < crash.applied.get(event.file, 1.0):
+def put(image: bytearray, event: Event, key: str) -> None:
+    """Do to `image` what `event` does to file `key`."""
+    if isinstance(event, Write) and event.file == key:
         apply(image, event.offset, event.data)
+    elif isinstance(event, Truncated) and event.file == key:
+        resize(image, event.size)
 
 
-# -- pools on it -------------------------------------------------------------------------------
+def undecided(events: Iterable[Event]) -> tuple[list[int], set[int]]:
+    """The numbers of the changes that may or may not be on the platter, and of those that are not.
+
+    All others are.  A change of names is pending under the file :data:`DIRECTORY`.
+    """
+    pending: dict[str, list[int]] = {}
+    lost: set[int] = set()
+    for index, event in enumerate(events):
+        if isinstance(event, Write | Truncated | Named):
+            pending.setdefault(event.file, []).append(index)
+        elif isinstance(event, Synced):
+            pending[event.file] = [i for i in pending.get(event.file, ()) if i >= event.covered]
+        elif isinstance(event, SyncFailed):
+            gone = event.landed | event.lost
+            lost |= event.lost
+            pending[event.file] = [i for i in pending.get(event.file, ()) if i not in gone]
+    return sorted(i for indices in pending.values() for i in indices), lost
 
 
-PLACE: Final = Path("simulated")
-
-
-def load_images(directory: Path) -> Images:
-    """The files of a pool on a real disk."""
-    return {name: bytearray((directory / name).read_bytes()) for name in NAMES}
-
-
-def save_images(images: Images, directory: Path) -> None:
-    """Write the files of a pool to a real disk."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, image in images.items():
-        (directory / name).write_bytes(image)
+# -- choices that look for trouble -------------------------------------------------------------
 
 
 class _GreedySlots(Slots):

@@ -11,10 +11,11 @@ from nbdstore.errors import Corruption
 from nbdstore.store import Pool
 from nbdstore.store.check import check_pool
 from nbdstore.store.superblock import decode
+from tests.store.crashes import LAZY, Crash, crash_images
 from tests.store.pools import read
 from tests.store.power_loss import recover
 from tests.store.scene import Scene
-from tests.store.simulated_disk import LAZY, PLACE, Crash, SimulatedDisk, crash_images
+from tests.store.simulated_disk import PLACE, SimulatedDisk
 from tests.store.workload import Spread
 
 BLOCK = 4096

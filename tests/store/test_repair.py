@@ -11,6 +11,7 @@ from nbdstore.errors import Corruption, PoolFailed
 from nbdstore.store import Pool
 from nbdstore.store.check import check_pool
 from nbdstore.store.ranges import ExtentKind
+from tests.store.crashes import Crash, crash_images
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -21,7 +22,7 @@ from tests.store.pools import (
     read,
     until,
 )
-from tests.store.simulated_disk import PLACE, Crash, SimulatedDisk, crash_images
+from tests.store.simulated_disk import PLACE, SimulatedDisk
 from tests.store.specimen import BLOCK, GIB, PLACES, WIDE, first_node, flip_slot
 from tests.store.subjects import damaged as damaged_copy
 from tests.store.subjects import open_and_look, subjects

@@ -14,10 +14,11 @@ from nbdstore.errors import Corruption, NotFound, PoolLocked, ReadFailed, WriteF
 from nbdstore.store import Pool
 from nbdstore.store.salvage import Intact, Lost, SalvagedPool
 from tests.store.anatomy import Anatomy
+from tests.store.crashes import LAZY
 from tests.store.pools import FILES, MIB, check, hooked, killed, opened, read
 from tests.store.power_loss import new_pool
 from tests.store.scene import Scene
-from tests.store.simulated_disk import LAZY, PLACE, SimulatedDisk
+from tests.store.simulated_disk import PLACE, SimulatedDisk
 from tests.store.specimen import BLOCK, PLACES, WIDE, first_node, flip, flip_slot
 
 SMALL = 2 * MIB
