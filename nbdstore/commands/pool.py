@@ -79,10 +79,19 @@ def show(session: Session, as_json: bool) -> None:
         print_facts(_facts(info))
 
 
+_SHORTAGES = {
+    "pool": "trim or delete volumes, or enlarge it with 'nbdstore pool grow'",
+    "host": "free space on the filesystem below, or trim or delete volumes",
+}
+"""What to do about a full pool."""
+
+
 def _facts(info: PoolInfo) -> list[tuple[str, str]]:
     state = info.state + (f": {info.failure}" if info.failure else "")
+    if info.shortage and not info.failure:
+        state += f": {_SHORTAGES.get(info.shortage, info.shortage)}"
     if info.held_writes:
-        state += f", {counted(info.held_writes, 'write')} waiting for space"
+        state += f"; {counted(info.held_writes, 'write')} waiting for space"
     if info.corruptions:
         state += f", {counted(info.corruptions, 'damaged block')} found: run 'nbdstore check'"
     return [

@@ -65,8 +65,9 @@ class PoolInfo(Record):
     used: blocks that hold data or the pool's own maps. reserved: set aside, by volumes and for
     trim and delete in a full pool. reclaimable: freed, and usable again after the next sync.
     fill: share of the capacity that is taken, 0..1. state: "ok", "warning", "full" or "failed", and
-    why in failure. held_writes: writes that wait for space now. provisioned: sizes of all volumes;
-    mapped: what they hold. corruptions: blocks found damaged since the pool was opened.
+    why in failure. shortage: what a full pool has no space in, its own capacity ("pool") or the
+    filesystem below ("host"). held_writes: writes that wait for space now. provisioned: sizes of
+    all volumes; mapped: what they hold. corruptions: damaged blocks found since it was opened.
     allocated_on_host, free_on_host: of the filesystem below. journal: {"size", "used", "syncs"}.
     server: who serves it; None when the pool was opened just for this look.
     """
@@ -83,6 +84,7 @@ class PoolInfo(Record):
     fill: float
     state: str
     failure: str | None
+    shortage: str | None = None
     held_writes: int
     corruptions: int
     volumes: int

@@ -45,6 +45,7 @@ _ADVICE: Final = (
     "'nbdstore check' lists all damage, 'nbdstore salvage' copies what is intact, "
     "'nbdstore check --repair' makes that usable in place; restore the rest from a backup"
 )
+_HOST_FULL_BYTES: Final = 16 << 20  # with less, a filesystem that was full still is
 _OWN_SLOTS: Final = 6  # what a checkpoint of a small pool takes for its catalogues and free map
 
 
@@ -203,6 +204,20 @@ class Core:
         self.n_held -= 1
         if not self.n_held:
             log.warning("no write is held any more")
+
+    @property
+    def shortage(self) -> str | None:
+        """What has no space for a write that fills holes: the "pool", the "host", or None.
+
+        That the host's filesystem was full shows only in a write that failed there, so that it has
+        space again is looked up, unless writes are held, which try again all the time.
+        """
+        if self.host_full and (self.n_held or self.disk.free_bytes() < _HOST_FULL_BYTES):
+            return "host"
+        slots = self.slots
+        if self.n_held or slots.n_free + slots.n_quarantined <= self._floor(1, 1):
+            return "pool"
+        return None
 
     def no_space(self) -> NoSpace:
         """The error for a request that found no space."""

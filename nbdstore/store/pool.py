@@ -273,6 +273,7 @@ class Pool:
             "fill": round(fill, 6),
             "state": self._state(fill),
             "failure": core.failed,
+            "shortage": core.shortage,
             "held_writes": core.n_held,
             "corruptions": core.n_corruptions,
             "volumes": len(volumes),
@@ -293,7 +294,7 @@ class Pool:
     def _state(self, fill: float) -> str:
         if self._core.failed is not None:
             return "failed"
-        if self._core.n_held:
+        if self._core.shortage is not None:
             return "full"
         return "warning" if fill >= _WARN_AT[-1] else "ok"
 

@@ -65,7 +65,9 @@ def test_held_writes_go_on_when_a_volume_is_deleted(
     small.start("--full-timeout", "0")
     children.run("qemu-io", "-f", "raw", "-c", "write -P 5 0 64M", small.uri("other"))
     copy = start_copy(small, image)
-    assert small.show()["state"] == "full"
+    shown = small.show()
+    assert (shown["state"], shown["shortage"]) == ("full", "pool")
+    assert "full: trim or delete volumes, or enlarge it" in small.nbdstore("pool", "show")
     small.nbdstore("volume", "delete", "other")
     small.nbdstore("pool", "grow", "200M")
     assert copy.wait(60) == 0

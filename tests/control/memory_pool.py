@@ -116,6 +116,7 @@ class MemoryPool:
             "fill": used / self.capacity,
             "state": self.state,
             "failure": None,
+            "shortage": None,
             "held_writes": 0,
             "corruptions": 0,
             "mapped": used,

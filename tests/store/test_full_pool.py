@@ -51,7 +51,7 @@ def test_a_full_pool_holds_nearly_its_capacity(scene: Scene) -> None:
         n_bytes = await fill(volume)
         assert n_bytes >= CAPACITY * 85 // 100
         status = pool.status()
-        assert status["state"] == "warning"
+        assert status["state"] in ("warning", "full")  # by whether another block would fit
         assert status["fill"] > 0.85
         assert await read(volume, 0, n_bytes) == b"f" * n_bytes
 
@@ -69,7 +69,7 @@ def test_a_held_write_goes_on_as_soon_as_there_is_space(scene: Scene, relief: st
         places = (n_bytes, n_bytes + MIB)
         held = [asyncio.create_task(volume.write(place, b"h" * 65536)) for place in places]
         assert await is_held(held[0]) and not held[1].done()
-        assert pool.status()["state"] == "full"
+        assert (pool.status()["state"], pool.status()["shortage"]) == ("full", "pool")
         assert pool.status()["held_writes"] == 2
         if relief == "delete":
             await pool.delete_volume(other)
@@ -421,7 +421,7 @@ def test_writes_are_held_while_the_host_is_full(scene: Scene) -> None:
         scene.disk.fault = host_full
         held = asyncio.create_task(volume.write(65536, b"y" * 65536))
         assert await is_held(held)
-        assert pool.status()["state"] == "full"
+        assert (pool.status()["state"], pool.status()["shortage"]) == ("full", "host")
         assert not volume.write_now([(0, b"z" * 65536)])
         with pytest.raises(NoSpace):
             await pool.checkpoint()

@@ -1,0 +1,40 @@
+"""A small real filesystem for a pool to fill, and a file on it that makes room when it goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.children import Children
+
+
+@contextmanager
+def small_filesystem(
+    children: Children, mountpoint: Path, kind: str, n_bytes: int
+) -> Iterator[Path]:
+    """Mount a filesystem of `n_bytes` ("tmpfs", or "ext4" on a loop device) while this lasts."""
+    mountpoint.mkdir()
+    if kind == "tmpfs":
+        children.run("mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", mountpoint)
+    else:
+        image = mountpoint.with_suffix(".image")
+        with image.open("wb") as file:
+            file.truncate(n_bytes)
+        children.run("mkfs.ext4", "-q", "-m", "0", image)
+        children.run("mount", "-o", "loop", image, mountpoint)
+    try:
+        yield mountpoint
+    finally:
+        children.close()  # nobody may use it any more
+        children.run("umount", mountpoint)
+
+
+def leave_free(filesystem: Path, n_bytes: int) -> Path:
+    """Take all space but `n_bytes` by a file, and return its path."""
+    ballast = filesystem / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(filesystem).free - n_bytes)
+    return ballast
