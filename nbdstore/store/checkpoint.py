@@ -120,6 +120,7 @@ class Checkpointer:
         self.seq = found.newest.journal_seq - 1
         self.done_at = core.host.monotonic()
         self.n_checkpoints = 0
+        self._is_postponed = False
 
     async def join(self) -> None:
         """Return at the end of a checkpoint: the one that runs, or else a new one.
@@ -174,8 +175,12 @@ class Checkpointer:
         try:
             await self._write(frozen)
             flipped = True
+            self._is_postponed = False
         except NoSpace as error:
-            log.warning("checkpoint postponed: %s", error)
+            # It is tried again every other second for as long as there is no space: said once.
+            level = logging.DEBUG if self._is_postponed else logging.WARNING
+            log.log(level, "checkpoint postponed: %s", error)
+            self._is_postponed = True
             raise
         except StoreError as error:
             self._core.fail(f"checkpoint: {error}")
