@@ -26,6 +26,7 @@ from tests.load.worker import Worker, read_volume
 from tests.server.nbd_client import NbdClient
 
 MAX_REQUESTS: Final = 1500  # of a round, before the server is ended
+MAX_LOAD_S: Final = 3.0
 DRAIN_S: Final = 0.15  # a drain under load takes some tens of milliseconds
 RECOVERY_KILLS: Final = (0, 0, 0, 1, 1, 3)
 READY_S: Final = 0.5  # a start takes about that
@@ -45,7 +46,10 @@ ENDINGS: Final = {Ending.KILLED: 8, Ending.KILLED_IN_DRAIN: 2, Ending.STOPPED: 1
 
 @dataclass(frozen=True)
 class Geometry:
-    """A pool: so small that slots are used again and the journal goes round within a round."""
+    """A pool: so small that slots are used again and the journal goes round within a round.
+
+    Some are too small for their volumes: they fill up, and writes are held when the kill comes.
+    """
 
     block_size: int
     capacity: int
@@ -60,7 +64,7 @@ class Geometry:
             block_size=block_size,
             capacity=max(16 << 20, sum(sizes) * source.choice([5, 8]) // 4),
             journal_size=source.choice([1, 2, 8]) << 20,
-            volume_sizes=tuple(sizes),
+            volume_sizes=tuple(sizes) if source.random() < 0.8 else (16 << 20, 16 << 20),
         )
 
 
@@ -153,15 +157,21 @@ class KillLoop:
         chosen = names + self.source.choices(names, k=self.source.randint(1, 6))
         workers = [await self._worker(name) for name in chosen]
         target = self.tally.figures.n_requests + self.source.randint(1, MAX_REQUESTS)
-        sent_signal = False
+        has_ended = False
+
+        def end() -> None:
+            nonlocal has_ended
+            if not has_ended:
+                has_ended = True
+                self._end(ending)
 
         def go_on() -> bool:
-            nonlocal sent_signal
-            if not sent_signal and self.tally.figures.n_requests >= target:
-                sent_signal = True
-                self._end(ending)
+            if self.tally.figures.n_requests >= target:
+                end()
             return True
 
+        # In a full pool all connections may end up with a write that is held.
+        asyncio.get_running_loop().call_later(MAX_LOAD_S, end)
         results = await asyncio.gather(
             *(worker.run(go_on) for worker in workers), return_exceptions=True
         )

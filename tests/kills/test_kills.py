@@ -11,19 +11,21 @@ from tests.children import Children
 from tests.clients.served_pool import ServedPool
 from tests.kills.loop import Geometry, KillLoop, Tally
 
-KILLS_PER_SEED = 10
+KILLS_PER_SEED = 8
 MIB = 1 << 20
 
 GEOMETRIES = {
     "small blocks": Geometry(4 << 10, 16 * MIB, MIB, (4 * MIB, 2 * MIB, 4 * MIB)),
     "large blocks": Geometry(64 << 10, 16 * MIB, MIB, (8 * MIB, 2 * MIB)),
+    "a full pool": Geometry(4 << 10, 16 * MIB, MIB, (16 * MIB, 16 * MIB)),
 }
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_what_was_acknowledged_survives_kills_at_any_moment(
-    children: Children, tmp_path: Path, geometry: Geometry
+    children: Children, tmp_path: Path, name: str
 ) -> None:
+    geometry = GEOMETRIES[name]
     tally = Tally()
     pool = ServedPool(children, tmp_path)
     loop = KillLoop(pool, geometry, random.Random(1), tally)
@@ -31,3 +33,5 @@ def test_what_was_acknowledged_survives_kills_at_any_moment(
         loop.round()
     pool.close()
     assert tally.lost_in_flight > 0, "no kill has met a change in flight"
+    if name == "a full pool":
+        assert "writes are held: the pool is full" in pool.log.read_text()
