@@ -267,23 +267,35 @@ class _Check:
 
     def _verify(self, opened: recovery.Opened, volume: Volume, blocks: I64, slots: I64) -> None:
         """Read and hash the blocks; `slots[i]` holds block `blocks[i]`."""
-        core = opened.services.core
-        size = core.block_size
-        expected = volume.map.entries[blocks, 1].tolist()
         for start, stop in layout.runs(slots):
-            try:
-                raw = memoryview(core.data.pread((stop - start) * size, int(slots[start]) * size))
-            except ReadFailed as error:
-                where = f"volume {volume.name} at byte {int(blocks[start]) * size}"
-                self._add("damage", where, "a readable block", str(error))
-                continue
-            for index in range(start, stop):
-                at = (index - start) * size
-                block = opened.inline.get(int(slots[index]), raw[at : at + size])
-                if len(block) < size or xxh3_64_intdigest(block) != expected[index]:
-                    self._block_damaged(volume, int(blocks[index]), int(slots[index]), block)
+            self._verify_run(opened, volume, blocks[start:stop], int(slots[start]))
         self._report.n_blocks += len(blocks)
         self._progress(self._report.n_blocks, self._n_total)
+
+    def _verify_run(
+        self, opened: recovery.Opened, volume: Volume, blocks: I64, first_slot: int
+    ) -> None:
+        core = opened.services.core
+        size = core.block_size
+        try:
+            raw = memoryview(core.data.pread(len(blocks) * size, first_slot * size))
+        except ReadFailed as error:
+            if len(blocks) > 1:  # which of them is it?
+                for index in range(len(blocks)):
+                    single = blocks[index : index + 1]
+                    self._verify_run(opened, volume, single, first_slot + index)
+                return
+            raw = memoryview(b"")
+            if first_slot not in opened.inline:
+                where = f"volume {volume.name} at {int(blocks[0]) * size}"
+                self._add("damage", where, "a readable block", str(error))
+                return
+        expected = volume.map.entries[blocks, 1].tolist()
+        for index, block in enumerate(blocks.tolist()):
+            slot = first_slot + index
+            found = opened.inline.get(slot, raw[index * size : (index + 1) * size])
+            if len(found) < size or xxh3_64_intdigest(found) != expected[index]:
+                self._block_damaged(volume, block, slot, found)
 
     def _block_damaged(self, volume: Volume, block: int, slot: int, raw: memoryview) -> None:
         size = volume.block_size
@@ -338,7 +350,7 @@ class _Check:
     async def _write(self, opened: recovery.Opened) -> None:
         """Write what was mended."""
         core = opened.services.core
-        core.journal.make_whole()
+        core.journal.make_whole(opened.unreadable)
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
         await opened.services.checkpointer.run()

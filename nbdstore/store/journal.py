@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import struct
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -167,9 +167,15 @@ class Journal:
         self.n_syncs += 1
         await disk.offload(self._file.fdatasync)
 
-    def make_whole(self) -> None:
-        """Write zeros where the file was cut off."""
+    def make_whole(self, unreadable: Iterable[int]) -> None:
+        """Write zeros where the file was cut off, and to the pages that begin at `unreadable`.
+
+        What cannot be read is lost already; a disk puts a new sector in the place of a bad one
+        when that is written.
+        """
         format_ring(self._file, self.size, self._file.size)
+        for start in unreadable:
+            self._file.pwritev([bytes(min(JOURNAL_PAGE, self.size - start))], start)
 
     def begin_without_checkpoint(self) -> None:
         """After recovery, where no checkpoint can be written: go on behind the last record.
@@ -226,6 +232,9 @@ class Reader:
 
     Arguments:
         on_unreadable: whom to tell of pages that the disk cannot read; None = raise.
+
+    Attributes:
+        unreadable: where in the file such pages begin.
     """
 
     def __init__(
@@ -237,6 +246,7 @@ class Reader:
     ) -> None:
         self._file = file
         self._on_unreadable = on_unreadable
+        self.unreadable: set[int] = set()
         self._size = size
         self._pool = pool_tag(pool)
         self._window = b""
@@ -332,6 +342,7 @@ class Reader:
                 raise
             if length <= JOURNAL_PAGE:
                 self._on_unreadable(error)
+                self.unreadable.add(start)
                 return bytes(length)
         half = align(length // 2, JOURNAL_PAGE)
         return self._read_pages(half, start) + self._read_pages(length - half, start + half)

@@ -114,6 +114,7 @@ class Opened:
         super_file: holds the superblock that was used.
         node_slots: by volume id, the slots of the nodes of its map at the last checkpoint.
         inline: blocks whose only durable copy is in the journal, by slot.
+        unreadable: where pages of the journal begin that the disk cannot read.
     """
 
     services: Services
@@ -123,6 +124,7 @@ class Opened:
     roots: Roots
     node_slots: dict[int, I64]
     inline: dict[int, memoryview]
+    unreadable: set[int]
 
 
 def open_parts(
@@ -184,7 +186,16 @@ def open_parts(
     node_slots = {info.id: _load_volume(services, registry, info) for info in infos}
     replay = _Replay(services, registry, reader, report, durable_seq)
     replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
-    return Opened(services, registry, report, super_file, roots, node_slots, replay.inline)
+    return Opened(
+        services,
+        registry,
+        report,
+        super_file,
+        roots,
+        node_slots,
+        replay.inline,
+        reader.unreadable,
+    )
 
 
 def _scan(

@@ -13,7 +13,7 @@ are whose.  The directory may be read-only; a pool that is being served is refus
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -235,16 +235,22 @@ class _Overlaid:
         return self._file.allocated
 
     def pread(self, length: int, offset: int) -> bytes:
-        return self._with_inline(self._file.pread(length, offset), length, offset)
+        return self._read(self._file.pread, length, offset)
 
     def pread_direct(self, length: int, offset: int) -> bytes:
-        return self._with_inline(self._file.pread_direct(length, offset), length, offset)
+        return self._read(self._file.pread_direct, length, offset)
 
-    def _with_inline(self, raw: bytes, length: int, offset: int) -> bytes:
+    def _read(self, pread: Callable[[int, int], bytes], length: int, offset: int) -> bytes:
         size = self._block_size
         first, last = np.searchsorted(self._slots, [offset // size, -(-(offset + length) // size)])
         if first == last:
-            return raw
+            return pread(length, offset)
+        try:
+            raw = pread(length, offset)
+        except ReadFailed:
+            if (last - first) * size < length:
+                raise
+            raw = b""  # the journal has all of it
         buffer = bytearray(raw.ljust(length, b"\0"))
         end = len(raw)
         for slot in self._slots[first:last].tolist():

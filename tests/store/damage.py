@@ -11,7 +11,7 @@ lost still::
 
 Batch n takes bytes n, n + 4096, n + 8192 ... of all structures in a fixed shuffled order, one
 kind of damage after the other, so that 4 * 4096 batches are every byte that matters; and besides
-one case of larger damage.
+one case of larger damage, and one page that the disk cannot read.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ import asyncio
 import functools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from nbdstore.errors import Corruption
+from nbdstore.errors import Corruption, ReadFailed, WriteFailed
 from nbdstore.store.check import CheckReport, check_pool
+from nbdstore.store.host import Buffer
 from nbdstore.store.salvage import Intact, SalvagedPool
 from tests import seeds
-from tests.store.simulated_disk import PLACE, Images, SimulatedDisk
+from tests.store.simulated_disk import PAGE, PLACE, Images, SimulatedDisk, SimulatedFile
 from tests.store.subjects import BLOCK, PLACES, State, Subject, damaged, open_and_look, subjects
 
 BYTE_KINDS: Final = ("flip", "zero", "swap", "truncate")
+PAGE_KIND: Final = "unreadable"
 LARGE_KINDS: Final = ("zero", "random", "copy", "swap", "truncate")
 N_SLICES: Final = 4096
+
+Bad = set[tuple[str, int]]
+"""Pages that cannot be read: file and offset."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Case:
         before = bytes(image)
         start, stop = self.offset, min(self.offset + self.size, len(image))
         found = image[start:stop]
+        if self.kind == PAGE_KIND:
+            return True  # nothing is changed: a BadDisk does not read it
         if self.kind == "flip":
             image[start] ^= 1 << self.other
         elif self.kind == "zero":
@@ -71,6 +78,44 @@ class Case:
         return image != before
 
 
+class BadDisk(SimulatedDisk):
+    """A disk with pages that cannot be read until they are written as a whole.
+
+    Arguments:
+        bad: files and offsets of such pages.
+    """
+
+    def __init__(self, images: Images, bad: Bad) -> None:
+        super().__init__(images)
+        self.bad = set(bad)
+
+    def open(self, name: str, *, create: bool = False) -> SimulatedFile:
+        plain = super().open(name, create=create)
+        self.files[name] = _BadFile(self, name, plain.key, plain.live)
+        return self.files[name]
+
+
+class _BadFile(SimulatedFile):
+    def __init__(self, disk: BadDisk, name: str, key: str, live: bytearray) -> None:
+        super().__init__(disk, name, key, live)
+        self._bad_disk = disk
+
+    def pread(self, length: int, offset: int) -> bytes:
+        for name, start in self._bad_disk.bad:
+            if name == self.name and offset < start + PAGE and start < offset + length:
+                raise ReadFailed(f"{name}: Input/output error while reading at byte {offset}")
+        return super().pread(length, offset)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        length = sum(map(len, buffers))
+        for name, start in [*self._bad_disk.bad]:
+            if name == self.name and offset < start + PAGE and start < offset + length:
+                if not offset <= start < start + PAGE <= offset + length:
+                    raise WriteFailed(f"{name}: Input/output error while writing at {offset}")
+                self._bad_disk.bad.remove((name, start))
+        super().pwritev(buffers, offset)
+
+
 # -- the judgement -----------------------------------------------------------------------------
 
 
@@ -84,31 +129,33 @@ def judge(case: Case) -> str:
     images = damaged(subject)
     if not case.apply(images):
         return "unchanged"
+    bad = {(case.file, case.offset)} if case.kind == PAGE_KIND else set()
     try:
-        return _judge(subject, images)
+        return _judge(subject, images, bad)
     except Exception as error:
         error.add_note(str(case))
         raise
 
 
-def _judge(subject: Subject, images: Images) -> str:
-    report = check_pool(PLACE, host=SimulatedDisk(images).host)
+def _judge(subject: Subject, images: Images, bad: Bad) -> str:
+    report = check_pool(PLACE, host=BadDisk(images, bad).host)
     for finding in report.findings:
         assert finding.where and finding.expected and finding.found
     told = {str(finding) for finding in report.findings}
     try:
-        state = open_and_look(SimulatedDisk(images))
-    except Corruption as error:
-        assert error.where and error.expected and error.found
+        state = open_and_look(BadDisk(images, bad))
+    except (Corruption, ReadFailed) as error:
+        if isinstance(error, Corruption):
+            assert error.where and error.expected and error.found
         assert not report.clean, "a check finds nothing wrong with a pool that does not open"
         state = None
     else:
         _assert_legal(subject, state, may_be_old=False)
         assert told or not _lost(subject, state), "a check finds nothing, but something is lost"
         assert not report.clean or not _lost(subject, state)
-    salvaged = _salvage(subject, images)
+    salvaged = _salvage(subject, BadDisk(images, bad))
     _assert_no_less(state, salvaged)
-    repaired = _repair(subject, images, report)
+    repaired = _repair(subject, BadDisk(images, bad), report)
     assert (repaired is None) == (salvaged is None), "one of salvage and repair can do more"
     _assert_no_less(state, repaired)
     _assert_no_less(salvaged, repaired)
@@ -150,9 +197,8 @@ def _assert_no_less(less: State | None, more: State | None) -> None:
             assert found is None or more[name][block] == found, f"volume {name}, block {block}"
 
 
-def _salvage(subject: Subject, images: Images) -> State | None:
+def _salvage(subject: Subject, disk: SimulatedDisk) -> State | None:
     """What comes out of a damaged pool by salvage, None if nothing; the pool stays as it is."""
-    disk = SimulatedDisk(images)
 
     async def main() -> State:
         pool = SalvagedPool(PLACE, host=disk.host)
@@ -188,9 +234,8 @@ def _copied(pool: SalvagedPool, name: str) -> dict[int, bytes | None]:
     return found
 
 
-def _repair(subject: Subject, images: Images, before: CheckReport) -> State | None:
-    """Repair `images`; return what the pool holds then, None if it is beyond repair."""
-    disk = SimulatedDisk(images)
+def _repair(subject: Subject, disk: SimulatedDisk, before: CheckReport) -> State | None:
+    """Repair a pool; return what it holds then, None if it is beyond repair."""
     report = check_pool(PLACE, host=disk.host, repair=True)
     left = {f.where for f in report.findings if not f.repaired and f.severity != "notice"}
     try:
@@ -198,7 +243,7 @@ def _repair(subject: Subject, images: Images, before: CheckReport) -> State | No
     except Corruption:
         assert left and not before.clean
         return None
-    journal_damaged = any("/journal" in f.where for f in report.findings)
+    journal_damaged = any("journal" in f.where.split()[0] for f in report.findings)
     _assert_legal(subject, state, may_be_old=journal_damaged)
     again = check_pool(PLACE, host=disk.host)
     assert {f.where for f in again.findings} == left, "repair left, or told, something else"
@@ -236,6 +281,19 @@ def batch(number: int) -> Iterator[Case]:
         yield byte_case(kind, *place)
 
 
+def page_cases() -> Iterator[Case]:
+    """An unreadable page in each structure of each pool: all blocks, and all of the journal."""
+    for subject in subjects().values():
+        pages = {
+            (region.file, offset - offset % PAGE): None
+            for region in subject.regions
+            if region.kind != "dead slot"
+            for offset in range(region.start, region.stop, PAGE)
+        }
+        for file, offset in pages:
+            yield Case(subject.name, file, PAGE_KIND, offset, PAGE)
+
+
 def large_case(rng: random.Random) -> Case:
     """Damage to a sector or a block somewhere, more often where there is something."""
     subject = rng.choice([*subjects().values()])
@@ -252,8 +310,10 @@ def large_case(rng: random.Random) -> Case:
 
 
 def run_seed(seed: int) -> Counter[str]:
-    """Judge one batch of bytes and one larger case; return what came of them."""
+    """Judge one batch of bytes, a larger case and a bad page; return what came of them."""
     outcomes = Counter(judge(case) for case in batch(seed))
+    pages = [*page_cases()]
+    outcomes[f"page: {judge(pages[seed % len(pages)])}"] += 1
     outcomes[f"larger: {judge(large_case(random.Random(seed)))}"] += 1
     return outcomes
 

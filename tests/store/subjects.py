@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from nbdstore.errors import Corruption
+from nbdstore.errors import Corruption, ReadFailed
 from nbdstore.store import Pool, PoolOptions, Volume
 from nbdstore.store.check import check_pool
 from nbdstore.store.journal import ALIGNMENT, HEADER_SIZE, Reader
@@ -81,7 +81,7 @@ async def look_at(volume: Volume) -> Blocks:
             raw = joined(await volume.read(start * BLOCK, (stop - start) * BLOCK))
             for block in range(start, stop):
                 found[block] = raw[(block - start) * BLOCK :][:BLOCK]
-        except Corruption:
+        except (Corruption, ReadFailed):
             for block in range(start, stop):
                 found[block] = await _one(volume, block)
     return found
@@ -90,7 +90,7 @@ async def look_at(volume: Volume) -> Blocks:
 async def _one(volume: Volume, block: int) -> bytes | None:
     try:
         return joined(await volume.read(block * BLOCK, BLOCK))
-    except Corruption:
+    except (Corruption, ReadFailed):
         return None
 
 
