@@ -5,6 +5,7 @@
 #
 #   make lint types    the quick checks
 #   make tests         the tests alone; ARGS="tests/store -k journal" chooses
+#   make soak          the long tests, for MINUTES=10, from SEED=... on; see tests/soak.py
 #   make memory-test   100 volumes of 1 TiB with 1 GiB in each: 100 GiB of disk, a quarter of an hour
 #   make bench-quick   nbdstore beside nbdkit, qemu-nbd and nbd-server, in under three minutes
 #   make bench         every benchmark; ARGS="fsync --rounds 9" chooses; see benchmarks/README.md
@@ -17,9 +18,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 ARGS ?=
+MINUTES ?= 10
+SEED ?=
 LISTEN ?= 127.0.0.1:10809
 
-.PHONY: serve test lint types tests memory-test bench bench-quick format packages clean
+.PHONY: serve test lint types tests soak memory-test bench bench-quick format packages clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.ready
@@ -39,6 +42,9 @@ types: $(VENV)/.ready-test
 
 tests: $(VENV)/.ready-test
 	$(BIN)/pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal $(ARGS)
+
+soak: $(VENV)/.ready-test
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 memory-test: $(VENV)/.ready-test
 	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py
