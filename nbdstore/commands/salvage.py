@@ -152,8 +152,7 @@ def _copy_all(pool: SalvagedPool, output: Path) -> Report:
     except OSError as error:
         raise NbdstoreError(f"cannot make '{output}': {error.strerror}") from error
     copied = [_copy(pool, volume, output) for _, volume in sorted(pool.volumes.items())]
-    faults = [str(fault) for fault in pool.faults]
-    return Report(copied, faults, pool.journal_damaged, pool.dropped)
+    return Report(copied, [*pool.faults], pool.journal_damaged, pool.dropped)
 
 
 def _copy(pool: SalvagedPool, volume: Volume, output: Path) -> Copied:

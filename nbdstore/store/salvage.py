@@ -56,7 +56,8 @@ class SalvagedPool:
 
     Attributes:
         volumes: by name; reading what is lost raises Corruption or ReadFailed, writing WriteFailed.
-        faults: what is wrong with the pool as far as opening, and reading since, has found.
+        faults: what is wrong with the pool as far as opening, and reading since, has found; by
+            what they say.
         journal_damaged: the volumes are as they were before the damage to the journal.
         dropped: volumes without unsynced writes that a crash took, as after any recovery.
     """
@@ -70,7 +71,8 @@ class SalvagedPool:
             Corruption, ReadFailed: no superblock, or no copy of the catalogue, is whole.
         """
         self.directory = directory
-        self.faults: list[Corruption | ReadFailed] = []
+        self.faults: dict[str, Corruption | ReadFailed] = {}
+        self._newest_fault = ""
         self.journal_damaged = False
         self._disk = host.disk(directory, read_only=True)
         try:
@@ -84,7 +86,7 @@ class SalvagedPool:
         self.volumes = opened.registry.by_name
         for volume in opened.registry.by_id.values():
             volume.durable_seq = volume.last_seq  # a flush has nothing to do
-        self.faults += opened.report.spare_faults
+        self.faults |= {str(fault): fault for fault in opened.report.spare_faults}
         self.dropped = [opened.registry.by_id[n].name for n in opened.report.dropped]
 
     def _open(self, host: Host) -> recovery.Opened:
@@ -96,8 +98,8 @@ class SalvagedPool:
         self.journal_damaged = True
 
     def _add(self, fault: Corruption | ReadFailed) -> None:
-        if str(fault) not in map(str, self.faults):
-            self.faults.append(fault)
+        self._newest_fault = str(fault)
+        self.faults[self._newest_fault] = fault
 
     def close(self) -> None:
         """Let go of the pool."""
@@ -145,9 +147,9 @@ class SalvagedPool:
         """Yield what blocks `[start, stop)`, of one leaf, hold."""
         blocks = volume.map
         leaf = start >> blocks.leaf_shift
+        self._newest_fault = ""
         load_now(self._core, blocks, start, start + 1, volume.name)
-        told = [str(f) for f in self.faults if f"map of {volume.name}, leaf {leaf} " in str(f)]
-        reason = told[0] if told else "given up by a repair"
+        reason = self._newest_fault or "the way to it was damaged"
         locations = blocks.locations(start, stop)
         lost, held = layout.is_lost(locations), layout.holds_slot(locations)
         kinds = lost * 1 + held * 2
