@@ -10,6 +10,7 @@ nobody is measured while another one's data goes to disk.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +49,27 @@ class Plan:
             found.setdefault(row.stage, []).append(row)
         return found
 
-    def cost_s(self, row: Row, runtime_s: float) -> float:
+    def row_s(self, row: Row, n_peers: int, runtime_s: float) -> float:
         """About how long a row takes."""
-        return self.rounds * len(self.peers) * (runtime_s + row.cost_s)
+        return self.rounds * n_peers * (runtime_s + row.cost_s)
 
-    def preparing_s(self, stage: Stage) -> float:
+    def preparing_s(self, stage: Stage, n_peers: int) -> float:
         """About how long it takes to prepare a stage: 500 MB/s, 30,000 overwrites a second."""
         written_s = stage.stored_bytes / 500e6 + stage.aging_writes / 30e3
-        return len(self.peers) * (1 + written_s + 0.002 * stage.n_volumes)
+        return n_peers * (1 + written_s + 0.002 * stage.n_volumes)
+
+    def takes_s(self, runtime_s: float) -> float:
+        """About how long everything takes."""
+        total_s = 0.0
+        for stage, rows in self.stages().items():
+            counts = [len(self.able(row)) for row in rows]
+            total_s += self.preparing_s(stage, max(counts))
+            total_s += sum(map(self.row_s, rows, counts, itertools.repeat(runtime_s)))
+        return total_s
+
+    def able(self, row: Row) -> list[Peer]:
+        """The peers that can be measured in a row."""
+        return [peer for peer in self.peers if why_left_out(row, peer) is None]
 
 
 def rotated(items: Sequence[Item], n: int) -> list[Item]:
@@ -102,13 +116,8 @@ class Runner:
 
     def run(self) -> None:
         """Measure everything."""
-        stages = self._plan.stages()
-        runtime_s = self._tools.runtime_s
-        self._progress.begin(
-            sum(map(self._plan.preparing_s, stages))
-            + sum(self._plan.cost_s(row, runtime_s) for row in self._plan.rows)
-        )
-        for number, (stage, rows) in enumerate(stages.items()):
+        self._progress.begin(self._plan.takes_s(self._tools.runtime_s))
+        for number, (stage, rows) in enumerate(self._plan.stages().items()):
             self._stage(number, stage, [(row, self._begin(row)) for row in rows])
 
     def _begin(self, row: Row) -> RowResult:
@@ -133,15 +142,16 @@ class Runner:
                 if peer.name not in result.left_out:
                     result.failed[peer.name] = reason
 
-        self._progress.stage(describe(stage))
         directory = self._plan.directory / f"stage-{number}"
         try:
             if peers:
+                self._progress.stage(describe(stage))
                 with bed(stage, peers, directory, self._credentials, self._tools, failed) as beds:
-                    self._progress.advance(self._plan.preparing_s(stage))
+                    self._progress.advance(self._plan.preparing_s(stage, len(peers)))
                     for index, (row, result) in enumerate(rows):
                         self._row(index, row, result, beds)
         except LeftOut as reason:
+            self._progress.say(f"left out: {reason}")
             for result in results:
                 result.left_out |= {peer.name: str(reason) for peer in peers}
         self._results.rows += [result for result in results if result not in self._results.rows]
@@ -157,7 +167,8 @@ class Runner:
                 self._progress.sample(f"{row.name}, round {number + 1}: {name}")
                 self._sample(row, result, name, servers[name], is_first=number == 0)
         self._progress.row(result)
-        self._progress.advance(self._plan.cost_s(row, self._tools.runtime_s))
+        planned = len(self._plan.able(row))
+        self._progress.advance(self._plan.row_s(row, planned, self._tools.runtime_s))
         self._save()
 
     def _sample(

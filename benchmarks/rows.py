@@ -31,6 +31,8 @@ WRITES: Final = Goal(3.0)
 SEVERAL_FLUSH: Final = Goal(2.0)
 COSTS_20_PERCENT_MORE: Final = 1 / 1.2
 
+TREE_BYTES: Final = 2 * GIB  # of the volume that a source tree is unpacked on
+
 _KERNEL: Final = ("/dev/nbd0", "nbd-client", "root")
 _LOOP: Final = ("root", "/dev/fuse", "/dev/loop-control", "nbdfuse", "fusermount3", "losetup")
 _EXT4: Final = ("mkfs.ext4", "mount", "umount", "tar")
@@ -245,7 +247,7 @@ def filesystem_rows(scale: Scale) -> list[Row]:
             group="filesystem",
             question="How long do mkfs.ext4, unpacking a source tree and removing it take?",
             unit=Unit.SECONDS,
-            stage=Stage(name="filesystem", size=8 * GIB, filling=Filling.NOTHING),
+            stage=Stage(name="filesystem", size=TREE_BYTES, filling=Filling.NOTHING),
             measure=SourceTree(devices.loop),
             goal=AS_FAST,
             needs_host=(*_LOOP, *_EXT4),
@@ -273,7 +275,7 @@ def kernel_rows(disk: Stage) -> list[Row]:
         group="kernel",
         question="How long do mkfs.ext4, unpacking a source tree and removing it take?",
         unit=Unit.SECONDS,
-        stage=Stage(name="kernel filesystem", size=8 * GIB, filling=Filling.NOTHING),
+        stage=Stage(name="kernel filesystem", size=TREE_BYTES, filling=Filling.NOTHING),
         measure=SourceTree(devices.kernel),
         goal=AS_FAST,
         needs_host=(*_KERNEL, *_EXT4),
