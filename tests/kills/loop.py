@@ -18,8 +18,10 @@ import signal
 from dataclasses import dataclass, field
 from typing import Final
 
+from nbdstore.control.client import ControlClient
 from nbdstore.protocol.agreement import ReplyMode
 from tests.clients.served_pool import ServedPool
+from tests.kills.administrator import Administrator
 from tests.load.figures import Figures
 from tests.load.model import VolumeModel
 from tests.load.worker import Worker, read_volume
@@ -75,6 +77,7 @@ class Tally:
     figures: Figures = field(default_factory=Figures)
     endings: dict[str, int] = field(default_factory=dict)
     kills_in_recovery: int = 0
+    administered: int = 0
     lost_in_flight: int = 0
     """Changes that were on their way when a server ended."""
 
@@ -90,6 +93,7 @@ class Tally:
             "kills of a recovery": self.kills_in_recovery,
             **{f"servers {ending}": n for ending, n in sorted(self.endings.items())},
             "changes in flight at an end": self.lost_in_flight,
+            "changes of volumes acknowledged": self.administered,
             "requests acknowledged": self.figures.n_requests,
             "bytes verified under load": self.figures.bytes_verified,
         }
@@ -115,6 +119,9 @@ class KillLoop:
         pool.create(
             *("--block-size", str(geometry.block_size), "--capacity", str(geometry.capacity)),
             *("--journal-size", str(geometry.journal_size)),
+        )
+        self.administrator = Administrator(
+            ControlClient(f"unix:{pool.directory}/control.sock"), random.Random(source.random())
         )
         for number, size in enumerate(geometry.volume_sizes, start=1):
             name = f"volume-{number}"
@@ -173,13 +180,17 @@ class KillLoop:
         # In a full pool all connections may end up with a write that is held.
         asyncio.get_running_loop().call_later(MAX_LOAD_S, end)
         results = await asyncio.gather(
-            *(worker.run(go_on) for worker in workers), return_exceptions=True
+            self.administrator.run(),
+            *(worker.run(go_on) for worker in workers),
+            return_exceptions=True,
         )
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, ConnectionError):
                 raise result
         for worker in workers:
             worker.client.writer.transport.abort()
+        self.tally.administered += self.administrator.n_calls
+        self.administrator.n_calls = 0
         n_in_flight = sum(len(model.in_flight) for model in self.models.values())
         self.tally.lost_in_flight += n_in_flight
 
@@ -208,6 +219,7 @@ class KillLoop:
     # --- Afterwards ---
 
     async def _verify(self) -> None:
+        self.administrator.recovered()
         for name, model in self.models.items():
             client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
             await client.go(name)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdstore.protocol.client import build_option
 from nbdstore.protocol.constants import REQUEST, REQUEST_MAGIC, Command, Option
-from tests.load.scene import Scene
 from tests.server.nbd_client import NbdClient
+
+if TYPE_CHECKING:
+    from tests.load.scene import Scene
 
 MIB: Final = 1 << 20
 STAY_S: Final = (0.5, 6.0)

@@ -23,6 +23,7 @@ from nbdstore.control.client import ControlClient
 from nbdstore.protocol.agreement import ReplyMode
 from tests.clients.served_pool import ServedPool
 from tests.load.figures import Figures
+from tests.load.hostile import misbehave
 from tests.load.model import VolumeModel
 from tests.load.vitals import Vitals, look_at
 from tests.load.worker import Worker, read_volume
@@ -128,8 +129,6 @@ class Scene:
     async def _load(
         self, source: random.Random, seconds: float, report: Callable[[str], None]
     ) -> None:
-        from tests.load.hostile import misbehave
-
         end = time.monotonic() + seconds
         n_hostile = round(self.n_connections * HOSTILE_SHARE)
 
