@@ -83,7 +83,8 @@ class Scene:
         self.pool.create("--capacity", "1G", "--journal-size", "32M")
         self.pool.start(
             *("--client-memory", str(CLIENT_MEMORY), "--stall-timeout", str(STALL_TIMEOUT_S)),
-            *("--full-timeout", "0", "--max-connections", str(self.n_connections + 8)),
+            # Connections that have left count until what they were sent has been read.
+            *("--full-timeout", "0", "--max-connections", str(self.n_connections * 5 // 4)),
         )
         control = self._control
         control.create_volume("hostile", HOSTILE_BYTES)
