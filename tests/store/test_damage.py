@@ -54,6 +54,25 @@ def test_a_damaged_superblock_never_brings_an_older_checkpoint_back(copy: int) -
     assert found[0][512 << 10 :][: len(LARGE)] == LARGE
 
 
+@pytest.mark.parametrize("copy", [0, 1])
+def test_the_only_whole_superblock_is_never_the_first_to_be_overwritten(copy: int) -> None:
+    scene = Scene()
+    files = played(scene)
+    expected = recover(SimulatedDisk(files), Spread())
+    images = {name: bytearray(image) for name, image in files.items()}
+    images["super"][copy * BLOCK + 77] ^= 1
+    scene.begin_again(images)
+
+    async def nothing_else(_pool: Pool) -> None:
+        pass
+
+    scene.play(nothing_else, close=True)
+    torn = Crash(applied=dict.fromkeys(("super", "journal", "data"), 0.0), ruined=1.0)
+    for moment in range(len(scene.disk.events) + 1):
+        crashed = crash_images(scene.disk, moment, torn, random.Random(moment))
+        assert recover(SimulatedDisk(crashed), Spread()) == expected
+
+
 # -- the journal -------------------------------------------------------------------------------
 
 
