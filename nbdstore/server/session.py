@@ -347,7 +347,8 @@ class Session:
         else:
             self._n_partial += n_bytes
         if self._parser.direct_bytes != self._receiving:
-            self._ask_for_room()
+            # Asked for when it is its turn: what comes before it may need that room.
+            self._is_short = True
             self._settle()
 
     def _release(self) -> None:

@@ -106,6 +106,22 @@ async def test_a_large_request_waits_for_its_turn(serve, connect):
     assert await reading == bytes(8 * MIB)
 
 
+async def test_a_payload_does_not_take_the_room_of_what_comes_before_it(serve, connect):
+    """A large read waits until nobody uses the common part, also the write that comes behind it."""
+    await serve(limits=Limits(max_connections=8, max_client_bytes=4 * MIB))
+    client = await connect()
+    await client.go()
+    start = client.transmission.request
+    requests = [start(Command.READ, 0, 1), start(Command.READ, 0, 3 * MIB)]
+    requests.append(start(Command.WRITE, 0, payload=bytes(MIB)))
+    raw = b"".join(data for _, data in requests)
+    client.send(raw[:1000])
+    await asyncio.sleep(0)
+    client.send(raw[1000:])
+    for cookie, _ in requests:
+        assert (await client.reply(cookie)).error == 0
+
+
 async def test_all_go_on_when_there_is_room_again(pool, serve, connect):
     """Writes held by a full pool take the budget; what waited for it is served afterwards."""
     await serve(limits=small_budget())
