@@ -64,7 +64,9 @@ class Administrator:
         return f"v{self._n_names}"
 
     def _some_export(self) -> Export | None:
-        exports = [e for e in self._world.exports.values() if not e.leaving]
+        exports = [
+            e for e in self._world.exports.values() if not e.leaving and e.resizing_to is None
+        ]
         return self._random.choice(exports) if exports else None
 
     async def _create(self) -> None:
@@ -102,28 +104,41 @@ class Administrator:
         world, export = self._world, self._some_export()
         if export is None:
             return
-        old, new = export.names[0], self.new_name()
-        export.names = [old, new]
+        before, new = export.names, self.new_name()
+        export.names = [*before, new]
         try:
             await world.process.ask(world.pool.rename_volume(world.volume(export), new))
         except NbdstoreError:
-            export.names = [old]
+            export.names = before
             raise
         export.names = [new]
 
     async def _grow(self) -> None:
-        world, export = self._world, self._some_export()
-        if export is None or export.n_cells > 2 * world.plan.cells:
-            return
-        n_cells = export.n_cells + self._random.choice((1, 8, 1000))
-        export.growing_to = n_cells
-        size = export.spread.end(n_cells * CELL)
+        export = self._some_export()
+        if export and not export.was_shrunk and export.n_cells < 2 * self._world.plan.cells:
+            await self._resize(export, export.n_cells + self._random.choice((1, 8, 1000)))
+
+    async def _shrink(self) -> None:
+        export = self._some_export()
+        if export and export.n_cells > 8:
+            await self._resize(export, self._random.randint(8, export.n_cells - 1))
+
+    async def _resize(self, export: Export, n_cells: int) -> None:
+        world, size = self._world, export.spread.end(n_cells * CELL)
+        export.begin_resize(n_cells)
+        change = world.pool.resize_volume(world.volume(export), size, force=True)
         try:
-            await world.process.ask(world.pool.resize_volume(world.volume(export), size))
+            await world.process.ask(change)
         except NbdstoreError:
-            export.growing_to = None
+            export.resizing_to = None
             raise
-        export.grown()
+        export.resized()
+
+    async def _enlarge(self) -> None:
+        """Make the pool larger."""
+        capacity = self._world.pool.status()["capacity"]
+        if capacity < 64 << 20:
+            await self._world.process.ask(self._world.pool.grow(capacity + (1 << 20)))
 
     async def _relieve(self) -> None:
         """Give some of the space back that the ballast takes, or take it again."""
@@ -138,6 +153,14 @@ class Administrator:
 
     async def _checkpoint(self) -> None:
         await self._world.process.ask(self._world.pool.checkpoint())
+
+    async def _settle(self) -> None:
+        """Do what the pool's own housekeeping does after seconds: free slots as soon as may be."""
+        await self._world.process.ask(self._world.pool._committer.settle())
+
+    async def _evict(self) -> None:
+        """Do what it does for want of memory: forget all leaves that are clean."""
+        self._world.pool._services.memory.balance(1 << 20)
 
     # --- The server --------------------------------------------------------------------------
 

@@ -221,19 +221,16 @@ class Connection:
             if not self.in_flight or self.stalled:
                 continue
             waited = self._loop.time() - min(s.sent_s for s in self.in_flight.values())
+            if waited > ANSWER_S:
+                self._complain("not answered")
             if waited > patience:
-                self._complain_if(waited > ANSWER_S)
                 self._world.n_timeouts += 1
                 self.drop("tired of waiting")
-            self._complain_if(waited > ANSWER_S)
-
-    def _complain_if(self, overdue: bool) -> None:
-        if overdue and not self._sock.link.is_silent and not self._sock.link.is_paused:
-            self._complain("not answered")
 
     def _complain(self, what: str) -> None:
+        """Nothing has come for long: that is wrong, unless the network is to blame."""
         link = self._sock.link
-        if not link.is_silent and not link.is_paused and not link.server.closed:
+        if link.is_quiet and not link.is_silent and not link.server.closed:
             waiting = [str(s.request) for s in self.in_flight.values()]
             self._world.fail(Wrong(f"{self.name}: {what} in {ANSWER_S:g} s: {waiting}"))
 

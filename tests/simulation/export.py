@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.client import Reply
 from tests.simulation.connection import Connection, Lost, Refused
-from tests.simulation.oracle import CELL, History, Stamps, zero_stamps
+from tests.simulation.oracle import CELL, Effect, History, Stamps, zero_stamps
 from tests.simulation.requests import Request
 from tests.store.workload import Spread
 
@@ -32,6 +32,9 @@ class Export:
 
     Attributes:
         id: of the volume.
+        block_cells: cells in a block of the store.
+        resizing_to: the size that it is to have.
+        smallest: the least of its sizes, the one to come included.
         names: those that it may have now; several while it is being renamed.
         n_cells: its size.
         errors: which error replies there is a reason for.
@@ -45,10 +48,13 @@ class Export:
         self.id = volume_id
         self.names = [name]
         self.n_cells = n_cells
-        self.growing_to: int | None = None
+        self.block_cells = world.plan.block_size // CELL
+        self.resizing_to: int | None = None
+        self.smallest = n_cells
         self.spread = spread
         self.history = History(zero_stamps(n_cells))
         self.leaving = False
+        self._shrunk = False
         self.machine = Machine(world, self)
 
     @property
@@ -58,17 +64,36 @@ class Export:
     def count_error(self) -> None:
         self._world.n_errors += 1
 
-    def grown(self) -> None:
-        """It has the size that it was to grow to."""
-        assert self.growing_to is not None
-        self.n_cells, self.growing_to = self.growing_to, None
+    @property
+    def was_shrunk(self) -> bool:
+        """Whether requests may be under way to where it was once.
+
+        They would have an effect if it grew again, which the model does not know of.
+        """
+        return self.smallest < self.n_cells or self._shrunk
+
+    def begin_resize(self, n_cells: int) -> None:
+        """It is to have another size."""
+        self.resizing_to = n_cells
+        if n_cells < self.n_cells:
+            self._shrunk = True
+            self.smallest = min(self.smallest, n_cells)
+            now = self._world.trace.note("shrinking", self.id, "to", n_cells)
+            effect = Effect(0, n_cells, self.n_cells, now, whole=False)
+            self.history.begin(effect)
+
+    def resized(self) -> None:
+        """It has the size that it was to have."""
+        assert self.resizing_to is not None
+        self.n_cells, self.resizing_to = self.resizing_to, None
         self.history.grow(self.n_cells)
+        self.history.cut(self.n_cells)
 
     def begin_anew(self, found: Stamps) -> None:
         """After a crash it is known again what the volume holds."""
         self.history = History(found)
         self.n_cells = len(found)
-        self.growing_to = None
+        self.resizing_to = None
 
 
 class Machine:
@@ -106,8 +131,8 @@ class Machine:
         known = [spread.offset(size) // CELL for size in sizes]
         return min([self._export.n_cells, *known])
 
-    async def submit(self, request: Request) -> Reply:
-        """Have a request served, whatever happens to connections.
+    async def submit(self, request: Request) -> Reply | None:
+        """Have a request served, whatever happens to connections; None if it makes no sense now.
 
         Raises:
             Removed: the export does not exist any more.
@@ -115,9 +140,9 @@ class Machine:
         while True:
             connection = await self._choose()
             if request.stop > self._export.n_cells:
-                # A crash has taken back that the volume grew.
+                # It was shrunk, or a crash has taken back that it grew.
                 request.give_up(self._world.trace.now)
-                raise Removed
+                return None
             try:
                 return await connection.perform(request)
             except Lost:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdstore.protocol.constants import Command, CommandFlag
 from tests.simulation.export import Export, Removed
-from tests.simulation.oracle import CELL, CELLS_IN_BLOCK
+from tests.simulation.oracle import CELL
 from tests.simulation.requests import Request
 from tests.store.workload import WINDOW
 
@@ -62,6 +62,7 @@ STYLES: Final = (
     Style((6, 2, 0, 1, 0, 1, 2), longest=512, depth=8, fua=0.0),  # a reader
     Style((2, 8, 1, 1, 1, 0, 0), longest=8, depth=32, pauses_s=(0.0,), hot=16),  # a crowd
     Style((1, 2, 1, 4, 4, 0, 2), longest=1024, depth=3),  # a cleaner
+    Style((1, 3, 1, 0, 0, 0, 0), longest=10_000, depth=2, fua=0.0),  # one with large pages
 )
 
 
@@ -122,7 +123,7 @@ class Job:
         near = self._style.hot if rng.random() < 0.5 else n_cells
         first = rng.randrange(max(1, min(near, n_cells - length + 1)))
         if rng.random() < 0.5:  # whole blocks
-            first -= first % CELLS_IN_BLOCK
-            length += -length % CELLS_IN_BLOCK
+            first -= first % self._export.block_cells
+            length += -length % self._export.block_cells
         stop = min(first + length, n_cells, (first // _WINDOW_CELLS + 1) * _WINDOW_CELLS)
         return first, stop

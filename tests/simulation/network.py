@@ -27,6 +27,7 @@ from typing import Final
 
 from tests.simulation.world_loop import Trace, Watch, is_ghost
 
+QUIET_S: Final = 10.0
 KEEPALIVE_S: Final = 120.0
 """A silent peer is given up after this (connection.py, KEEPALIVE_...)."""
 RETRANSMISSION_S: Final = 924.0
@@ -118,6 +119,7 @@ class Link:
         self._network = network
         self._random = random.Random(network.random.random())
         self._free_from = 0.0
+        self._moved_at = 0.0
         self.name = name
         self.is_silent = False
         """Nothing passes any more."""
@@ -133,11 +135,13 @@ class Link:
         if self._random.random() < weather.pauses:
             self._free_from = loop.time() + self._random.uniform(0.1, 20.0)
         delay = self._random.choice(weather.delays) * self._random.uniform(0.5, 2.0)
-        loop.call_at(max(loop.time() + delay, self._free_from), step)
+        self._moved_at = max(loop.time() + delay, self._free_from)
+        loop.call_at(self._moved_at, step)
 
     @property
-    def is_paused(self) -> bool:
-        return self._network.loop.time() < self._free_from
+    def is_quiet(self) -> bool:
+        """Whether no bytes have been on their way lately."""
+        return self._network.loop.time() > self._moved_at + QUIET_S
 
     def choose(self, most: int) -> int:
         """How many bytes the next step takes."""

@@ -30,8 +30,6 @@ import numpy as np
 import numpy.typing as npt
 
 CELL: Final = 512
-BLOCK: Final = 4096
-CELLS_IN_BLOCK: Final = BLOCK // CELL
 _WORDS: Final = CELL // 8
 _CELL_BITS: Final = 24
 NEVER: Final = 1 << 62
@@ -182,6 +180,15 @@ class History:
         more = np.zeros(max(0, n_cells - self.n_cells), np.uint64)
         self.base = np.concatenate([self.base, more])
 
+    def cut(self, n_cells: int) -> None:
+        """The volume has become smaller."""
+        self.base = self.base[:n_cells]
+        self._cells = {cell: found for cell, found in self._cells.items() if cell < n_cells}
+
+    def _there(self, first: int, stop: int) -> range:
+        """The cells `[first, stop)` that the volume has, and not only had."""
+        return range(first, min(stop, self.n_cells))
+
     def _candidates(self, cell: int) -> list[Candidate]:
         found = self._cells.get(cell)
         if found is None:
@@ -195,7 +202,7 @@ class History:
         if effect.whole:
             self._effects[effect.serial] = effect
         horizon = min([self.durable, *self._reads.values()])
-        for cell in range(effect.first, effect.stop):
+        for cell in self._there(effect.first, effect.stop):
             found = self._candidates(cell)
             if any(c.dead <= horizon for c in found):
                 found[:] = [c for c in found if c.dead > horizon]
@@ -205,7 +212,7 @@ class History:
         """A change was acknowledged; `durable` with FUA."""
         effect.acked = min(effect.acked, now)
         self._effects.pop(effect.serial, None)
-        for cell in range(effect.first, effect.stop):
+        for cell in self._there(effect.first, effect.stop):
             for candidate in self._candidates(cell):
                 if candidate.gone < effect.start:
                     candidate.dead = min(candidate.dead, effect.acked)
@@ -231,7 +238,8 @@ class History:
         Raises:
             Wrong: it cannot have been there.
         """
-        for cell, value in enumerate(found.tolist(), first):
+        for cell in self._there(first, first + len(found)):
+            value = int(found[cell - first])
             candidates = self._candidates(cell)
             if not any(c.value == value and c.start < now and c.dead > start for c in candidates):
                 raise Wrong(self._explain(cell, value, f"read from {start} to {now}"))
@@ -241,7 +249,7 @@ class History:
 
     def check_zeros(self, first: int, stop: int, start: int, now: int) -> None:
         """A block status said that cells `[first, stop)` read as zeros."""
-        for cell in range(first, stop):
+        for cell in self._there(first, stop):
             if cell in self._cells or self.base[cell]:
                 candidates = self._candidates(cell)
                 if not any(not c.value and c.start < now and c.dead > start for c in candidates):
@@ -303,7 +311,7 @@ class History:
 
     def _check_whole(self, effect: Effect, found: Stamps) -> None:
         """Assert that a change that was never acknowledged is there whole or not at all."""
-        cells = range(effect.first, effect.stop)
+        cells = self._there(effect.first, effect.stop)
         there = [cell for cell in cells if self._is_seen(effect, cell, int(found[cell]))]
         if not there:
             return

@@ -20,6 +20,9 @@ WAN: Final = (0.001, 0.01, 0.03)
 NARROW: Final = Limits(max_in_flight=8, max_held_bytes=256 << 10, max_unsent_bytes=64 << 10)
 """Bounds that honest clients meet all the time."""
 
+SCARCE: Final = Limits(max_connections=64, max_client_bytes=512 << 10)
+"""So little memory that clients wait for each other."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,6 +32,8 @@ class Plan:
         weather: of the network.
         capacity: of the pool, in bytes.
         ballast: what of it is taken up by a volume that nobody writes, in bytes.
+        block_size: of the pool.
+        punches: freed space goes back to the host as soon as may be.
         n_exports, n_jobs, n_requests: how many; jobs are per export, requests per job.
         cells: sizes of exports, in cells, are drawn up to this.
         spread: where the content of an export lies.
@@ -45,6 +50,8 @@ class Plan:
     weather: Weather = field(default_factory=Weather)
     capacity: int = 24 << 20
     ballast: int = 0
+    block_size: int = 4096
+    punches: bool = False
     n_exports: int = 2
     n_jobs: int = 2
     n_requests: int = 100
@@ -62,7 +69,8 @@ class Plan:
     @property
     def may_fill(self) -> bool:
         """Whether writes may find no space."""
-        return bool(self.ballast) or self.trouble == "full"
+        much = self.block_size > 4096 or self.cells > 2048
+        return bool(self.ballast) or much or self.trouble == "full"
 
 
 def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
@@ -73,12 +81,14 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
         weather=_choose_weather(rng),
         capacity=(16 if small else 24) << 20,
         ballast=rng.choice((26, 28, 29)) << 19 if small else 0,
+        block_size=4096 if small else rng.choice((4096, 4096, 4096, 16384, 65536)),
+        punches=rng.random() < 0.2,
         n_exports=rng.choice((1, 2, 3)),
         n_jobs=rng.choice((1, 2, 3)),
         n_requests=int(rng.choice((30, 100, 200)) * scale),
-        cells=rng.choice((4096, 8192) if small else (64, 512, 4096)),
+        cells=rng.choice((4096, 8192) if small else (64, 512, 512, 4096, 16384)),
         spread=Spread(rng.choice((WINDOW, WINDOW, WINDOW, 300 << 20, 70 << 30))),
-        limits=NARROW if rng.random() < 0.3 else Limits(),
+        limits=rng.choice((Limits(), Limits(), NARROW, SCARCE)),
         options=_choose_options(rng),
         share_uncached=rng.choice((0.0, 0.1, 0.9)),
         trouble=rng.choice(("", "", "", "", "full", "errors", "broken")),
@@ -92,6 +102,10 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
             "delete": rng.choice((0, 0, 1)),
             "rename": 1,
             "grow": 1,
+            "shrink": rng.choice((0, 0, 1)),
+            "enlarge": int(small),
+            "settle": rng.choice((0, 2)),
+            "evict": rng.choice((0, 2)),
             "relieve": int(small),
             "checkpoint": rng.choice((0, 1)),
             "wait": 2,

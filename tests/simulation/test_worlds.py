@@ -17,7 +17,7 @@ from tests.simulation.plan import choose_plan
 from tests.simulation.world import run_world
 
 ROOT = Path(__file__).parents[2]
-SCALE = 0.4
+SCALE = 0.25
 """Of the number of requests; `python -m tests.simulation` does it all."""
 
 
@@ -32,8 +32,8 @@ def test_nothing_is_lost(first: int) -> None:
 DIGEST = """
 from tests.simulation.plan import choose_plan
 from tests.simulation.world import run_world
-for seed in (9, 14, 19):
-    print(run_world(seed, choose_plan(seed, scale=0.3)).trace.digest)
+for seed in (3, 6, 8):
+    print(run_world(seed, choose_plan(seed, scale=0.2)).trace.digest)
 """
 
 

@@ -8,14 +8,16 @@ task, no connection, no held write, no finding of a check.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
 import tempfile
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 from nbdstore.errors import NbdstoreError
 from nbdstore.protocol.constants import Errno
@@ -51,11 +53,17 @@ class _SeededHost(LocalHost):
 
 
 @functools.cache
-def new_pool(capacity: int) -> dict[str, bytes]:
+def new_pool(capacity: int, block_size: int) -> dict[str, bytes]:
     """The files of a pool that was just made, always the same."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory) / "pool"
-        Pool.create(place, capacity=capacity, journal_size=1 << 20, host=_SeededHost())
+        Pool.create(
+            place,
+            block_size=block_size,
+            capacity=capacity,
+            journal_size=1 << 20,
+            host=_SeededHost(),
+        )
         return {name: bytes(image) for name, image in load_images(place).items()}
 
 
@@ -260,9 +268,10 @@ class World:
             name, size, stamps = found.pop(export.id)
             if name not in export.names:
                 raise Wrong(f"volume {export.id} is called {name}, not {export.names}")
-            sizes = {export.n_cells, export.growing_to or export.n_cells}
+            sizes = {export.n_cells, export.resizing_to or export.n_cells}
             if size not in {n * CELL for n in sizes}:
                 raise Wrong(f"volume {export.id} has {size} bytes, not {sizes} cells")
+            export.history.cut(size // CELL)
             try:
                 export.history.check_crash(stamps, self.trace.now, lossless=lossless)
             except Wrong as error:
@@ -291,7 +300,10 @@ class World:
         course.result()
 
     async def _live(self) -> None:
-        images = {name: bytearray(raw) for name, raw in new_pool(self.plan.capacity).items()}
+        images = {
+            name: bytearray(raw)
+            for name, raw in new_pool(self.plan.capacity, self.plan.block_size).items()
+        }
         await self._boot(images, lossless=True)
         supervising = self.start(self.supervise())
         administrator = Administrator(self)
@@ -395,6 +407,20 @@ class _Alarm(logging.Handler):
             self._world.fail(wrong)
 
 
+@contextlib.contextmanager
+def _punching(soon: bool) -> Iterator[None]:
+    """While this lasts, freed space goes back to the host `soon`, or as usual."""
+    if not soon:
+        yield
+        return
+    with (
+        mock.patch("nbdstore.store.punching.KEEP_BYTES", 0),
+        mock.patch("nbdstore.store.punching.KEEP_SHARE", 1 << 30),
+        mock.patch("nbdstore.store.punching.WHILE_S", 0.5),
+    ):
+        yield
+
+
 def run_world(seed: int, plan: Plan) -> World:
     """Run one world to its end."""
     worlds: list[World] = []
@@ -413,7 +439,7 @@ def run_world(seed: int, plan: Plan) -> World:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR - 1)
     try:
-        with asyncio.Runner(loop_factory=WorldLoop) as runner:
+        with _punching(plan.punches), asyncio.Runner(loop_factory=WorldLoop) as runner:
             runner.run(main())
         for images in worlds[0].remains:
             assert_clean(images)
