@@ -91,6 +91,7 @@ class Corruption(StoreError):
     Arguments:
         where: file, offset and what should stand there.
         expected, found: checksums (or other values) as a person should see them.
+        advice: what to do next; not part of `fault`, for lists of many.
     """
 
     code = "corruption"
@@ -100,8 +101,8 @@ class Corruption(StoreError):
         self.expected = expected
         self.found = found
         self.advice = advice
-        message = f"{where}: expected {expected}, found {found}"
-        super().__init__(f"{message}; {advice}" if advice else message)
+        self.fault = f"{where}: expected {expected}, found {found}"
+        super().__init__(f"{self.fault}; {advice}" if advice else self.fault)
 
 
 class NoSpace(StoreError):

@@ -76,8 +76,14 @@ def _show(report: CheckReport, repair: bool) -> None:
         )
     )
     click.echo(f"checked {looked_at}: {_verdict(report)}")
-    if not report.clean and not repair:
-        note("'nbdstore check --repair' makes what is intact usable again")
+    if not report.clean:
+        note(
+            "what is damaged reads as an I/O error until it is written again; 'nbdstore salvage' "
+            "copies what is intact"
+            if repair
+            else "'nbdstore salvage' copies what is intact, 'nbdstore check --repair' makes that "
+            "usable in place"
+        )
 
 
 def _outcome(finding: Finding) -> str:

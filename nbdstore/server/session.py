@@ -69,8 +69,8 @@ _TEXTS: dict[int, str] = {
 }
 
 
-PROGRESS_BYTES = 1 << 20
-"""What a client must take, or send, within the timeout if it is not done then: 17 KB/s by the
+PROGRESS_BYTES = 160 << 10
+"""What a client must take, or send, within the timeout if it is not done then: 16 KB/s by the
 default, so that even a slow network is no stall."""
 
 

@@ -86,7 +86,7 @@ class SalvagedPool:
         self.volumes = opened.registry.by_name
         for volume in opened.registry.by_id.values():
             volume.durable_seq = volume.last_seq  # a flush has nothing to do
-        self.faults |= {str(fault): fault for fault in opened.report.spare_faults}
+        self.faults |= {_told(fault): fault for fault in opened.report.spare_faults}
         self.dropped = [opened.registry.by_id[n].name for n in opened.report.dropped]
 
     def _open(self, host: Host) -> recovery.Opened:
@@ -98,7 +98,7 @@ class SalvagedPool:
         self.journal_damaged = True
 
     def _add(self, fault: Corruption | ReadFailed) -> None:
-        self._newest_fault = str(fault)
+        self._newest_fault = _told(fault)
         self.faults[self._newest_fault] = fault
 
     def close(self) -> None:
@@ -203,8 +203,13 @@ class SalvagedPool:
         try:
             raw = self._core.reread_block(slot, volume.map.words[2 * block + 1], what)
         except (Corruption, ReadFailed) as error:
-            return self._lost(volume, block, block + 1, str(error))
+            return self._lost(volume, block, block + 1, _told(error))
         return next(self._intact(volume, block, memoryview(raw), 1))
+
+
+def _told(error: Corruption | ReadFailed) -> str:
+    """What is wrong, without the advice, which would be the same of each."""
+    return error.fault if isinstance(error, Corruption) else str(error)
 
 
 def _pieces(runs: list[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
