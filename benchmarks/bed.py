@@ -21,7 +21,7 @@ from tests.children import Children
 
 # Beyond what is written: copies that copy-on-write makes, journals, what ext4 keeps for itself.
 _SPACE_FACTOR: Final = 2.5
-_SPARE_BYTES: Final = 1 << 30
+_SPARE_BYTES: Final = 256 << 20
 
 
 def check_space(directory: Path, stage: Stage, n_peers: int) -> None:

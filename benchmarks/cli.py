@@ -94,6 +94,7 @@ def list_(patterns: Sequence[str], as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where results go. Default: benchmarks/results/TIME.",
 )
+@click.option("--plots/--no-plots", "with_plots", default=True, help="Whether to draw plots.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, not as a table.")
 def run(
     patterns: Sequence[str],
@@ -106,6 +107,7 @@ def run(
     against: Sequence[Path],
     disk: Path,
     output: Path | None,
+    with_plots: bool,
     as_json: bool,
 ) -> None:
     """Measure all rows, or those whose name or group fits ROW (which may have * and ?).
@@ -131,6 +133,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
     measured = _measure(scale, found, _peers(peers, against), disk, output)
+    _render(measured, output, with_plots=with_plots)
     click.echo(
         json.dumps(results.to_json(measured), indent=1) if as_json else report.markdown(measured)
     )
@@ -147,7 +150,7 @@ def report_(directory: Path, as_json: bool) -> None:
         loaded = results.load(directory)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"no results in {directory}: {error}") from error
-    _render(loaded, directory)
+    _render(loaded, directory, with_plots=True)
     click.echo(
         json.dumps(results.to_json(loaded), indent=1) if as_json else report.markdown(loaded)
     )
@@ -198,7 +201,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 def _measure(
     scale: Scale, found: Sequence[Row], peers: Sequence[Peer], disk: Path, output: Path
 ) -> Results:
-    """Measure, save and render; an interrupted run too."""
+    """Measure and save; an interrupted run too."""
     progress = Progress()
     if machine.is_busy():
         progress.say(f"the load average is {machine.load()}: figures of a busy machine mean little")
@@ -230,7 +233,6 @@ def _measure(
                 progress.say("interrupted: all servers are being stopped")
     measured.machine["load after"] = machine.load()
     _save(measured, output)
-    _render(measured, output)
     return measured
 
 
@@ -247,9 +249,11 @@ def _save(measured: Results, output: Path) -> None:
     results.save(measured, output)
 
 
-def _render(measured: Results, output: Path) -> None:
+def _render(measured: Results, output: Path, *, with_plots: bool) -> None:
     """Write the table and the plots."""
     (output / "results.md").write_text(report.markdown(measured))
+    if not with_plots:
+        return
     try:
         from benchmarks import plots
     except ImportError:

@@ -10,7 +10,7 @@ from benchmarks.model import Goal
 from benchmarks.results import Results, RowResult, Summary
 
 _LEGEND: Final = """\
-Each figure is the median of {rounds} rounds of {runtime_s:g} s, the smallest and the largest in
+Each figure is the median of {rounds} of {runtime_s:g} s, the smallest and the largest in
 brackets. *Ratio* is how many times as good nbdstore is as the best peer of that row: 2.0 is twice
 as many operations, or half the time or memory. *CPU* is what the server's processes used for each
 operation.
@@ -66,7 +66,8 @@ def _head(results: Results) -> str:
     unfinished = "" if results.finished else "\n**This run was interrupted: rows are missing.**\n"
     met = [results.is_goal_met(row) for row in results.rows]
     goals = f"Goals met: {met.count(True)} of {met.count(True) + met.count(False)}.\n"
-    legend = _LEGEND.format(rounds=results.rounds, runtime_s=results.runtime_s)
+    rounds = "1 round" if results.rounds == 1 else f"{results.rounds} rounds"
+    legend = _LEGEND.format(rounds=rounds, runtime_s=results.runtime_s)
     return f"# nbdstore and its peers\n\n{legend}{unfinished}\n{goals}"
 
 
