@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import ssl
 from collections.abc import Callable
@@ -102,6 +103,12 @@ class Channel:
                 return False
             outbox.sent(n_bytes)
         return True
+
+    def has_hung_up(self) -> bool:
+        """Whether the peer sends no more, though some of what it has sent may be unread."""
+        watch = select.poll()
+        watch.register(self.sock, select.POLLRDHUP)
+        return bool(watch.poll(0))
 
     def watch_readable(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` whenever there is something to receive, until unwatched."""

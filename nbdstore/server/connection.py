@@ -145,6 +145,11 @@ class Connection:
         """See Session.stall; before the session there is the handshake's timeout."""
         return self.session.stall(now_s, timeout_s) if self.session is not None else None
 
+    def notice_hang_up(self) -> None:
+        """See Session.notice_hang_up; in the handshake everything is read at once."""
+        if self.session is not None:
+            self.session.notice_hang_up()
+
     def cut_off(self, stall: str) -> None:
         """End the session of a client that does not get on."""
         assert self.session is not None

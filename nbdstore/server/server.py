@@ -21,7 +21,7 @@ from nbdstore.store import Volume
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-"""How often stalled clients are looked for."""
+"""How often clients are looked for that have stalled, or gone unnoticed."""
 
 
 class Server:
@@ -125,24 +125,26 @@ class Server:
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._connections.pop(connection))
         if self._patrol is None:
-            self._look_for_stalls()
+            self._look_after_clients()
         return task
 
-    def _look_for_stalls(self) -> None:
-        """Cut off who has stalled while others wait, for as long as somebody is connected.
+    def _look_after_clients(self) -> None:
+        """Cut off who has stalled while others wait, and who has gone while nothing was read.
 
         A look at all instead of a timer for each: that would cost something per request. A client
         that stalls and harms nobody is left alone: it may be a virtual machine that was paused,
         and its filesystems would not survive the loss of their disk.
         """
-        timeout_s = self._options.limits.stall_timeout_s
-        if not timeout_s or not self._connections:
+        if not self._connections:
             self._patrol = None
             return
+        timeout_s = self._options.limits.stall_timeout_s
         contended = self._settings.budget.is_contended
         loop = asyncio.get_running_loop()
         for connection in list(self._connections):
-            stall = connection.stall(loop.time(), timeout_s)
+            connection.notice_hang_up()
+            stall = connection.stall(loop.time(), timeout_s) if timeout_s else None
             if stall is not None and contended:
                 connection.cut_off(stall)
-        self._patrol = loop.call_later(min(timeout_s / 4, LOOK_EVERY_S), self._look_for_stalls)
+        period_s = min(timeout_s / 4 or LOOK_EVERY_S, LOOK_EVERY_S)
+        self._patrol = loop.call_later(period_s, self._look_after_clients)

@@ -313,6 +313,19 @@ class Session:
         stalled_s = now_s - self._stall.since_s
         return f"{what}: for {stalled_s:.0f} s" if stalled_s >= timeout_s else None
 
+    def notice_hang_up(self) -> None:
+        """Give up a client that has closed its connection while nothing was read from it.
+
+        A session that has no room does not read, and so does not learn of the end; what it has
+        begun would go on, see `lose`. To be asked every few seconds.
+        """
+        waits = self.in_flight and not (self._reading or self._ending)
+        if waits and self._channel.has_hung_up():
+            self.lose(self._left_unanswered())
+
+    def _left_unanswered(self) -> ConnectionResetError:
+        return ConnectionResetError(f"the client left {self.in_flight} requests unanswered")
+
     # --- Rounds ------------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
@@ -330,7 +343,7 @@ class Session:
         if not self._parser.is_between_requests:
             raise ProtocolError("the client left in the middle of a request")
         if self.in_flight:
-            raise ConnectionResetError(f"the client left {self.in_flight} requests unanswered")
+            raise self._left_unanswered()
         self._ending = True
         self._settle()
 

@@ -25,6 +25,7 @@ from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.client import build_info
 from nbdstore.protocol.constants import U16, Command, Errno, Info, Option, OptionReply
 from nbdstore.server import Limits, Server, ServerOptions
+from nbdstore.server import server as server_module
 from nbdstore.server.channel import Channel
 from nbdstore.server.listener import parse_address
 from tests.server.conftest import SIZE
@@ -422,6 +423,30 @@ async def test_a_client_that_is_gone_writes_no_more(pool, serve, connect, leave)
     await again.write(0, b"new")
     assert await again.read(0, 3) == b"new"
     assert volume.calls.count("write") == 1
+
+
+@pytest.mark.parametrize("stall_timeout_s", [0.1, 0])
+async def test_a_client_that_is_gone_is_noticed_though_nothing_is_read(
+    pool, serve, connect, monkeypatch, stall_timeout_s
+):
+    """It has more in flight than there is room for, so its end is left unread, too."""
+    monkeypatch.setattr(server_module, "LOOK_EVERY_S", 0.02)
+    volume = pool.volumes["disk"]
+    limits = Limits(max_in_flight=2, stall_timeout_s=stall_timeout_s, linger_s=0.1)
+    server = await serve(limits=limits)
+    gone = await connect()
+    await gone.go()
+    volume.space.clear()
+    for _ in range(5):
+        gone.start(Command.WRITE, 0, payload=b"old")
+    session = next(iter(server._connections)).session
+    await until(lambda: session.in_flight and not session._reading)
+    gone.close()
+    await until(lambda: not server.connections)
+    volume.space.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not volume.blocks
 
 
 async def test_a_client_that_is_gone_before_its_task_has_begun(serve, connect, monkeypatch):

@@ -267,7 +267,27 @@ async def test_a_request_at_any_rate_shows_that_the_client_lives(serve, connect)
     assert session.stall(200, 10) is None
 
 
-async def test_zero_is_for_ever(serve, connect):
+async def test_zero_is_for_ever(serve, connect, monkeypatch):
+    n_looks = 0
+
+    def look(self):
+        nonlocal n_looks
+        n_looks += 1
+        original(self)
+
+    original = server_module.Server._look_after_clients
+    monkeypatch.setattr(server_module.Server, "_look_after_clients", look)
+    monkeypatch.setattr(server_module, "LOOK_EVERY_S", 0.001)
     server = await serve(limits=small_budget(stall_timeout_s=0))
-    await deaf_client(connect)
-    assert server._patrol is None
+    deaf = [await deaf_client(connect) for _ in range(6)]
+    await until(lambda: not server._settings.budget.free_for_all)
+    other = await connect()
+    await other.go()
+    reading = asyncio.ensure_future(other.read(0, 8 * MIB))
+    await until(lambda: server._settings.budget.is_contended)
+    n_looks = 0
+    await until(lambda: n_looks > 10)
+    assert len(server.connections) == 7
+    for client in deaf:
+        client.writer.transport.abort()
+    assert await reading == bytes(8 * MIB)

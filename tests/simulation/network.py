@@ -274,6 +274,13 @@ class SimulatedSocket:
         self.outgoing.push()
         return len(data)
 
+    def has_hung_up(self) -> bool:
+        """What Channel.has_hung_up asks the kernel (POLLRDHUP of poll(2))."""
+        gone = self.incoming.at_end or self._failed
+        if gone:
+            self._tell_of_the_end()
+        return gone
+
     def shutdown(self, how: int) -> None:
         assert how == socket.SHUT_WR
         if self._failed:

@@ -21,6 +21,7 @@ from unittest import mock
 
 from nbdstore.errors import NbdstoreError
 from nbdstore.protocol.constants import Errno
+from nbdstore.server.channel import Channel
 from nbdstore.store import Pool, Volume
 from nbdstore.store.local_host import LocalHost
 from tests.simulation.administrator import Administrator
@@ -439,7 +440,11 @@ def run_world(seed: int, plan: Plan) -> World:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR - 1)
     try:
-        with _punching(plan.punches), asyncio.Runner(loop_factory=WorldLoop) as runner:
+        with (
+            _punching(plan.punches),
+            mock.patch.object(Channel, "has_hung_up", lambda channel: channel.sock.has_hung_up()),
+            asyncio.Runner(loop_factory=WorldLoop) as runner,
+        ):
             runner.run(main())
         for images in worlds[0].remains:
             assert_clean(images)
