@@ -279,6 +279,8 @@ class ClientTransmission:
             return False
         _, error, cookie = SIMPLE_REPLY.unpack_from(self._received)
         pending = self._find(cookie)
+        if pending.reply.chunks:
+            raise ProtocolError("a simple reply behind chunks for the same request")
         reads = pending.reply.command == Command.READ
         if self.mode is ReplyMode.STRUCTURED and reads:
             raise ProtocolError("a simple reply to READ although structured ones were agreed on")

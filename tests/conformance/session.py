@@ -236,6 +236,8 @@ class Session:
         header = start + self.connection.take(SIMPLE_REPLY.size - len(start))
         _, error, cookie = SIMPLE_REPLY.unpack(header)
         reply = self._find(cookie)
+        if reply.chunks:
+            raise Broken("a simple reply behind chunks for the same request")
         if reply.command == Cmd.BLOCK_STATUS and not error:
             raise Broken("a simple reply to BLOCK_STATUS that claims success")
         if reply.command == Cmd.READ and self.mode is Mode.STRUCTURED:

@@ -1,8 +1,12 @@
 """Target: the whole server over a socketpair, from the hello to the end, with a pool in memory.
 
+The client asks and waits, or asks on and on; reads lazily, or not before it has said all; ends by
+DISC, by nonsense, or by leaving. The volume is warm, or cold, or full for a while, or breaks.
+
 What must hold: every request is answered once, by a reply that the strict client understands, if
 the client keeps to the protocol, and once at most if it does not; the connection ends; reads tell
-what was written; and the server has nothing left of the client afterwards.
+what was written; and nothing is left of the client afterwards: no connection, no memory that is
+accounted to it, no write that comes late.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from nbdstore.errors import Corruption, NoSpace
 from nbdstore.protocol.agreement import MetaContext, ReplyMode
 from nbdstore.protocol.client import ClientHandshake, ClientTransmission, Reply, option_exchange
 from nbdstore.protocol.constants import Command, CommandFlag, Errno, OptionReply
-from nbdstore.server import Limits, Server, ServerOptions
+from nbdstore.server import Limits, Server, ServerOptions, connection
+from nbdstore.server import server as server_module
 from nbdstore.store import Pool
 from tests.fuzz.program import Program
 from tests.server.memory_pool import MemoryPool, MemoryVolume
@@ -26,7 +31,9 @@ DEADLINE_S = 20.0
 """A conversation that takes longer hangs."""
 
 LIMITS = Limits(
+    max_connections=2,
     max_in_flight=8,
+    max_client_bytes=96 << 10,
     max_held_bytes=128 << 10,
     max_unsent_bytes=32 << 10,
     max_round_bytes=16 << 10,
@@ -34,6 +41,15 @@ LIMITS = Limits(
     linger_s=DEADLINE_S,
 )
 """Small, so that inputs reach them."""
+
+SEND_BYTES = 4 << 10
+"""So is the socket's buffer for replies, in some conversations."""
+
+LOOK_EVERY_S = 0.002
+"""How often the server looks for clients that have gone unnoticed."""
+
+PATIENCE = 40
+"""Turns of the loop after which a client takes it that the server waits for it."""
 
 QUERIES = tuple(context.label for context in MetaContext)
 LENGTHS = (0, 1, 511, 512, 4095, 4096, 4097, 8192, 16384, SIZE, SIZE + 1, 1 << 25, (1 << 32) - 1)
@@ -54,7 +70,15 @@ class Talk:
         self._volume = volume
         self._loop = asyncio.get_running_loop()
         self.mode = program.choose(tuple(ReplyMode))
-        knobs = program.byte()
+        knobs, more = program.byte(), program.byte()
+        self._may_read = asyncio.Event()
+        if not more & 1:
+            self._may_read.set()
+        if more & 2:
+            volume.space.clear()
+        self._gone = False
+        """The connection was closed in the middle."""
+
         self._in_step = bool(knobs & 1)
         volume.cold = bool(knobs & 2)
         self._breaks_after = knobs >> 4 if knobs & 4 else -1
@@ -79,9 +103,13 @@ class Talk:
         reading = asyncio.ensure_future(self._read_all())
         try:
             await self._say_all(reading)
-            await reading
+            self._may_read.set()
+            if not self._gone:
+                self._volume.space.set()
+                await reading
         finally:
             reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
         if self._honest:
             assert self._client.n_pending == 0, f"{self._client.n_pending} without a reply"
 
@@ -92,10 +120,23 @@ class Talk:
             if self._honest and not self._left:
                 # To close without it would mean to give up what is in flight.
                 _, disc = self._client.request(Command.DISC)
-                await self._loop.sock_sendall(self._sock, disc)
-            self._sock.shutdown(socket.SHUT_WR)
+                await self._send(disc)
+            if not (self._honest or self._gone):
+                self._sock.shutdown(socket.SHUT_WR)
         except ConnectionError:
             assert not self._honest, "an honest client is cut off"
+
+    async def _send(self, data: bytes) -> None:
+        """Send, and begin to read if the server takes no more before."""
+        sending = asyncio.ensure_future(self._loop.sock_sendall(self._sock, data))
+        for _ in range(PATIENCE):
+            if sending.done():
+                break
+            await asyncio.sleep(0)
+        else:
+            self._may_read.set()
+            self._volume.space.set()
+        await sending
 
     async def _shake_hands(self) -> None:
         client = ClientHandshake()
@@ -119,7 +160,10 @@ class Talk:
         kind = program.byte() % 16
         if kind == 15:
             self._honest = False
-            await self._loop.sock_sendall(self._sock, program.text())
+            await self._send(program.text())
+            return
+        if kind == 14:
+            self._honest, self._gone, self._left = False, True, True
             return
         command = program.byte() % 9 if kind else program.number(16)
         if kind > 7:
@@ -130,15 +174,20 @@ class Talk:
         self._last_range = offset, length
         flags = (0, 0, 1 << program.byte() % 8, program.number(16))[program.byte() % 4]
         cookie, data = self._build(command, offset, length, flags, kind)
-        await self._loop.sock_sendall(self._sock, data)
+        await self._send(data)
         if command == Command.DISC:
             self._left = True
             return
         self._n_requests += 1
         if self._n_requests == self._breaks_after:
             self._volume.error = program.choose((Corruption("slot 1", "a", "b"), NoSpace("full")))
+        n_turns = 0
         while self._in_step and cookie not in self._answered and not reading.done():
             await asyncio.sleep(0)
+            n_turns += 1
+            if n_turns > PATIENCE:
+                self._may_read.set()
+                self._volume.space.set()
 
     def _build(
         self, command: int, offset: int, length: int, flags: int, kind: int
@@ -158,6 +207,7 @@ class Talk:
 
     async def _read_all(self) -> None:
         """Receive until the server closes."""
+        await self._may_read.wait()
         try:
             while data := await self._loop.sock_recv(self._sock, 1 << 18):
                 for reply in self._client.receive(data):
@@ -204,17 +254,29 @@ async def converse(data: bytes) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     serving = asyncio.ensure_future(server.serve_socket(theirs))
+    budget = server._settings.budget
     try:
         async with asyncio.timeout(DEADLINE_S):
             await Talk(Program(data), ours, volume).run()
             ours.close()
             await serving
         assert server.connections == []
+        assert budget.common_free == budget.common_bytes and not budget.is_contended
+        await nothing_comes_late(volume)
     finally:
         ours.close()
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         await server.drain(0)
+
+
+async def nothing_comes_late(volume: MemoryVolume) -> None:
+    """Give space to what may still wait for it: the client is gone, and it must not write."""
+    before = {block: bytes(data) for block, data in volume.blocks.items()}
+    volume.space.set()
+    for _ in range(PATIENCE):
+        await asyncio.sleep(0)
+    assert volume.blocks == before, "a write after the end"
 
 
 _loops: list[asyncio.AbstractEventLoop] = []
@@ -233,6 +295,17 @@ class Bugs(logging.Handler):
 
 def run(data: bytes) -> None:
     """Run one input."""
+    usual = connection.UNIX_SEND_BYTES, server_module.LOOK_EVERY_S
+    if len(data) % 2:
+        connection.UNIX_SEND_BYTES = SEND_BYTES
+    server_module.LOOK_EVERY_S = LOOK_EVERY_S
+    try:
+        run_in_loop(data)
+    finally:
+        connection.UNIX_SEND_BYTES, server_module.LOOK_EVERY_S = usual
+
+
+def run_in_loop(data: bytes) -> None:
     if not _loops:
         _loops.append(asyncio.new_event_loop())
     log, bugs = logging.getLogger("nbdstore"), Bugs()

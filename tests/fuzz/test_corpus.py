@@ -21,6 +21,7 @@ from nbdstore.protocol.handshake import Handshake
 from nbdstore.protocol.replies import SimpleReplies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import RequestParser
+from nbdstore.server.budget import Budget
 from nbdstore.server.session import Session
 from tests.fuzz import sessions
 from tests.fuzz.cutting import WAYS, cut
@@ -197,6 +198,33 @@ def a_bug_of_the_server_is_only_logged(patch: Patch) -> None:
     wrapped(patch, Session, "_answer", answer)
 
 
+def what_is_begun_goes_on_after_the_end(patch: Patch) -> None:
+    """Tasks of a client that is gone are left alone."""
+
+    async def serve(self: Any, first_bytes: bytes) -> None:
+        self._guard(self._take_first, first_bytes)
+        await self._done
+
+    def lose(original: Any, self: Any, fault: Exception) -> None:
+        original(self, fault)
+        self._done.done() or self._done.set_result(None)
+
+    patch.setattr(Session, "_cancel_tasks", lambda self: None)
+    patch.setattr(Session, "serve", serve)
+    wrapped(patch, Session, "lose", lose)
+
+
+def a_client_that_left_is_not_noticed(patch: Patch) -> None:
+    patch.setattr(Session, "notice_hang_up", lambda self: None)
+
+
+def memory_is_not_given_back(patch: Patch) -> None:
+    def freed(original: Any, self: Any, n_bytes: int) -> None:
+        original(self, n_bytes - (n_bytes > 8192))
+
+    wrapped(patch, Budget, "freed", freed)
+
+
 def the_rules_know_an_error_that_nbd_does_not(patch: Patch) -> None:
     def judge(original: Any, self: Any, *args: int) -> int:
         verdict = int(original(self, *args))
@@ -220,6 +248,9 @@ BROKEN = [
     ("sessions", one_reply_is_lost),
     ("sessions", one_reply_comes_twice),
     ("sessions", zeroes_are_one_byte_short),
+    ("sessions", what_is_begun_goes_on_after_the_end),
+    ("sessions", a_client_that_left_is_not_noticed),
+    ("sessions", memory_is_not_given_back),
     ("sessions", a_bug_of_the_server_is_only_logged),
 ]
 
