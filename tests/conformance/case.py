@@ -10,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tests.conformance.server import Server
 
 RULES: dict[int, str] = {
     1: "data of refused options is consumed",
@@ -71,7 +67,7 @@ class Case:
         writes: whether it sends a command that may change the export.
         slow: whether it waits for the server's own deadlines.
         each_mode: whether it runs once for every family of replies that the server has.
-        run: the function; raises what outcome tells.
+        run: the function; takes the server, and the mode if `each_mode`; raises what outcome tells.
     """
 
     id: str
@@ -115,7 +111,3 @@ def case(
 
 
 MUST, SHOULD, MAY = Level
-
-if TYPE_CHECKING:
-    # What the functions look like: the server under test, and a mode if they want one.
-    CaseFunction = Callable[[Server], None] | Callable[[Server, Any], None]

@@ -37,6 +37,9 @@ from tests.conformance.wire import (
     info_data,
 )
 
+UNKNOWN_OPTION = 0x4E4F4E45
+"""An option that no version of NBD has."""
+
 
 @dataclass
 class Facts:
@@ -287,7 +290,3 @@ def _ask_about_contexts(server: Server, facts: Facts) -> None:
     replies = client.ask(Option.LIST_META_CONTEXT, context_data(server.name))
     if not replies[-1].is_error:
         facts.contexts = tuple(parse_context(reply)[0] for reply in replies[:-1])
-
-
-UNKNOWN_OPTION = 0x4E4F4E45
-"""An option that no version of NBD has."""

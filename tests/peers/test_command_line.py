@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,18 @@ from tests.children import Children
 from tests.conformance.cases import all_cases
 from tests.conformance.target import BadTarget, parse_uri
 from tests.peers.inside import memory_pool, served
+from tests.peers.readme import PACKAGE
 from tests.server.memory_pool import MemoryPool, MemoryVolume
 
 ROOT = Path(__file__).parents[2]
+
+ALONE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from tests.conformance.__main__ import main
+sys.exit(main())
+"""
+"""Run the client out of another folder, by an interpreter that looks at nothing else (-I)."""
 
 
 @pytest.fixture
@@ -40,6 +50,14 @@ def conformance(children: Children, *arguments: str | Path, status: int = 0) -> 
 def test_the_list_has_every_case(children: Children) -> None:
     listed = conformance(children, "--list", "--slow")
     assert [case.id for case in all_cases() if f"{case.id} " not in listed] == []
+
+
+def test_the_folder_works_by_itself(children: Children, tmp_path: Path, uri: str) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "alone" / "tests" / "conformance")
+    output = children.run(
+        *(sys.executable, "-I", "-c", ALONE, tmp_path / "alone", uri, "--only", "hello", "read")
+    )
+    assert "2 pass, 0 fail" in output
 
 
 def test_nothing_is_written_unasked(children: Children, pool: MemoryPool, uri: str) -> None:

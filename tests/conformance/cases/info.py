@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.conformance.case import MUST, SHOULD, case
 from tests.conformance.cases.handshake import NO_SUCH_EXPORT
-from tests.conformance.handshake import OptionReply, check_string, infos_of, parse_export
+from tests.conformance.handshake import check_string, infos_of, parse_export
 from tests.conformance.outcome import Skip, require
 from tests.conformance.server import Server
 from tests.conformance.session import Session
@@ -55,11 +55,6 @@ def go_is_never_padded(server: Server) -> None:
         session.must_be_in_sync()
 
 
-def told(replies: list[OptionReply]) -> dict[int, bytes]:
-    """What INFO or GO told, without what may be left out at will."""
-    return infos_of(replies)
-
-
 @case(
     "info-go-same",
     MUST,
@@ -73,7 +68,8 @@ def info_and_go_agree(server: Server) -> None:
         client = server.connect()
         client.negotiate(mode)
         data = info_data(server.name, ALL_INFOS)
-        info, go = told(client.ask(Option.INFO, data)), told(client.ask(Option.GO, data))
+        info = infos_of(client.ask(Option.INFO, data))
+        go = infos_of(client.ask(Option.GO, data))
         for kind in sorted(info.keys() | go.keys()):
             require(
                 info.get(kind) == go.get(kind),
@@ -103,10 +99,10 @@ def unknown_information(server: Server) -> None:
 )
 def information_strings(server: Server) -> None:
     server.need_info()
-    told_infos = infos_of(server.connect().ask(Option.INFO, info_data(server.name, ALL_INFOS)))
+    told = infos_of(server.connect().ask(Option.INFO, info_data(server.name, ALL_INFOS)))
     for kind in (Info.NAME, Info.DESCRIPTION):
-        if kind in told_infos:
-            check_string(told_infos[kind][2:], kind.name)
+        if kind in told:
+            check_string(told[kind][2:], kind.name)
 
 
 @case(
