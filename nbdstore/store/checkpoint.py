@@ -208,7 +208,7 @@ class Checkpointer:
 
     def _freeze(self, *, last: bool = False) -> _Frozen:
         journal = self._core.journal
-        mark = 0 if last or not journal.room_for(0) else self._core.append(b"")
+        mark = 0 if last else self._mark()
         return _Frozen(
             seq=journal.seq,
             journal_offset=journal.head,
@@ -220,6 +220,16 @@ class Checkpointer:
             next_id=self.next_id,
             bitmap=self._core.slots.freeze(),
         )
+
+    def _mark(self) -> int:
+        """Return the seq of an empty record at the journal's head, 0 if there is no room for it.
+
+        While a full pool keeps checkpoints from being written, they do not fill the journal.
+        """
+        journal = self._core.journal
+        if journal.ends_empty:
+            return journal.seq
+        return self._core.append(b"") if journal.room_for(0) else 0
 
     # -- 2. write ---------------------------------------------------------------------------
 

@@ -108,6 +108,7 @@ class Journal:
         self.durable_seq = 0
         self.carried_durable_seq = 0
         self.content_seq = 0
+        self._empty_end = -1
         self.tail = tail
         self.head = head
         self.n_syncs = 0
@@ -151,7 +152,14 @@ class Journal:
         self.carried_durable_seq = self.durable_seq
         if length:
             self.content_seq = seq
+        else:
+            self._empty_end = self.head
         return seq
+
+    @property
+    def ends_empty(self) -> bool:
+        """The newest record is empty, and the next one will follow it at once."""
+        return self._empty_end == self.head
 
     def seal(self) -> int:
         """Before a sync: keep what it will cover from being rewritten.

@@ -382,6 +382,26 @@ def test_scattered_provisioned_blocks_are_there_with_the_nodes_above_them(scene:
     scene.assert_clean()
 
 
+def test_checkpoints_that_find_no_space_do_not_fill_the_journal(scene: Scene) -> None:
+    async def act(pool: Pool) -> None:
+        volume = await pool.create_volume("v", 64 * MIB)
+        await volume.write(0, b"x" * BLOCK)
+        await pool.checkpoint()
+        scene.disk.fault = host_full
+        with pytest.raises(NoSpace):
+            await pool.checkpoint()
+        used = pool.status()["journal"]["used"]
+        for _ in range(10):
+            with pytest.raises(NoSpace):
+                await pool.checkpoint()
+        assert pool.status()["journal"]["used"] == used
+        scene.disk.fault = None
+        await pool.checkpoint()
+
+    scene.play(act, close=True)
+    scene.assert_clean()
+
+
 def test_whole_provisioned_leaves_are_there_with_their_nodes(scene: Scene) -> None:
     """A leaf that is provisioned as a whole takes no node until it is written to."""
 
