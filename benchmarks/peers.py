@@ -206,7 +206,7 @@ BROKEN_TLS: Final = {Need.TLS: "drops clients that use libnbd when they ask for 
 NBDSTORE: Final = Peer(
     "nbdstore",
     Nbdstore,
-    (sys.executable,),
+    (),
     "checksums verified on every read, copy-on-write on every write",
     (sys.executable, "-m", "nbdstore", "--version"),
     checkout=ROOT,
