@@ -22,11 +22,10 @@ from nbdstore.store import Pool
 from nbdstore.store.host import Failpoint
 from tests.simulation.oracle import Stamps, Wrong, stamps_of
 from tests.simulation.world_loop import Process
-from tests.store.crashes import KILLED, LAZY, Crash, crash_images
+from tests.store.crashes import LAZY, Crash, crash_images, killed_at
 from tests.store.power_loss import Trouble
 from tests.store.simulated_disk import (
     PLACE,
-    Images,
     Reached,
     SimulatedDisk,
     SimulatedHost,
@@ -77,13 +76,17 @@ class _Disk(SimulatedDisk):
 
     def __init__(
         self,
-        images: Images,
+        left: SimulatedDisk,
         seed: int,
         share_uncached: float,
         on_operation: Callable[[str, str], None],
         on_place: Callable[[Failpoint], None],
     ) -> None:
-        super().__init__(images, seed, share_uncached=share_uncached, slow=True, fault=on_operation)
+        super().__init__(
+            left.start, seed, share_uncached=share_uncached, slow=True, fault=on_operation
+        )
+        # What its last user had in the page cache, and did not sync, is there, and may be lost yet.
+        self.images, self.events = left.images, left.events
         self.host = _Host(self)
         self.on_place = on_place
 
@@ -94,11 +97,12 @@ class ServerProcess(Process):
     Attributes:
         pool, server: None before they are there.
         died: set when it is dead.
+        lossless: its death has taken nothing that was acknowledged.
         death: how it died.
         found: what was in its volumes when it came up, by id: name, size, content.
     """
 
-    def __init__(self, world: World, images: Images, number: int) -> None:
+    def __init__(self, world: World, left: SimulatedDisk, number: int) -> None:
         super().__init__(f"server {number}")
         self._world = world
         self._random = random.Random(world.random.random())
@@ -109,9 +113,10 @@ class ServerProcess(Process):
         self.server: Server | None = None
         self.died = asyncio.Event()
         self.death: Death | None = None
+        self.lossless = True
         self.found: dict[int, tuple[str, int, Stamps]] = {}
         self.disk = _Disk(
-            images,
+            left,
             self._random.randrange(1 << 30),
             world.plan.share_uncached,
             self._on_operation,
@@ -120,8 +125,14 @@ class ServerProcess(Process):
 
     # --- Life --------------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """Open the pool, recovering what there is, and read everything."""
+    async def open(self, *, in_trouble: bool) -> None:
+        """Open the pool, recovering what there is, and read everything.
+
+        Raises:
+            StoreError: the disk made trouble.
+        """
+        if in_trouble:
+            self._begin_trouble()
         options = adversarial(self._world.plan.options)
         self.pool = pool = await Pool.open(PLACE, options, host=self.disk.host)
         if self._world.plan.ballast and BALLAST not in pool.volumes:
@@ -141,6 +152,9 @@ class ServerProcess(Process):
         options = ServerOptions(sockets=[listener], limits=self._world.plan.limits)
         self.server = Server(self.pool, options)
         await self.server.start()
+        self._begin_trouble()
+
+    def _begin_trouble(self) -> None:
         self._trouble = Trouble(self._world.plan.trouble, random.Random(self._random.random()))
 
     async def stop(self) -> None:
@@ -209,36 +223,38 @@ class ServerProcess(Process):
     def die(self, death: Death) -> None:
         """Be dead from this moment on."""
         assert self.alive
+        self.lossless = not death.power and not self.has_failed
         self.alive = False
         self.death = death
         self._n_events = len(self.disk.events)
         self._world.trace.note(self.name, "dies", death)
         self.died.set()
 
-    async def remains(self) -> Images:
-        """What is on the disk after its death, and after its ghosts have gone."""
+    async def remains(self) -> SimulatedDisk:
+        """The disk as the next process finds it, after its ghosts have gone."""
         assert self.death is not None
         await self.bury()
-        crash = Crash.random(self._random) if self.death.power else KILLED
-        return self._images(crash)
+        return self._left(Crash.random(self._random) if self.death.power else None)
 
-    def end(self) -> Images:
-        """What is on the disk after its proper end: all of it, even if the power fails now."""
+    def end(self) -> SimulatedDisk:
+        """The disk after its proper end, with all of it there, even if the power fails now."""
         self.alive = False
         if self.tasks:
             raise Wrong(f"{self.name} has ended, but not its tasks: {[*self.tasks]}")
         self._n_events = len(self.disk.events)
-        return self._images(self._random.choice((KILLED, LAZY, Crash.random(self._random))))
+        return self._left(self._random.choice((None, LAZY, Crash.random(self._random))))
 
-    def _images(self, crash: Crash) -> Images:
-        events = self.disk.events[: self._n_events]
+    def _left(self, crash: Crash | None) -> SimulatedDisk:
+        """What `crash` leaves of what was done until its death; None = the machine lives."""
         digest = xxhash.xxh3_64()
-        for event in events:
+        for event in self.disk.events[: self._n_events]:
             if isinstance(event, Write):
                 digest.update(f"{event.file} {event.offset} ".encode())
                 digest.update(event.data)
         self._world.trace.note(self.name, "left", self._n_events, digest.hexdigest())
-        return crash_images(self.disk, self._n_events, crash, self._random)
+        if crash is None:
+            return killed_at(self.disk, self._n_events)
+        return SimulatedDisk(crash_images(self.disk, self._n_events, crash, self._random))
 
     def places(self) -> Counter[Failpoint]:
         """Which failpoints it came to."""

@@ -21,7 +21,7 @@ SCALE = 0.25
 """Of the number of requests; `python -m tests.simulation` does it all."""
 
 
-@pytest.mark.parametrize("first", range(0, 24, 4))
+@pytest.mark.parametrize("first", range(0, 40, 4))
 def test_nothing_is_lost(first: int) -> None:
     figures: Counter[str] = Counter()
     for seed in range(first, first + 4):

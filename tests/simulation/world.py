@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
-from nbdstore.errors import NbdstoreError
+from nbdstore.errors import NbdstoreError, StoreError
 from nbdstore.protocol.constants import Errno
 from nbdstore.server.channel import Channel
 from nbdstore.store import Pool, Volume
@@ -34,7 +34,7 @@ from tests.simulation.server_process import Death, ServerProcess
 from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
 from tests.store.crashes import load_images
 from tests.store.power_loss import assert_clean
-from tests.store.simulated_disk import Images
+from tests.store.simulated_disk import Images, SimulatedDisk
 from tests.store.workload import Spread
 
 END_S: Final = 10_000.0
@@ -175,31 +175,36 @@ class World:
 
     # --- The server's lives ------------------------------------------------------------------
 
-    async def _boot(self, images: Images, *, lossless: bool) -> None:
-        """Bring a server up on `images`, however often it dies on the way."""
+    async def _boot(self, disk: SimulatedDisk, *, lossless: bool) -> None:
+        """Bring a server up on `disk`, however often it dies on the way."""
         while True:
             self._n_processes += 1
-            self.process = process = ServerProcess(self, images, self._n_processes)
+            self.process = process = ServerProcess(self, disk, self._n_processes)
             if self.random.random() < 0.15 and self.plan.actions["crash"]:
                 process.plan(Death(self.random.random() < 0.7, self.random.randint(1, 60)))
-            opening = process.start(process.open())
+            in_trouble = bool(self.plan.trouble) and self.random.random() < 0.3
+            opening = process.start(process.open(in_trouble=in_trouble))
             await asyncio.wait([opening])
             if process.alive:
-                opening.result()
-                break
-            lossless &= not self._count_death(process)
-            images = await process.remains()
+                error = opening.exception()
+                if error is None:
+                    break
+                if not (in_trouble and isinstance(error, StoreError)):
+                    raise error
+                self.trace.note(process.name, "cannot open:", type(error).__name__)
+                process.die(Death(power=False))
+            self._count_death(process)
+            lossless &= process.lossless
+            disk = await process.remains()
         self._compare(process, lossless=lossless)
         await asyncio.wait([serving := process.start(process.serve())])
         serving.result()
         self._up.set()
 
-    def _count_death(self, process: ServerProcess) -> bool:
-        """Count a death; tell whether the power failed."""
+    def _count_death(self, process: ServerProcess) -> None:
         assert process.death is not None
         self.n_powerless += process.death.power
         self.n_killed += not process.death.power
-        return process.death.power
 
     async def supervise(self) -> None:
         """Bring the server up again whenever it dies; a pool that has failed is killed."""
@@ -219,11 +224,11 @@ class World:
                 continue  # who restarts it sees to it
             self._up.clear()
             self.network.cut_all()
-            power = self._count_death(process)
-            images = await process.remains()
+            self._count_death(process)
+            disk = await process.remains()
             await self._settle()
             await asyncio.sleep(self.random.choice((0.0, 0.1, 3.0)))
-            await self._boot(images, lossless=not power)
+            await self._boot(disk, lossless=process.lossless)
 
     async def restart(self) -> None:
         """Stop the server properly, and start it again."""
@@ -241,13 +246,13 @@ class World:
                 raise error
             self.n_restarts += 1
             self.network.cut_all()
-            images, power = process.end(), False
+            disk = process.end()
         else:
             self.network.cut_all()
-            power = self._count_death(process)
-            images = await process.remains()
+            self._count_death(process)
+            disk = await process.remains()
         await self._settle()
-        await self._boot(images, lossless=not power)
+        await self._boot(disk, lossless=process.lossless)
         self._restarting = False
 
     async def _settle(self) -> None:
@@ -301,11 +306,8 @@ class World:
         course.result()
 
     async def _live(self) -> None:
-        images = {
-            name: bytearray(raw)
-            for name, raw in new_pool(self.plan.capacity, self.plan.block_size).items()
-        }
-        await self._boot(images, lossless=True)
+        files = new_pool(self.plan.capacity, self.plan.block_size)
+        await self._boot(SimulatedDisk(files), lossless=True)
         supervising = self.start(self.supervise())
         administrator = Administrator(self)
         while len(self.exports) < self.plan.n_exports:
@@ -331,7 +333,8 @@ class World:
         await self.until_up()
         for export in list(self.exports.values()):
             await export.machine.leave()
-        await self.until_up()
+        while not self.is_up or self.process.has_failed:
+            await asyncio.sleep(0.1)
         supervising.cancel()
         process = self.process
         process.spare()
@@ -341,7 +344,7 @@ class World:
         await asyncio.sleep(0)
         reading.result()
         stopping.result()
-        self.remains = [process.disk.images, process.end()]
+        self.remains = [process.disk.images, process.end().images]
         left = [link.name for link in self.network.links if not link.server.closed]
         if left:
             raise Wrong(f"the server has ended, but not its connections: {left}")
