@@ -26,7 +26,7 @@ def test_nothing_is_lost(first: int) -> None:
     figures: Counter[str] = Counter()
     for seed in range(first, first + 4):
         figures.update(run_world(seed, choose_plan(seed, scale=SCALE)).figures())
-    assert figures["requests answered"] > 200
+    assert figures["requests answered"] > 100
 
 
 DIGEST = """
