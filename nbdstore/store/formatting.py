@@ -6,14 +6,17 @@ is a whole pool or none; what a failed attempt made is removed again, and nothin
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Final
 
-from nbdstore.errors import AlreadyExists, InvalidArgument
+from nbdstore.errors import AlreadyExists, InvalidArgument, StoreError
 from nbdstore.store import layout, superblock
 from nbdstore.store.host import Disk, Failpoint, Host
 from nbdstore.store.journal import format_ring
 from nbdstore.store.superblock import NULL, Superblock
+
+log = logging.getLogger("nbdstore.store")
 
 _IGNORED: Final = frozenset({"lost+found", "lock"})
 
@@ -34,14 +37,22 @@ def create_pool(
             n_slots = min(capacity // block_size, layout.MAX_SLOTS)
             _format(host, disk, block_size, n_slots, journal_size, made_files)
         except BaseException:
-            for name in made_files:
-                disk.remove(name)
-            if made and host.list_directory(directory) == ["lock"]:
-                disk.remove("lock")
-                host.remove_directory(directory)
+            _remove(host, disk, made_files, directory if made else None)
             raise
     finally:
         disk.close()
+
+
+def _remove(host: Host, disk: Disk, names: list[str], directory: Path | None) -> None:
+    """Remove what a failed attempt made; what cannot be removed stays, and is told in the log."""
+    for name in names:
+        try:
+            disk.remove(name)
+        except StoreError as error:
+            log.warning("left behind by a pool that could not be made: %s", error)
+    if directory is not None and host.list_directory(directory) == ["lock"]:
+        disk.remove("lock")
+        host.remove_directory(directory)
 
 
 def check_geometry(block_size: int, capacity: int | None, journal_size: int) -> None:
@@ -117,6 +128,7 @@ def _format(
     for copy in (0, 1):
         superblock.write(super_file, first, copy)
     super_file.fdatasync()
+    disk.sync()  # a crash keeps names one by one: "super" only with all that it needs
     host.reached(Failpoint.POOL_FILES_WRITTEN)
     disk.rename("super.new", "super")
     made[-1] = "super"

@@ -161,6 +161,8 @@ class Host(Protocol):
     def make_directory(self, directory: Path) -> bool:
         """Make `directory` and its parents, for its owner only; False if it is there already.
 
+        That they exist is durable when this returns.
+
         Raises:
             StoreError: it cannot be made.
         """

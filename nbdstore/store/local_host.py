@@ -258,11 +258,17 @@ class LocalDisk:
 
     def remove(self, name: str) -> None:
         """Remove file `name`."""
-        os.unlink(name, dir_fd=self._fd)
+        try:
+            os.unlink(name, dir_fd=self._fd)
+        except OSError as error:
+            raise _write_error(str(self.directory / name), "removing it", error) from error
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file; durable after :meth:`sync`."""
-        os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        try:
+            os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        except OSError as error:
+            raise _write_error(str(self.directory / old), f"renaming it {new}", error) from error
 
     def sync(self) -> None:
         """Make creations, removals and renames in the directory durable."""
@@ -310,8 +316,11 @@ class LocalHost:
 
     def make_directory(self, directory: Path) -> bool:
         """See Host."""
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         try:
             directory.mkdir(mode=0o700, parents=True)
+            for path in missing:
+                _sync_directory(path.parent)
         except FileExistsError:
             return False
         except OSError as error:
@@ -358,6 +367,14 @@ class LocalHost:
 
 
 LOCAL: Final[Host] = LocalHost()
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _libc() -> ctypes.CDLL:

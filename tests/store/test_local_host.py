@@ -18,7 +18,7 @@ import pytest
 
 from nbdstore.errors import NoSpace, PoolLocked, ReadFailed, StoreError, WriteFailed
 from nbdstore.store import Pool
-from nbdstore.store.local_host import IOV_MAX, LocalDisk, LocalFile
+from nbdstore.store.local_host import IOV_MAX, LOCAL, LocalDisk, LocalFile
 from tests.store.pools import MIB, assert_clean, make_pool, opened, read, until
 
 
@@ -204,6 +204,27 @@ def test_creating_what_exists_and_opening_what_does_not_are_store_errors(disk: L
     assert disk.exists("b") and not disk.exists("a")
     disk.remove("b")
     assert not disk.exists("b")
+
+
+def test_a_name_that_cannot_be_changed_is_a_store_error(disk: LocalDisk) -> None:
+    with pytest.raises(WriteFailed, match="missing"):
+        disk.remove("missing")
+    with pytest.raises(WriteFailed, match="missing"):
+        disk.rename("missing", "new")
+
+
+def test_new_directories_are_durable_in_their_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert LOCAL.make_directory(tmp_path / "a" / "b")
+    assert not LOCAL.make_directory(tmp_path / "a" / "b")
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
 
 
 def test_the_lock_is_for_one_and_free_again_after_it(tmp_path: Path) -> None:
