@@ -124,6 +124,8 @@ class Pool:
         # needs: nothing may be written before it is durable.
         await self._disk.offload(opened.super_file.fdatasync)
         core.host.reached(Failpoint.RECOVERY_REPLAYED)
+        if core.data.size < opened.data_bytes:
+            core.data.truncate(opened.data_bytes)
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
         core.host.reached(Failpoint.RECOVERY_INLINE_WRITTEN)

@@ -115,6 +115,8 @@ class Opened:
         node_slots: by volume id, the slots of the nodes of its map at the last checkpoint.
         inline: blocks whose only durable copy is in the journal, by slot.
         unreadable: where pages of the journal begin that the disk cannot read.
+        data_bytes: where the data file ends before, it must be made so long: what its end lacks
+            is zeros that belong to blocks.
     """
 
     services: Services
@@ -125,6 +127,7 @@ class Opened:
     node_slots: dict[int, I64]
     inline: dict[int, memoryview]
     unreadable: set[int]
+    data_bytes: int
 
 
 def open_parts(
@@ -195,6 +198,7 @@ def open_parts(
         node_slots,
         replay.inline,
         reader.unreadable,
+        replay.n_data_slots * current.block_size,
     )
 
 
@@ -367,6 +371,7 @@ class _Replay:
         self._report = report
         self._durable_seq = durable_seq
         self.inline: dict[int, memoryview] = {}
+        self.n_data_slots = 0
 
     def run(self, nodes: I64) -> None:
         """Do what the log says; `nodes` are the slots of all trees' nodes."""
@@ -414,6 +419,7 @@ class _Replay:
         pairs = zip(all_slots, mapping[:, 2].tolist(), strict=True)
         expected = [(slot, checksum) for slot, checksum in pairs if inline.get(slot) != checksum]
         slots = np.array([slot for slot, _ in expected], np.int64)
+        self.n_data_slots = max([self.n_data_slots, *(slots + 1).tolist()])
         checksums = [checksum for _, checksum in expected]
         return all(
             self._is_on_disk(int(slots[start]), checksums[start:stop])
@@ -428,7 +434,10 @@ class _Replay:
         size, n = self._core.block_size, len(checksums)
         if n * size <= _PIECE_BYTES:
             try:
-                raw = memoryview(self._core.data.pread_direct(n * size, slot * size))
+                found = self._core.data.pread_direct(n * size, slot * size)
+                # The file may end within a block whose rest is zeros: whether something is
+                # written behind it, a recovery that was interrupted perhaps, changes nothing.
+                raw = memoryview(found.ljust(n * size, b"\0"))
                 blocks = [raw[at : at + size] for at in range(0, len(raw), size)]
                 return [*map(xxh3_64_intdigest, blocks)] == checksums
             except ReadFailed as error:

@@ -16,7 +16,7 @@ from nbdstore.errors import PoolFailed, WriteFailed
 from nbdstore.store import Pool, Volume
 from nbdstore.store.layout import slots_of
 from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at
-from tests.store.power_loss import Course, Opened, recover, run_seed
+from tests.store.power_loss import Course, Opened, assert_clean, recover, run_seed
 from tests.store.scene import Scene
 from tests.store.simulated_disk import Mark, SimulatedDisk
 from tests.store.workload import Settings, Spread, joined
@@ -318,3 +318,27 @@ def test_a_superblock_that_a_killed_process_left_unsynced_is_made_durable_first(
         for at in range(disk.events.index(Mark(Opened()))):
             images = crash_images(disk, at, others, random.Random(1))
             assert recover(SimulatedDisk(images), Spread())["v"][2][:900_000] == b"x" * 900_000
+
+
+def test_where_the_file_ends_does_not_decide_what_is_in_a_block() -> None:
+    """Its rest is zeros: the next write behind it would bring it back, recovery's own perhaps."""
+    scene = Scene()
+    slot: list[int] = []
+
+    async def act(pool: Pool) -> None:
+        volume = await the_volume(pool)
+        await volume.write(0, b"x" * 100)
+        slot.append(int(slots_of(volume.map.entries[:1, 0])[0]))
+
+    scene.play(act)
+    images = scene.crashed(KILLED)
+    assert len(images["data"]) == (slot[0] + 1) * BLOCK
+    del images["data"][slot[0] * BLOCK + 512 :]
+    assert_clean(images)
+    disk = SimulatedDisk(images)
+    found = recover(disk, Spread())
+    assert found["v"][2][:101] == b"x" * 100 + b"\0"
+    for at in range(len(disk.events)):
+        for crash in (LAZY, KILLED):
+            again = crash_images(disk, at, crash, random.Random(1))
+            assert recover(SimulatedDisk(again), Spread()) == found
