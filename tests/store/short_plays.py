@@ -1,0 +1,395 @@
+"""Short plays: what can be done to a pool in a few steps, and what it may leave behind.
+
+Owns the table of operations, the states of volumes that they lead to, the pools where a play
+begins, and the doing of it.
+
+The history of a volume is the list of its states.  After a crash it is in one of them, at or after
+the last that was durable; if only the process died, at or after the last that was acknowledged.
+A state is a size, the bytes, and which blocks hold data, zeros that have space set aside, or
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from nbdstore.store import ExtentKind, Pool, PoolOptions, Volume
+from tests.store.power_loss import new_pool
+from tests.store.simulated_disk import PLACE, SimulatedDisk, adversarial
+from tests.store.virtual_clock import VirtualLoop
+from tests.store.workload import joined
+
+BLOCK: Final = 4096
+CAPACITY: Final = 128 << 20  # one whole block of the free map, which is what costs least
+FIRST: Final = 254 * BLOCK
+"""The volume's first block that is used; its leaf of the map ends with block 255."""
+OPTIONS: Final = adversarial(PoolOptions())
+
+
+@dataclass(frozen=True)
+class State:
+    """What a volume holds from its first used block on.
+
+    Attributes:
+        kinds: a letter for each block: Data, Zeros with space set aside, or a Hole.
+    """
+
+    size: int
+    kinds: str
+    content: bytes
+
+    @property
+    def start(self) -> int:
+        return FIRST if self.size > FIRST else 0
+
+    def written(self, offset: int, data: bytes) -> State:
+        """After a write of bytes `[offset, ...)` of the volume."""
+        at = offset - self.start
+        content = self.content[:at] + data + self.content[at + len(data) :]
+        return replace(self, content=content, kinds=self._marked("D", at, len(data)))
+
+    def cleared(self, offset: int, length: int, kind: str = "H") -> State:
+        """After whole blocks became holes, or zeros with space set aside."""
+        at = offset - self.start
+        content = self.content[:at] + bytes(length) + self.content[at + length :]
+        return replace(self, content=content, kinds=self._marked(kind, at, length))
+
+    def merged(self, offset: int, length: int) -> State:
+        """After a part of a block was zeroed, which is a write where there is data."""
+        if self.kinds[(offset - self.start) // BLOCK] != "D":
+            return self
+        return self.written(offset, bytes(length))
+
+    def resized(self, size: int) -> State:
+        n_blocks = (size - self.start) // BLOCK
+        content = self.content[: size - self.start].ljust(size - self.start, b"\0")
+        return State(size, self.kinds[:n_blocks].ljust(n_blocks, "H"), content)
+
+    def _marked(self, kind: str, at: int, length: int) -> str:
+        first, stop = at // BLOCK, -(-(at + length) // BLOCK)
+        return self.kinds[:first] + kind * (stop - first) + self.kinds[stop:]
+
+
+@dataclass
+class History:
+    """The states of one volume in their order; None = there is no such volume.
+
+    Attributes:
+        n_acknowledged, n_durable: the states before these are over, whoever dies.
+    """
+
+    states: list[State | None]
+    n_acknowledged: int = 0
+    n_durable: int = 0
+
+    @property
+    def now(self) -> State | None:
+        return self.states[-1]
+
+    def acknowledge(self) -> None:
+        self.n_acknowledged = len(self.states) - 1
+
+    def flushed(self) -> None:
+        self.n_durable = self.n_acknowledged
+
+
+Found = dict[str, State]
+
+Known = dict[str, tuple[list[State | None], int, int]]
+"""What the user of a pool knew at a moment: of each volume, the fields of its history."""
+
+
+class Play:
+    """One sequence on its way: the pool, and what its user knows.
+
+    Attributes:
+        number: of the operation, which its data is told by.
+        moments: how many events there were, and what the user knew then.
+    """
+
+    def __init__(self, disk: SimulatedDisk, base: Found) -> None:
+        self.disk = disk
+        self.histories = {name: History([base.get(name)]) for name in ("v", "w")}
+        self.number = 0
+        self.moments: list[tuple[int, Known]] = []
+        self.pool: Pool
+
+    async def open(self) -> None:
+        self.pool = await Pool.open(PLACE, OPTIONS, host=self.disk.host)
+
+    @property
+    def volume(self) -> Volume:
+        return self.pool.volumes["v"]
+
+    @property
+    def state(self) -> State:
+        """What the volume holds now."""
+        now = self.histories["v"].now
+        assert now is not None
+        return now
+
+    def data(self, length: int) -> bytes:
+        return bytes([0x41 + self.number]) * length
+
+    def note(self) -> None:
+        """The user knows something new from here on."""
+        known = {
+            name: (list(h.states), h.n_acknowledged, h.n_durable)
+            for name, h in self.histories.items()
+        }
+        self.moments.append((len(self.disk.events), known))
+
+    async def do(self, request: Awaitable[Any], *states: State | None, name: str = "v") -> None:
+        """Make a request that brings a volume to `states`, one after the other."""
+        self.histories[name].states += states
+        self.note()
+        await request
+        self.histories[name].acknowledge()
+        self.note()
+
+    def durable(self, name: str = "v") -> None:
+        """What was acknowledged is durable."""
+        self.histories[name].flushed()
+        self.note()
+
+    async def write(self, offset: int, length: int) -> None:
+        data = self.data(length)
+        await self.do(self._write(offset, data), self.state.written(offset, data))
+
+    async def _write(self, offset: int, data: bytes) -> None:
+        if not self.volume.write_now([(offset, data)]):
+            await self.volume.write(offset, data)
+
+    async def flush(self) -> None:
+        await self.volume.flush()
+        self.durable()
+
+
+# -- the operations ----------------------------------------------------------------------------
+
+
+async def _write_block(play: Play) -> None:
+    await play.write(FIRST + BLOCK, BLOCK)
+
+
+async def _write_part(play: Play) -> None:
+    await play.write(FIRST + BLOCK + 1000, 100)
+
+
+async def _write_across(play: Play) -> None:
+    """Parts of two blocks and a whole one between them, in two leaves of the map."""
+    length = min(BLOCK + 2000, play.state.size - FIRST - 100)
+    await play.write(FIRST + 100, length)
+
+
+async def _write_fua(play: Play) -> None:
+    """As the server does it."""
+    await play.write(FIRST, BLOCK)
+    await play.flush()
+
+
+async def _write_large(play: Play) -> None:
+    """More than goes into the journal with a flush, so that data is synced by itself."""
+    await play.write(FIRST, play.state.size - FIRST)
+
+
+async def _trim(play: Play) -> None:
+    length = min(2 * BLOCK + 10, play.state.size - FIRST)
+    whole = length - length % BLOCK
+    await play.do(play.volume.trim(FIRST, length), play.state.cleared(FIRST, whole))
+
+
+async def _zero(play: Play) -> None:
+    """From the middle of one block to the middle of another."""
+    start = FIRST + 1000
+    stop = min(start + 2 * BLOCK, play.state.size)
+    head = play.state.merged(start, min(BLOCK - 1000, stop - start))
+    end = stop - stop % BLOCK
+    tail = head.merged(end, stop - end) if stop > end else head
+    whole = tail.cleared(FIRST + BLOCK, end - FIRST - BLOCK) if end > FIRST + BLOCK else tail
+    await play.do(play.volume.write_zeroes(start, stop - start), head, tail, whole)
+
+
+async def _zero_no_hole(play: Play) -> None:
+    length = min(2 * BLOCK, play.state.size - FIRST)
+    after = play.state.cleared(FIRST, length, "Z")
+    await play.do(play.volume.write_zeroes(FIRST, length, no_hole=True), after)
+
+
+async def _flush(play: Play) -> None:
+    await play.flush()
+
+
+async def _checkpoint(play: Play) -> None:
+    await play.pool.checkpoint()
+    for name in play.histories:
+        play.durable(name)
+
+
+async def _settle(play: Play) -> None:
+    """What housekeeping does after seconds: what was freed can be used again."""
+    await play.pool._committer.settle()
+    play.durable()
+
+
+async def _resize(play: Play, n_blocks: int) -> None:
+    old, size = play.state, FIRST + n_blocks * BLOCK
+    tail = [old.cleared(size, old.size - size)] if size < old.size else []
+    after = (tail or [old])[-1].resized(size)
+    await play.do(play.pool.resize_volume(play.volume, size, force=True), *tail, after)
+    play.durable()
+
+
+async def _shrink(play: Play) -> None:
+    await _resize(play, 1)
+
+
+async def _grow(play: Play) -> None:
+    await _resize(play, 6)
+
+
+async def _create(play: Play) -> None:
+    empty = State(2 * BLOCK, "HH", bytes(2 * BLOCK))
+    await play.do(play.pool.create_volume("w", empty.size), empty, name="w")
+    play.durable("w")
+
+
+async def _delete(play: Play) -> None:
+    """With the freeing of what it held, which goes on afterwards."""
+    await play.do(play.pool.delete_volume(play.pool.volumes["w"]), None, name="w")
+    play.durable("w")
+    for _ in range(1000):  # it ends early if the disk fails
+        if len(play.pool._registry.by_id) == len(play.pool.volumes):
+            break
+        await asyncio.sleep(0)
+
+
+async def _kill(play: Play) -> None:
+    """The process dies, and another one opens the pool."""
+    for task in play.pool._tasks:
+        task.cancel()
+    await asyncio.gather(*play.pool._tasks, return_exceptions=True)
+    await play.open()
+    for name in play.histories:
+        play.durable(name)
+
+
+OPERATIONS: Final[dict[str, Callable[[Play], Awaitable[None]]]] = {
+    "write": _write_block,
+    "part": _write_part,
+    "across": _write_across,
+    "large": _write_large,
+    "fua": _write_fua,
+    "trim": _trim,
+    "zero": _zero,
+    "no-hole": _zero_no_hole,
+    "flush": _flush,
+    "checkpoint": _checkpoint,
+    "settle": _settle,
+    "shrink": _shrink,
+    "grow": _grow,
+    "create": _create,
+    "delete": _delete,
+    "kill": _kill,
+}
+Sequence = tuple[str, ...]
+
+
+def makes_sense(base: str, sequence: Sequence) -> bool:
+    """Tell whether each operation can be done, and does something."""
+    there, n_blocks = base == "used", 4
+    for name in sequence:
+        if name in ("create", "delete"):
+            if there == (name == "create"):
+                return False
+            there = not there
+        if name in ("shrink", "grow"):
+            wanted = 1 if name == "shrink" else 6
+            if n_blocks == wanted:
+                return False
+            n_blocks = wanted
+        if n_blocks == 1 and name in ("write", "part", "across"):
+            return False  # beyond the end
+    return True
+
+
+# -- where they begin --------------------------------------------------------------------------
+
+
+@functools.cache
+def base_of(name: str) -> tuple[dict[str, bytes], Found]:
+    """A pool that was closed, and what it holds: "fresh" an empty volume, "used" two with data."""
+    disk = SimulatedDisk(new_pool(BLOCK, CAPACITY))
+
+    async def main() -> Found:
+        pool = await Pool.open(PLACE, OPTIONS, host=disk.host)
+        volume = await pool.create_volume("v", FIRST + 4 * BLOCK)
+        if name == "used":
+            other = await pool.create_volume("w", 2 * BLOCK)
+            for number in range(3):
+                await volume.write(FIRST + number * BLOCK, bytes([0x61 + number]) * BLOCK)
+            await other.write(0, b"w" * 2 * BLOCK)
+        found = await look(pool)
+        await pool.close()
+        return found
+
+    found = run(main())
+    return {file: bytes(image) for file, image in disk.images.items()}, found
+
+
+async def look(pool: Pool) -> Found:
+    """What an open pool holds; before the first used blocks there must be nothing."""
+    found: Found = {}
+    for name, volume in pool.volumes.items():
+        start = FIRST if volume.size > FIRST else 0
+        kinds = ""
+        if start:
+            (before,) = await volume.extents(0, start, max_extents=2)
+            assert before.kind is ExtentKind.HOLE, "something was written where nothing should be"
+        for extent in await volume.extents(start, volume.size - start, max_extents=100):
+            letter = {ExtentKind.DATA: "D", ExtentKind.ZERO: "Z", ExtentKind.HOLE: "H"}
+            kinds += letter[extent.kind] * (extent.length // BLOCK)
+        content = joined(await volume.read(start, volume.size - start))
+        found[name] = State(volume.size, kinds, content)
+    return found
+
+
+@functools.cache
+def _loop() -> VirtualLoop:
+    return VirtualLoop()
+
+
+def run(main: Any) -> Any:
+    """Run a coroutine in virtual time; what it leaves running is ended."""
+    loop = _loop()
+    loop._clock.now = 0.0
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+
+def judge(found: Found, known: Known, *, killed: bool) -> None:
+    """Assert that each volume is in a state that it may be in."""
+    for name, (states, n_acknowledged, n_durable) in known.items():
+        allowed = states[n_acknowledged if killed else n_durable :]
+        assert found.get(name) in allowed, (
+            f"volume {name}: {_told(found.get(name))} is none of {[*map(_told, allowed)]}"
+        )
+
+
+def _told(state: State | None) -> str:
+    if state is None:
+        return "none"
+    runs = [(bytes([b]), len([*g])) for b, g in itertools.groupby(state.content)]
+    return f"{state.kinds} {runs}"
