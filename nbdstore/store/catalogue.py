@@ -5,7 +5,9 @@ change does to them; knows neither maps nor slots.
 
 Format: UTF-8 JSON, an object ``{"next_id": n, "volumes": [...]}``; each volume is the object of
 :meth:`VolumeInfo.to_json`, with the root of its map.  It lies in slots like a volume's blocks do,
-as many as its length needs, and it does so twice: no volume could be found without it.
+as many as its length needs, and it does so twice: no volume could be found without it.  The tree
+above either copy has the entries of its own blocks, then those of the other's, so that whoever
+finds one of them damaged knows which slots it had.
 Administrative changes go to the journal as ADMIN groups, objects with an "op" and the fields of one
 of: create (a volume's object), resize (size), rename (name), properties (properties), delete (none:
 the volume loses its name at once and its space bit by bit), remove (none: it was deleted and is

@@ -243,7 +243,7 @@ class Checkpointer:
             info.root = volume.info.root = volume.map.nodes.root
             volume.services.memory.balance()  # what was dirty may be evicted now
         raw = catalogue.encode(frozen.next_id, [info for _, info, _ in frozen.volumes])
-        roots = [self._write_catalogue(raw, frozen) for _ in range(2)]
+        roots = self._write_catalogue(raw, frozen)
         catalogue_slots = np.concatenate(frozen.own)
         free_map_root, free_map, free_map_nodes, doomed = self._write_free_map(frozen)
         reached(Failpoint.CHECKPOINT_WRITTEN)
@@ -380,11 +380,16 @@ class Checkpointer:
                 location, checksum = entries[0].tolist()
                 return location, checksum
 
-    def _write_catalogue(self, raw: bytes, frozen: _Frozen) -> Pointer:
+    def _write_catalogue(self, raw: bytes, frozen: _Frozen) -> list[Pointer]:
+        """Write both copies; return their roots."""
         size = self._core.block_size
         blocks = [raw[at : at + size].ljust(size, b"\0") for at in range(0, len(raw), size)]
-        entries = self._write_own(blocks, self._take_own(len(blocks), frozen))
-        return self._write_above(entries, self._take_own(_n_above(len(blocks), size), frozen))
+        one, two = (self._write_own(blocks, self._take_own(len(blocks), frozen)) for _ in range(2))
+        n_above = _n_above(2 * len(blocks), size)
+        return [
+            self._write_above(np.concatenate(entries), self._take_own(n_above, frozen))
+            for entries in ((one, two), (two, one))
+        ]
 
     def _write_free_map(self, frozen: _Frozen) -> tuple[Pointer, U64, I64, list[I64]]:
         """Write the changed blocks of the free map, which say what is used, themselves included.

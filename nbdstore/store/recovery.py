@@ -290,33 +290,34 @@ def _load_catalogue(
     Raises:
         Corruption, ReadFailed: of the first copy, if neither is whole.
     """
-    slots = [np.empty(0, np.int64)]
     if not current.catalogue_bytes:
-        return 1, [], slots[0]
+        return 1, [], np.empty(0, np.int64)
     whole: list[bytes] = []
-    roots = [current.catalogue, current.catalogue_copy]
-    for number, root in enumerate(roots[: 1 + (roots[1] != NULL)]):
+    roots = [root for root in (current.catalogue, current.catalogue_copy) if root != NULL]
+    slots = [np.array([root[0] & layout.SLOT_MASK for root in roots], np.int64)]
+    for number, root in enumerate(roots):
         try:
             whole.append(_read_catalogue(core, current, root, f"catalogue, copy {number}", slots))
         except (Corruption, ReadFailed) as error:
             faults.append(error)
     if not whole:
-        first = faults[-1 - (roots[1] != NULL)]
+        first = faults[-len(roots)]
         if isinstance(first, Corruption):
             raise Corruption(first.where, first.expected, first.found, _CATALOGUE_ADVICE)
         raise first
     next_id, infos = catalogue.decode(whole[0])
-    return next_id, infos, np.concatenate(slots)
+    return next_id, infos, np.unique(np.concatenate(slots))
 
 
 def _read_catalogue(
     core: Core, current: Superblock, root: Pointer, what: str, slots: list[I64]
 ) -> bytes:
-    """Return the bytes of one copy; add to `slots` those that it is known to have."""
+    """Return the bytes of one copy; add to `slots` those that it, and the other, have."""
     n_blocks = -(-current.catalogue_bytes // core.block_size)
-    entries, nodes = _read_tree(core.read_block, root, n_blocks, core.block_size, what)
+    n_copies = 1 + (current.catalogue_copy != NULL)
+    entries, nodes = _read_tree(core.read_block, root, n_blocks * n_copies, core.block_size, what)
     slots += [layout.slots_of(entries[:, 0]), nodes]
-    raw = b"".join(core.read_block(a, b, what) for a, b in entries.tolist())
+    raw = b"".join(core.read_block(a, b, what) for a, b in entries[:n_blocks].tolist())
     return raw[: current.catalogue_bytes]
 
 

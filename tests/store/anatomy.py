@@ -116,11 +116,14 @@ class Anatomy:
 
     def _read_catalogue(self) -> dict[str, Any]:
         n_bytes = self.superblock.catalogue_bytes
-        depth = self._heights(-(-n_bytes // self.block_size))
+        n_blocks = -(-n_bytes // self.block_size)
+        depth = self._heights(2 * n_blocks)
         copies: list[bytes] = []
         for copy, root in enumerate((self.superblock.catalogue, self.superblock.catalogue_copy)):
             raw = b""
             for number, entry in self._below(root, depth, Place("catalogue ", 0, copy=copy)):
+                if number >= n_blocks:
+                    continue  # the other copy's
                 slot = entry[0] & SLOT_MASK
                 self.places.append(Place("catalogue", slot, number=number, copy=copy))
                 raw += self._block(entry)

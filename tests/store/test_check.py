@@ -134,10 +134,11 @@ async def test_a_damaged_copy_of_the_catalogue_is_a_notice_and_rewritten(
 
 
 @pytest.mark.parametrize("copy", [0, 1])
+@pytest.mark.parametrize("kind", ["catalogue", "catalogue node"])
 async def test_a_pool_opens_by_either_copy_of_the_catalogue_and_heals_the_other(
-    original: Path, before: dict[str, bytes], damaged: Path, copy: int
+    original: Path, before: dict[str, bytes], damaged: Path, kind: str, copy: int
 ) -> None:
-    flip_slot(damaged, of_catalogue(original, "catalogue", copy))
+    flip_slot(damaged, of_catalogue(original, kind, copy))
     assert await contents(damaged) == before
     assert not (await check(damaged)).findings
 
