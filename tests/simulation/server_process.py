@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -26,7 +25,6 @@ from tests.store.crashes import LAZY, Crash, crash_images, killed_at
 from tests.store.power_loss import Trouble
 from tests.store.simulated_disk import (
     PLACE,
-    Reached,
     SimulatedDisk,
     SimulatedHost,
     Write,
@@ -132,7 +130,7 @@ class ServerProcess(Process):
             StoreError: the disk made trouble.
         """
         if in_trouble:
-            self._begin_trouble()
+            self._begin_trouble().opening = True
         options = adversarial(self._world.plan.options)
         self.pool = pool = await Pool.open(PLACE, options, host=self.disk.host)
         if self._world.plan.ballast and BALLAST not in pool.volumes:
@@ -154,8 +152,9 @@ class ServerProcess(Process):
         await self.server.start()
         self._begin_trouble()
 
-    def _begin_trouble(self) -> None:
+    def _begin_trouble(self) -> Trouble:
         self._trouble = Trouble(self._world.plan.trouble, random.Random(self._random.random()))
+        return self._trouble
 
     async def stop(self) -> None:
         """End properly."""
@@ -255,10 +254,6 @@ class ServerProcess(Process):
         if crash is None:
             return killed_at(self.disk, self._n_events)
         return SimulatedDisk(crash_images(self.disk, self._n_events, crash, self._random))
-
-    def places(self) -> Counter[Failpoint]:
-        """Which failpoints it came to."""
-        return Counter(e.place for e in self.disk.events if isinstance(e, Reached))
 
 
 class ProcessDied(Exception):

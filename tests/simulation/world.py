@@ -89,7 +89,7 @@ class World:
         self.process: ServerProcess
         self.n_answered = self.n_lost = self.n_resent = self.n_stalls = self.n_timeouts = 0
         self.n_attached = self.n_changes = self.n_refused = self.n_restarts = self.n_errors = 0
-        self.n_killed = self.n_powerless = 0
+        self.n_killed = self.n_powerless = self.n_at_places = 0
         self.remains: list[Images] = []
         """At the end: what is on the disk, and what could be if the power failed then."""
         self._serial = 0
@@ -205,6 +205,7 @@ class World:
         assert process.death is not None
         self.n_powerless += process.death.power
         self.n_killed += not process.death.power
+        self.n_at_places += process.death.place is not None
 
     async def supervise(self) -> None:
         """Bring the server up again whenever it dies; a pool that has failed is killed."""
@@ -382,6 +383,7 @@ class World:
             "timeouts": self.n_timeouts,
             "power losses": self.n_powerless,
             "kills": self.n_killed,
+            "of both at failpoints": self.n_at_places,
             "restarts": self.n_restarts,
             "changes": self.n_changes,
             "changes refused": self.n_refused,
