@@ -36,8 +36,6 @@ CRASHES: Final = Plan(
 )
 """Worlds of much writing and many crashes."""
 
-RESTARTS: Final = replace(CRASHES, actions={"restart": 3, "wait": 1})
-
 PEACE: Final = replace(CRASHES, actions={"crash": 0, "wait": 1})
 
 CROWDED: Final = replace(

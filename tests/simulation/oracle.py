@@ -24,7 +24,7 @@ the cell.  Time is the number of the last event in the world's trace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -369,7 +369,3 @@ def _ends(choices: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 def zero_stamps(n_cells: int) -> Stamps:
     """A volume that nobody has written."""
     return np.zeros(n_cells, np.uint64)
-
-
-Extents = Sequence[tuple[int, int]]
-Json = dict[str, Any]

@@ -139,7 +139,7 @@ class ServerProcess(Process):
         for volume in list(pool.volumes.values()):
             if volume.name == BALLAST:
                 continue
-            spread = self._world.spread_of(volume.id)
+            spread = self._world.plan.spread
             raw = await spread.read(volume)
             self.found[volume.id] = volume.name, spread.offset(volume.size), stamps_of(raw)
 

@@ -30,12 +30,11 @@ from tests.simulation.jobs import Job
 from tests.simulation.network import Network
 from tests.simulation.oracle import CELL, Wrong, stamps_of
 from tests.simulation.plan import Plan
-from tests.simulation.server_process import Death, ServerProcess
+from tests.simulation.server_process import Death, ProcessDied, ServerProcess
 from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
 from tests.store.crashes import load_images
 from tests.store.power_loss import assert_clean
 from tests.store.simulated_disk import Images, SimulatedDisk
-from tests.store.workload import Spread
 
 END_S: Final = 10_000.0
 """A world that has not ended after this hangs."""
@@ -138,10 +137,6 @@ class World:
     def next_serial(self) -> int:
         self._serial += 1
         return self._serial
-
-    def spread_of(self, volume_id: int) -> Spread:
-        """Where the content of a volume lies."""
-        return self.plan.spread
 
     def volume(self, export: Export) -> Volume:
         """The volume of an export; it must exist."""
@@ -315,7 +310,7 @@ class World:
             await self.until_up()
             try:
                 await administrator.create()
-            except (NbdstoreError, Exception):
+            except (NbdstoreError, ProcessDied):
                 await asyncio.sleep(0.5)
         working = self.start(administrator.run())
         await self._until_idle()

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from tests.store.virtual_clock import VirtualLoop
 
@@ -107,13 +107,6 @@ class NumberedTask(asyncio.Task[Any]):
 
     def __hash__(self) -> int:
         return self.number
-
-
-class Pollable(Protocol):
-    """What the loop can watch without a file descriptor."""
-
-    reading: Watch
-    writing: Watch
 
 
 class Watch:
