@@ -27,6 +27,8 @@ from typing import Final
 
 from tests.simulation.world_loop import Trace, Watch, is_ghost
 
+MOST_BROKEN: Final = 200
+"""Connections that the weather breaks; a large request may never come through without an end."""
 QUIET_S: Final = 10.0
 KEEPALIVE_S: Final = 120.0
 """A silent peer is given up after this (connection.py, KEEPALIVE_...)."""
@@ -150,7 +152,10 @@ class Link:
         return self._random.randint(1, most)
 
     def perhaps_break(self) -> None:
+        if self._network.n_broken >= MOST_BROKEN:
+            return
         weather, chance = self._network.weather, self._random.random()
+        self._network.n_broken += chance < weather.resets + weather.vanishes
         if chance < weather.resets:
             self.reset("by the network")
         elif chance < weather.resets + weather.vanishes:
@@ -396,6 +401,7 @@ class Network:
         self.listener: SimulatedListener | None = None
         self.links: list[Link] = []
         self.old_links: list[Link] = []
+        self.n_broken = 0
         self.n_connections = self.n_resets = self.n_vanished = 0
 
     def listen(self) -> SimulatedListener:
