@@ -148,7 +148,8 @@ class Explorer:
             start = run(self._play(play, sequence))
             self._crash_everywhere(base, play, start)
         except BaseException as error:
-            error.add_note(f"--only {base}:{','.join(sequence)}")
+            told = f"{base}:{','.join(sequence)}"
+            error.add_note(f"replay: python -m tests.store.exhaustive --only {told}")
             raise
 
     @staticmethod
