@@ -18,12 +18,13 @@ from typing import Any, Final, TypeVar
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
 from nbdstore.store import catalogue
 from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.extents import ExtentKind
 from nbdstore.store.formatting import check_capacity
 from nbdstore.store.host import Failpoint
-from nbdstore.store.ranges import ExtentKind
+from nbdstore.store.image import Services
 from nbdstore.store.records import admin_group
 from nbdstore.store.registry import Registry
-from nbdstore.store.volume import Services, Volume
+from nbdstore.store.volume import Volume
 
 _PROPERTIES_BYTES: Final = 16 << 10
 _RECORD_BYTES: Final = 64 << 10  # of the journal, for one change and what it syncs

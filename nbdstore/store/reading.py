@@ -1,4 +1,4 @@
-"""Reading a volume: plan runs of slots, read them, verify every block.
+"""Reading an image: plan runs of slots, read them, verify every block.
 
 Owns the read path.  `now` never waits: it serves what the page cache and the resident map hold
 and returns None otherwise; `read` waits.  What each step of `now` costs for one block of 4 KiB
@@ -18,7 +18,7 @@ from nbdstore.store.blockmap import KIND, STORED
 from nbdstore.store.layout import I64
 
 if TYPE_CHECKING:
-    from nbdstore.store.volume import Volume
+    from nbdstore.store.image import Image
 
 Segment = memoryview | bytearray | bytes | int
 """Data, or the length in bytes of a stretch of zeros that holds no data."""
@@ -80,12 +80,12 @@ def _cut(segments: list[Segment], skip: int, length: int) -> list[Segment]:
 
 
 class Reading:
-    """The read path of one volume."""
+    """The read path of one volume or snapshot."""
 
-    def __init__(self, volume: Volume) -> None:
-        self._volume = volume
-        self._core = volume.core
-        self._size = volume.block_size
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._core = image.core
+        self._size = image.block_size
         self._shift = self._size.bit_length() - 1
 
     def now(self, offset: int, length: int) -> list[Segment] | None:
@@ -102,7 +102,7 @@ class Reading:
 
     def block_now(self, block: int) -> bytearray | int | None:
         """Return one block, or its size if it holds no data, or None if that would wait."""
-        blocks = self._volume.map
+        blocks = self._image.map
         if blocks.state_bytes[block >> blocks.leaf_shift] & KIND == STORED:
             return None
         words = blocks.words
@@ -119,7 +119,7 @@ class Reading:
     def _range_now(self, offset: int, length: int) -> list[Segment] | None:
         first = offset >> self._shift
         stop = ((offset + length - 1) >> self._shift) + 1
-        if len(self._volume.map.missing(first, stop)):
+        if len(self._image.map.missing(first, stop)):
             return None
         slots, checksums = self._lookup(first, stop)
         size = self._size
@@ -141,7 +141,7 @@ class Reading:
 
     def _lookup(self, first: int, stop: int) -> tuple[I64, list[int]]:
         """Slots (0 where no data is) and checksums of blocks `[first, stop)`, none STORED."""
-        entries = self._volume.map.entries[first:stop]
+        entries = self._image.map.entries[first:stop]
         slots = layout.slots_of(entries[:, 0])
         slots[slots == _PROVISIONED] = 0
         return slots, entries[:, 1].tolist()
@@ -163,7 +163,7 @@ class Reading:
             return []
         first = offset >> self._shift
         stop = ((offset + length - 1) >> self._shift) + 1
-        await self._volume.load(first, stop)
+        await self._image.load(first, stop)
         # No await between the lookup and the pin: what is planned cannot be overwritten.
         slots, checksums = self._lookup(first, stop)
         runs = _plan(slots)
@@ -190,7 +190,8 @@ class Reading:
                 for index, block in enumerate(_blocks_of(part, size), first_of_run):
                     expected = checksums[index]
                     if xxh3_64_intdigest(block) != expected:
-                        what = f"volume {self._volume.name} at byte {(first + index) * size}"
+                        image, at_byte = self._image, (first + index) * size
+                        what = f"{image.kind} {image.name} at byte {at_byte}"
                         at = slot + index - first_of_run
                         block[:] = self._core.reread_block(at, expected, what)
             segments.append(buffer)
@@ -202,10 +203,10 @@ class Reading:
             return
         first = offset >> self._shift
         stop = ((offset + length - 1) >> self._shift) + 1
-        step = self._volume.map.fanout * 16
+        step = self._image.map.fanout * 16
         for start in range(first, stop, step):
             end = min(start + step, stop)
-            await self._volume.load(start, end)
+            await self._image.load(start, end)
             slots, _ = self._lookup(start, end)
             for a, b, slot in _plan(slots):
                 if slot:

@@ -37,6 +37,7 @@ from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, OnDamage, PoolOptions
 from nbdstore.store.durability import Committer
 from nbdstore.store.host import Disk, File, Host
+from nbdstore.store.image import Services
 from nbdstore.store.journal import HEADER_SIZE, Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
 from nbdstore.store.mapmemory import MapMemory, load_now
@@ -45,7 +46,7 @@ from nbdstore.store.ranges import apply_range
 from nbdstore.store.records import Group, Op, parse
 from nbdstore.store.registry import Registry
 from nbdstore.store.superblock import NULL, Pointer, Superblock
-from nbdstore.store.volume import Services, Volume
+from nbdstore.store.volume import Volume
 
 log = logging.getLogger("nbdstore.store")
 

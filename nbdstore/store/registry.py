@@ -12,8 +12,9 @@ import numpy as np
 
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.image import Services
 from nbdstore.store.mapmemory import load_nodes_now
-from nbdstore.store.volume import Services, Volume
+from nbdstore.store.volume import Volume
 
 
 class Registry:

@@ -10,7 +10,7 @@ import pytest
 from nbdstore.errors import Corruption, PoolFailed
 from nbdstore.store import Pool
 from nbdstore.store.check import check_pool
-from nbdstore.store.ranges import ExtentKind
+from nbdstore.store.extents import ExtentKind
 from tests.store.crashes import Crash, crash_images
 from tests.store.pools import (
     MIB,

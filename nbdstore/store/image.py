@@ -1,0 +1,130 @@
+"""An image: a map of blocks, and how to read what it maps.
+
+Owns what volumes and snapshots have in common, which is reading.  The caller has checked ranges
+against the size that it knows; they are checked again, since the image may have been shrunk or
+deleted since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nbdstore.errors import NotFound, StoreError
+from nbdstore.store.blockmap import BlockMap
+from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.checkpoint import Checkpointer
+from nbdstore.store.core import Core
+from nbdstore.store.durability import Committer
+from nbdstore.store.extents import Extent, Extents
+from nbdstore.store.mapmemory import MapMemory
+from nbdstore.store.reading import Reading, Segment
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the images of a pool share beside its core."""
+
+    core: Core
+    committer: Committer
+    memory: MapMemory
+    checkpointer: Checkpointer
+
+
+class Image:
+    """A volume or a snapshot of one.
+
+    Attributes:
+        info: what the catalogue says of it.
+        map: where its blocks are.
+        kind: "volume" or "snapshot".
+
+    """
+
+    info: VolumeInfo
+    map: BlockMap
+    kind: ClassVar[str]
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.core = services.core
+        self.block_size = self.core.block_size
+        self.reading = Reading(self)
+        self.contents = Extents(self)
+
+    @property
+    def id(self) -> int:
+        """Number of the image; never used twice in a pool."""
+        return self.info.id
+
+    @property
+    def name(self) -> str:
+        """Name of the image; it may change."""
+        return self.info.name
+
+    @property
+    def size(self) -> int:
+        """Size in bytes; it may change."""
+        return self.info.size
+
+    @property
+    def is_gone(self) -> bool:
+        """It was deleted."""
+        raise NotImplementedError
+
+    # -- data -------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int) -> list[Segment] | None:
+        """Read without waiting: the segments of `[offset, offset + length)`, or None.
+
+        A segment is a bytes-like of data, or an int: that many zero bytes that hold no data.
+        """
+        if self.is_gone or offset + length > self.info.size:
+            self.check_range(offset, length)
+        return self.reading.now(offset, length)
+
+    async def read(self, offset: int, length: int) -> list[Segment]:
+        """Read, waiting for the disk; segments as :meth:`read_now`.
+
+        Raises:
+            Corruption, ReadFailed: bad data is never returned.
+        """
+        self.check_range(offset, length)
+        return await self.reading.read(offset, length)
+
+    async def extents(self, offset: int, length: int, *, max_extents: int) -> list[Extent]:
+        """What `[offset, offset + length)` holds, or a prefix of it with `max_extents` extents.
+
+        Extents are merged (no two neighbours of one kind) and cut at both ends of the range.
+        """
+        self.check_range(offset, length)
+        return await self.contents.extents(offset, length, max_extents)
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Start reading `[offset, offset + length)` into the page cache."""
+        self.check_range(offset, length)
+        await self.reading.cache(offset, length)
+
+    # -- for the parts of the store ---------------------------------------------------------
+
+    async def load(self, start: int, stop: int) -> None:
+        """Return with the map's leaves of blocks `[start, stop)` in memory."""
+        await self.services.memory.load(lambda: self.map, start, stop, self.name)
+
+    def check_there(self) -> None:
+        """Raise NotFound if the image was deleted."""
+        if self.is_gone:
+            raise NotFound(f"{self.kind} {self.name!r} was deleted")
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise NotFound if the image was deleted, StoreError if it has become too small."""
+        self.check_there()
+        if offset + length > self.info.size:
+            raise self.beyond_end(offset, length)
+
+    def beyond_end(self, offset: int, length: int) -> StoreError:
+        """The error for a client that knows the size from before the volume was shrunk."""
+        return StoreError(
+            f"{self.kind} {self.name}: bytes {offset} to {offset + length} lie beyond its end at "
+            f"{self.size}, since it was shrunk: connect anew"
+        )
