@@ -47,7 +47,6 @@ FAULTS: Final[dict[str, tuple[str, Exception]]] = {
     "short write: error": ("write", ShortWrite(0.7, BROKEN)),
     "read: error": ("read", ReadFailed("Input/output error")),
     "sync: error": ("sync", BROKEN),
-    "truncate: no space": ("truncate", FULL),
     "open: error": ("open", StoreError("Too many open files")),
 }
 """By name: which calls fail, and how."""

@@ -12,13 +12,13 @@ import random
 
 import pytest
 
-from nbdstore.errors import PoolFailed, WriteFailed
+from nbdstore.errors import NoSpace, PoolFailed, StoreError, WriteFailed
 from nbdstore.store import Pool, Volume
 from nbdstore.store.layout import slots_of
 from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at
 from tests.store.power_loss import Course, Opened, assert_clean, recover, run_seed
 from tests.store.scene import Scene
-from tests.store.simulated_disk import Mark, SimulatedDisk
+from tests.store.simulated_disk import Images, Mark, SimulatedDisk
 from tests.store.workload import Settings, Spread, joined
 
 BLOCK = 4096
@@ -319,8 +319,8 @@ def test_a_superblock_that_a_killed_process_left_unsynced_is_made_durable_first(
             assert recover(SimulatedDisk(images), Spread()) == found
 
 
-def test_where_the_file_ends_does_not_decide_what_is_in_a_block() -> None:
-    """Its rest is zeros: the next write behind it would bring it back, recovery's own perhaps."""
+def with_a_short_data_file() -> Images:
+    """What a crash leaves that cut off the last block's zeros."""
     scene = Scene()
     slot: list[int] = []
 
@@ -333,6 +333,12 @@ def test_where_the_file_ends_does_not_decide_what_is_in_a_block() -> None:
     images = scene.crashed(KILLED)
     assert len(images["data"]) == (slot[0] + 1) * BLOCK
     del images["data"][slot[0] * BLOCK + 512 :]
+    return images
+
+
+def test_where_the_file_ends_does_not_decide_what_is_in_a_block() -> None:
+    """Its rest is zeros: the next write behind it would bring it back, recovery's own perhaps."""
+    images = with_a_short_data_file()
     assert_clean(images)
     disk = SimulatedDisk(images)
     found = recover(disk, Spread())
@@ -341,3 +347,16 @@ def test_where_the_file_ends_does_not_decide_what_is_in_a_block() -> None:
         for crash in (LAZY, KILLED):
             again = crash_images(disk, at, crash, random.Random(1))
             assert recover(SimulatedDisk(again), Spread()) == found
+
+
+@pytest.mark.parametrize("error", [NoSpace("No space left on device"), WriteFailed("I/O error")])
+def test_a_file_that_cannot_be_made_longer_loses_nothing(error: StoreError) -> None:
+    def fault(operation: str, _name: str) -> None:
+        if operation == "truncate":
+            raise error
+
+    disk = SimulatedDisk(with_a_short_data_file(), fault=fault)
+    with pytest.raises(type(error)):
+        recover(disk, Spread())
+    disk.fault = None
+    assert recover(disk, Spread())["v"][2][:101] == b"x" * 100 + b"\0"
