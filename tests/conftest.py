@@ -6,6 +6,7 @@
 - ``@pytest.mark.requires("qemu-io", "/dev/fuse", "root")`` names what a machine must have. A test
   whose machine lacks it does not run, and the end of the report says which and why; with CI=true
   such a test makes the whole run fail.
+- ``tell`` takes figures, which are summed up at the end of the report; see tests/figures.py.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import figures
 from tests.children import Children
+from tests.figures import Tell
 from tests.guest.guest import Guest
 from tests.guest.kernel import KernelError, fetch_kernel
 
@@ -67,6 +70,7 @@ def packages_by_program() -> dict[str, str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    figures.show(terminalreporter)
     skipped = not_run(terminalreporter)
     if not skipped:
         return
@@ -116,6 +120,12 @@ def guest(children: Children, tmp_path: Path) -> Iterator[Guest]:
         pytest.skip(f"no kernel for the guest: {error}")
     with Guest(children, tmp_path) as guest:
         yield guest
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Tell:
+    """Takes what a test came to; see tests.figures."""
+    return figures.teller(record_property)
 
 
 @pytest.hookimpl(wrapper=True)

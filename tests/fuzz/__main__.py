@@ -37,16 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNUSABLE
     targets = options.target or list(TARGETS)
     share_s = max(1, round(options.minutes * 60 / len(targets)))
-    crashed = [
-        target
+    done = [
+        fuzz(target, options.seed, share_s, options.crashes, keep_new=options.keep)
         for target in targets
-        if not fuzz(target, options.seed, share_s, options.crashes, keep_new=options.keep)
     ]
-    return CRASHED if crashed else OK
+    n_inputs, n_failed = sum(n for n, _ in done), sum(not well for _, well in done)
+    print(f"{n_inputs:,} inputs, {len(targets)} targets, {n_failed} failed", flush=True)
+    return CRASHED if n_failed else OK
 
 
-def fuzz(target: str, seed: int, seconds: int, crashes: Path, *, keep_new: bool) -> bool:
-    """Fuzz one target; whether nothing was found."""
+def fuzz(
+    target: str, seed: int, seconds: int, crashes: Path, *, keep_new: bool
+) -> tuple[int, bool]:
+    """Fuzz one target; return how many inputs were run, and whether nothing was found."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         new, old, log = (Path(scratch, name) for name in ("new", "old", "log"))
         new.mkdir()
@@ -66,9 +69,9 @@ def fuzz(target: str, seed: int, seconds: int, crashes: Path, *, keep_new: bool)
         if status == 0:
             if keep_new:
                 minimise(target, [old, new], Path(scratch))
-            return True
+            return n_executed(log), True
         report(target, log, sorted(Path(scratch).glob("crash-*")), crashes)
-        return False
+        return n_executed(log), False
 
 
 def guided(*arguments: str, log: Path, timeout_s: float) -> int:
@@ -85,15 +88,20 @@ def guided(*arguments: str, log: Path, timeout_s: float) -> int:
     return done.returncode
 
 
+def n_executed(log: Path) -> int:
+    """How many inputs libFuzzer ran; 0 if it ended without telling."""
+    text = log.read_text(errors="replace")
+    return int((re.findall(r"stat::number_of_executed_units:\s*(\d+)", text) or [0])[-1])
+
+
 def summary(log: Path) -> str:
     """What libFuzzer did, in a few words."""
-    text = log.read_text(errors="replace")
-    inputs = re.findall(r"stat::number_of_executed_units:\s*(\d+)", text)
-    reached = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", text)
-    if not inputs or not reached:
+    reached = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", log.read_text(errors="replace"))
+    n_inputs = n_executed(log)
+    if not n_inputs or not reached:
         return "ended early"
     edges, features, size = reached[-1]
-    return f"{inputs[-1]} inputs, {edges} edges, {features} features, a corpus of {size}"
+    return f"{n_inputs} inputs, {edges} edges, {features} features, a corpus of {size}"
 
 
 def report(target: str, log: Path, found: Sequence[Path], crashes: Path) -> None:

@@ -23,6 +23,7 @@ from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import RequestParser
 from nbdstore.server.budget import Budget
 from nbdstore.server.session import Session
+from tests.figures import Tell
 from tests.fuzz import sessions
 from tests.fuzz.cutting import WAYS, cut
 from tests.fuzz.program import Program
@@ -46,13 +47,14 @@ def run_corpus(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_corpus_holds(target: str) -> None:
+def test_the_corpus_holds(tell: Tell, target: str) -> None:
     assert len(corpus_of(target)) > 50
     run_corpus(target)
+    tell("fuzz", {"inputs": len(corpus_of(target))})
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_programs_at_random_hold(target: str) -> None:
+def test_programs_at_random_hold(tell: Tell, target: str) -> None:
     for seed in range(N_RANDOM_PROGRAMS):
         chance = Random(seed)
         data = chance.randbytes(chance.choice((5, 20, 60, 200, 500)))
@@ -61,6 +63,7 @@ def test_programs_at_random_hold(target: str) -> None:
         except Exception as fault:
             fault.add_note(f"{target}: {data.hex()}")
             raise
+    tell("fuzz", {"inputs": N_RANDOM_PROGRAMS})
 
 
 def test_the_corpus_is_small() -> None:
@@ -257,12 +260,13 @@ BROKEN = [
 
 @pytest.mark.parametrize(("target", "break_it"), BROKEN, ids=[b.__name__ for _, b in BROKEN])
 def test_what_is_broken_is_found_by_the_corpus(
-    target: str, break_it: Callable[[Patch], None], monkeypatch: Patch
+    target: str, break_it: Callable[[Patch], None], monkeypatch: Patch, tell: Tell
 ) -> None:
     break_it(monkeypatch)
     monkeypatch.setattr(sessions, "DEADLINE_S", 3.0)
     with pytest.raises((AssertionError, TimeoutError, ProtocolError)):
         run_corpus(target)
+    tell("fuzz", {"broken parsers and servers found out": 1})
 
 
 def test_every_mode_of_tls_is_in_the_corpus() -> None:

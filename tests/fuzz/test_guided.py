@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.children import Children
+from tests.figures import Tell
 from tests.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +35,16 @@ def run_fuzz(children: Children, *arguments: str, path: Path = ROOT, status: int
     )
 
 
-def test_a_short_run_finds_nothing(children: Children, tmp_path: Path) -> None:
+def test_a_short_run_finds_nothing(children: Children, tmp_path: Path, tell: Tell) -> None:
     crashes = tmp_path / "crashes"
     output = run_fuzz(children, "--minutes", str(MINUTES), "--crashes", str(crashes))
     done = re.findall(r"^(\w+): (\d+) inputs, (\d+) edges", output, re.MULTILINE)
     assert [target for target, _, _ in done] == list(TARGETS)
     assert all(int(inputs) > MIN_INPUTS for _, inputs, _ in done), output
     assert not crashes.exists()
+    n_inputs = sum(int(inputs) for _, inputs, _ in done)
+    assert output.splitlines()[-1] == f"{n_inputs:,} inputs, {len(TARGETS)} targets, 0 failed"
+    tell("fuzz", {"inputs": n_inputs})
 
 
 def test_a_crash_is_kept_and_can_be_replayed(children: Children, tmp_path: Path) -> None:

@@ -140,7 +140,12 @@ def kill_under_a_guest(seed: int) -> Mapping[str, int]:
         error.add_note(f"the pool and the logs are in {directory}")
         raise
     shutil.rmtree(directory)
-    return {"kills under a mounted filesystem": KILLS, "files synced in a guest": n_files}
+    return figures_of(KILLS, n_files)
+
+
+def figures_of(n_kills: int, n_files: int) -> dict[str, int]:
+    """What one guest came to."""
+    return {"kills under a mounted filesystem": n_kills, "files synced in a guest": n_files}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 
 from tests.children import Children
 from tests.clients.served_pool import ServedPool
+from tests.figures import Tell
 from tests.guest.guest import Guest
-from tests.kills.guest import GuestUnderKills
+from tests.kills.guest import GuestUnderKills, figures_of
 
 pytestmark = [
     pytest.mark.requires("qemu-system-x86_64", "busybox", "modprobe", "depmod", "nbd-client"),
@@ -22,7 +23,7 @@ N_KILLS = 2
 
 
 def test_a_mounted_filesystem_lives_through_kills(
-    guest: Guest, children: Children, tmp_path: Path
+    guest: Guest, children: Children, tmp_path: Path, tell: Tell
 ) -> None:
     pool = ServedPool(children, tmp_path)
     pool.create("--capacity", "256M", "--journal-size", "4M")
@@ -32,5 +33,7 @@ def test_a_mounted_filesystem_lives_through_kills(
     source = random.Random(1)
     for _ in range(N_KILLS):
         under_kills.kill(source)
+    n_files = under_kills.n_synced()
     under_kills.verify()
     pool.close()
+    tell("guest", figures_of(N_KILLS, n_files))

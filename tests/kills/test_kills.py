@@ -9,6 +9,7 @@ import pytest
 
 from tests.children import Children
 from tests.clients.served_pool import ServedPool
+from tests.figures import Tell
 from tests.kills.loop import Geometry, KillLoop, Tally
 
 KILLS_PER_SEED = 8
@@ -23,7 +24,7 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_what_was_acknowledged_survives_kills_at_any_moment(
-    children: Children, tmp_path: Path, name: str
+    children: Children, tmp_path: Path, tell: Tell, name: str
 ) -> None:
     geometry = GEOMETRIES[name]
     tally = Tally()
@@ -32,6 +33,7 @@ def test_what_was_acknowledged_survives_kills_at_any_moment(
     while tally.n_kills < KILLS_PER_SEED:
         loop.round()
     pool.close()
+    tell("kills", tally.figures_by_name())
     assert tally.lost_in_flight > 0, "no kill has met a change in flight"
     if name == "a full pool":
         assert "writes are held: the pool is full" in pool.log.read_text()

@@ -13,6 +13,7 @@ import uvloop
 from tests.children import Children
 from tests.clients.served_pool import ServedPool
 from tests.load.scene import Scene
+from tests.seeds import told
 
 
 @click.command(help="Load a served pool with many clients, some of them hostile.")
@@ -45,6 +46,7 @@ def main(seed: int, minutes: float, connections: int, exports: int, as_json: boo
     else:
         for name, value in figures.items():
             click.echo(f"{name}: {value}")
+        click.echo(told(scene.figures_by_name()))
 
 
 if __name__ == "__main__":

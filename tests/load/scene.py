@@ -211,6 +211,19 @@ class Scene:
             client.close()
             await client.writer.wait_closed()
 
+    def figures_by_name(self) -> dict[str, int]:
+        """The figures that say how much was done, as a person reads them."""
+        return {
+            "connections at a time": self.n_connections,
+            "exports": self.n_exports,
+            "visits": self.visits,
+            "misdeeds": self.misdeeds.total(),
+            "requests answered": self.figures.n_requests,
+            "bytes verified under load": self.figures.bytes_verified,
+            "ms for the slowest": round(self.figures.slowest_s * 1000),
+            "MiB at most": self.most.memory >> 20,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """All figures."""
         before, warm, end = self.idle

@@ -9,6 +9,7 @@ import uvloop
 
 from tests.children import Children
 from tests.clients.served_pool import ServedPool
+from tests.figures import Tell
 from tests.load.hostile import MISDEEDS
 from tests.load.scene import Scene
 
@@ -16,7 +17,7 @@ SECONDS = 20
 
 
 @pytest.mark.timeout(180)
-def test_good_clients_among_bad_ones(children: Children, tmp_path: Path) -> None:
+def test_good_clients_among_bad_ones(children: Children, tmp_path: Path, tell: Tell) -> None:
     scene = Scene(ServedPool(children, tmp_path), n_connections=200, n_exports=64)
     scene.prepare()
     uvloop.run(scene.run(1, SECONDS, print))
@@ -24,3 +25,4 @@ def test_good_clients_among_bad_ones(children: Children, tmp_path: Path) -> None
     scene.check_pool()
     assert set(scene.misdeeds) == {misdeed.__name__ for misdeed in MISDEEDS}
     assert scene.figures.bytes_verified > 0
+    tell("load", scene.figures_by_name())

@@ -12,6 +12,7 @@ from tests.conformance.case import RULES, TABLE
 from tests.conformance.outcome import Outcome
 from tests.conformance.server import Settings
 from tests.conformance.target import TlsFiles
+from tests.figures import Tell
 from tests.peers.inside import memory_pool, served
 from tests.peers.running import outcomes
 from tests.peers.sabotage import SABOTAGES, Sabotage
@@ -41,10 +42,11 @@ def outcome_of(sabotage: Sabotage, directory: Path) -> Outcome:
 
 @pytest.mark.parametrize("sabotage", SABOTAGES, ids=[s.name for s in SABOTAGES])
 def test_a_broken_server_is_found_out(
-    sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
     sabotage.apply(monkeypatch)
     assert outcome_of(sabotage, tmp_path) in (Outcome.FAIL, Outcome.DIFFERS)
+    tell("conformance", {"broken servers found out": 1})
 
 
 def test_every_rule_is_broken_once_and_found_by_a_case_about_it() -> None:

@@ -10,7 +10,7 @@ from tests.simulation.world import run_world
 def run_seed(seed: int) -> dict[str, int]:
     """Run one world; return its figures."""
     world = run_world(seed, choose_plan(seed))
-    return world.figures()
+    return {"worlds": 1, **world.figures()}
 
 
 if __name__ == "__main__":

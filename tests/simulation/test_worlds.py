@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdstore.errors import StoreError
+from tests.figures import Tell
 from tests.simulation.mutations import MUTATIONS, Mutation
 from tests.simulation.oracle import Wrong
 from tests.simulation.plan import choose_plan
@@ -20,13 +21,16 @@ ROOT = Path(__file__).parents[2]
 SCALE = 0.25
 """Of the number of requests; `python -m tests.simulation` does it all."""
 
+N_WORLDS = 40
 
-@pytest.mark.parametrize("first", range(0, 40, 4))
-def test_nothing_is_lost(first: int) -> None:
+
+@pytest.mark.parametrize("first", range(0, N_WORLDS, 4))
+def test_nothing_is_lost(tell: Tell, first: int) -> None:
     figures: Counter[str] = Counter()
     for seed in range(first, first + 4):
         figures.update(run_world(seed, choose_plan(seed, scale=SCALE)).figures())
     assert figures["requests answered"] > 100
+    tell("simulation", {"worlds": 4, **figures})
 
 
 DIGEST = """
@@ -54,12 +58,13 @@ def test_a_seed_is_the_same_world_in_every_process() -> None:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_broken_server_is_found_out(mutation: Mutation) -> None:
+def test_a_broken_server_is_found_out(tell: Tell, mutation: Mutation) -> None:
     with mutation.applied():
         for seed in range(mutation.n_seeds):
             try:
                 run_world(seed, mutation.plan)
             except (Wrong, AssertionError, RuntimeError, StoreError) as error:
                 assert mutation.says in str(error), error
+                tell("simulation", {"broken servers found out": 1})
                 return
     pytest.fail(f"{mutation.n_seeds} worlds have not noticed: {mutation.name}")

@@ -315,7 +315,7 @@ def run_seed(seed: int) -> Counter[str]:
     pages = [*page_cases()]
     outcomes[f"page: {judge(pages[seed % len(pages)])}"] += 1
     outcomes[f"larger: {judge(large_case(random.Random(seed)))}"] += 1
-    return outcomes
+    return Counter({"cases": outcomes.total()}) + outcomes
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import xxhash
 from nbdstore.errors import Corruption
 from nbdstore.store import superblock
 from nbdstore.store.journal import Reader
+from tests.figures import Tell
 from tests.store.damage import BYTE_KINDS, byte_case, judge, large_case, page_cases
 from tests.store.simulated_disk import SimulatedDisk
 from tests.store.subjects import Region, Subject, damaged, open_and_look, subjects
@@ -139,23 +140,26 @@ def stratified(name: str) -> list[tuple[str, str, str, int]]:
     [("closed", 0, 1), ("repaired", 0, 1), *(("killed", part, 3) for part in range(3))],
 )
 def test_a_damaged_byte_is_harmless_or_reported_and_never_believed(
-    name: str, part: int, n_parts: int
+    tell: Tell, name: str, part: int, n_parts: int
 ) -> None:
     outcomes = Counter(judge(byte_case(*case)) for case in stratified(name)[part::n_parts])
     assert {"harmless", "lost", "repaired"} <= outcomes.keys(), outcomes
+    tell("damage", {"cases": outcomes.total(), **outcomes})
 
 
-def test_an_unreadable_page_costs_what_is_in_it_and_is_reported() -> None:
+def test_an_unreadable_page_costs_what_is_in_it_and_is_reported(tell: Tell) -> None:
     cases = [*page_cases()]
     of_journal = [case for case in cases if case.file == "journal"]
     chosen = [case for case in cases if case.file != "journal"]
     chosen += random.Random(1).sample(of_journal, 30)
     outcomes = Counter(judge(case) for case in chosen)
     assert {"harmless", "lost", "repaired"} <= outcomes.keys(), outcomes
+    tell("damage", {"cases": outcomes.total(), **outcomes})
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))
-def test_larger_damage_is_harmless_or_reported_and_never_believed(first: int) -> None:
+def test_larger_damage_is_harmless_or_reported_and_never_believed(tell: Tell, first: int) -> None:
     seeds = range(first, first + 40)
     outcomes = Counter(judge(large_case(random.Random(seed))) for seed in seeds)
     assert {"harmless", "lost", "repaired"} <= outcomes.keys(), outcomes
+    tell("damage", {"cases": outcomes.total(), **outcomes})

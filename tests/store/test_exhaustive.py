@@ -8,8 +8,12 @@ from __future__ import annotations
 import pytest
 
 from nbdstore.store.durability import Committer
+from tests.figures import Tell
 from tests.store.exhaustive import Explorer, Parts, choices, sequences
 from tests.store.short_plays import OPERATIONS, Sequence, makes_sense
+
+SHARES = {1: 1, 2: 3, 3: 100}
+"""Of the sequences of each length, one in so many."""
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +23,14 @@ def explorer() -> Explorer:
 
 
 @pytest.mark.parametrize("part", range(10))
-@pytest.mark.parametrize(("length", "share"), [(1, 1), (2, 3), (3, 100)])
+@pytest.mark.parametrize(("length", "share"), SHARES.items())
 def test_no_crash_loses_what_was_promised(
-    explorer: Explorer, length: int, share: int, part: int
+    explorer: Explorer, tell: Tell, length: int, share: int, part: int
 ) -> None:
+    before = explorer.figures.copy()
     for base, sequence in sequences(length, (0, share))[part::10]:
         explorer.explore(base, sequence)
+    tell("exhaustive", explorer.figures - before)
 
 
 def test_a_fault_is_told_with_the_sequence_that_replays_it(

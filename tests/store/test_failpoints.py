@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
 from nbdstore.store import Pool
 from nbdstore.store.host import Failpoint
+from tests.figures import Tell
 from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at
 from tests.store.fault_sweep import PLAY
 from tests.store.power_loss import assert_clean
@@ -69,8 +71,8 @@ def crashes(seed: int) -> Iterator[Crash]:
 
 
 @pytest.mark.parametrize("place", [p for p in Failpoint if p not in AT_CREATION])
-def test_the_power_fails_at_every_failpoint(place: Failpoint) -> None:
-    play = played()
+def test_the_power_fails_at_every_failpoint(tell: Tell, place: Failpoint) -> None:
+    play, n_crashes = played(), 0
     moments = moments_of(place)
     assert moments, f"the play never comes to {place!r}: make it do so"
     for at in moments:
@@ -78,11 +80,15 @@ def test_the_power_fails_at_every_failpoint(place: Failpoint) -> None:
             images = crash_images(play.disk, at, crash, random.Random(number))
             assert_clean(images)
             judge(run(look_at(SimulatedDisk(images))), known_at(play, at), killed=crash is KILLED)
+            n_crashes += 1
+    tell("failpoints", {"failpoints": 1, "crashes": n_crashes})
 
 
 @pytest.mark.parametrize("place", [p for p in Failpoint if p not in AT_CREATION])
-def test_the_process_dies_at_every_failpoint_and_then_the_power_fails(place: Failpoint) -> None:
-    play = played()
+def test_the_process_dies_at_every_failpoint_and_then_the_power_fails(
+    tell: Tell, place: Failpoint
+) -> None:
+    play, figures = played(), Counter[str]()
     for at in moments_of(place)[-2:]:
         disk = killed_at(play.disk, at)
         found = run(look_at(disk))
@@ -90,7 +96,10 @@ def test_the_process_dies_at_every_failpoint_and_then_the_power_fails(place: Fai
         for moment in range(0, len(disk.events) + 1, 3):
             images = crash_images(disk, moment, Crash.random(random.Random(moment)), disk.random)
             judge(run(look_at(SimulatedDisk(images))), known_at(play, at), killed=False)
+            figures["crashes of the recovery"] += 1
         assert (
             run(look_at(SimulatedDisk(crash_images(disk, len(disk.events), LAZY, disk.random))))
             == found
         )
+        figures["kills"] += 1
+    tell("failpoints", figures)

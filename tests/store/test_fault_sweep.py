@@ -6,12 +6,15 @@ from collections import Counter
 
 import pytest
 
+from tests.figures import Tell
 from tests.store.fault_sweep import FAULTS, PLAY, Failing, n_calls, run_fault, run_seed
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("lasting", [False, True])
-def test_a_failed_call_loses_nothing_that_was_promised(kind: str, lasting: bool) -> None:
+def test_a_failed_call_loses_nothing_that_was_promised(
+    tell: Tell, kind: str, lasting: bool
+) -> None:
     """Every sync, read and opening, every third write; where they fail for good, every seventh."""
     operation, error = FAULTS[kind]
     n = n_calls("used", PLAY, operation)
@@ -28,8 +31,9 @@ def test_a_failed_call_loses_nothing_that_was_promised(kind: str, lasting: bool)
     assert figures["faults survived"] == len(moments)
     if kind == "sync: error":
         assert figures["pools failed"] == figures["faults survived"]
+    tell("faults", figures)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_faults_of_chance(seed: int) -> None:
-    run_seed(seed)
+def test_faults_of_chance(tell: Tell, seed: int) -> None:
+    tell("faults", run_seed(seed))

@@ -24,6 +24,7 @@ from nbdstore.store.journal import Journal
 from nbdstore.store.recovery import _Replay
 from nbdstore.store.slots import FrozenBitmap, Slots
 from nbdstore.store.writing import Writing
+from tests.figures import Tell
 from tests.store import test_power_loss
 from tests.store.power_loss import Course, run_seed
 from tests.store.simulated_disk import SimulatedDisk, SimulatedFile
@@ -271,10 +272,11 @@ def course(seed: int, rule: str) -> Course:
 
 
 @pytest.mark.parametrize("rule", BROKEN)
-def test_a_broken_rule_is_found_out(rule: str) -> None:
+def test_a_broken_rule_is_found_out(tell: Tell, rule: str) -> None:
     with BROKEN[rule](), pytest.raises((AssertionError, StoreError)):
         for seed in range(N_SEEDS):
             run_seed(seed, course(seed, rule))
+    tell("power-loss", {"broken rules found out": 1})
 
 
 def test_a_superblock_that_is_not_durable_is_found_to_be_built_on() -> None:

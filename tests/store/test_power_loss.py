@@ -15,6 +15,7 @@ import pytest
 from nbdstore.errors import NoSpace, PoolFailed, StoreError, WriteFailed
 from nbdstore.store import Pool, Volume
 from nbdstore.store.layout import slots_of
+from tests.figures import Tell
 from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at
 from tests.store.power_loss import Course, Opened, assert_clean, recover, run_seed
 from tests.store.scene import Scene
@@ -25,20 +26,23 @@ BLOCK = 4096
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_volume_is_a_prefix_of_what_was_acknowledged(seed: int) -> None:
-    assert run_seed(seed)["crashes"] > 0
+def test_every_volume_is_a_prefix_of_what_was_acknowledged(tell: Tell, seed: int) -> None:
+    figures = run_seed(seed)
+    assert figures["crashes"] > 0
+    tell("power-loss", figures)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_pool_that_is_nearly_full_reuses_slots_soon(seed: int) -> None:
+def test_a_pool_that_is_nearly_full_reuses_slots_soon(tell: Tell, seed: int) -> None:
     settings = Settings(n_steps=30, max_volumes=3, max_size=6 << 20, large=0.2)
-    run_seed(seed, Course(settings, capacity=16 << 20, n_generations=2, n_crashes=4))
+    course = Course(settings, capacity=16 << 20, n_generations=2, n_crashes=4)
+    tell("power-loss", run_seed(seed, course))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_trees_of_any_height(seed: int) -> None:
+def test_trees_of_any_height(tell: Tell, seed: int) -> None:
     settings = Settings(n_steps=15, spread=Spread(random.Random(seed).choice((300, 70_000)) << 20))
-    run_seed(seed, Course(settings, n_generations=2, n_crashes=4))
+    tell("power-loss", run_seed(seed, Course(settings, n_generations=2, n_crashes=4)))
 
 
 # -- single moments --------------------------------------------------------------------------------
