@@ -54,6 +54,7 @@ PARTS: Final = {
     "power-loss": Part("tests.store.power_loss", "no acknowledged flush is lost", share=2),
     "exhaustive": Part("tests.store.exhaustive", "every short sequence, crashed at every moment"),
     "faults": Part("tests.store.fault_sweep", "whatever call of the disk fails, nothing is lost"),
+    "state-machine": Part("tests.store.state_machine", "a pool holds what bytearrays hold"),
     "simulation": Part("tests.simulation", "the whole server, in simulated worlds", share=2),
     "damage": Part("tests.store.damage", "damage is reported, and costs no more than it must"),
     "fuzz": Part("tests.fuzz", "no bytes of a peer do harm"),
