@@ -42,9 +42,10 @@ class ConnectionInfo:
     Arguments:
         id: counts connections since the start of the process.
         peer: ``ADDRESS:PORT``, or ``unix:pid=PID,uid=UID``.
-        export: canonical name; None before the end of the handshake.
+        export: name of the volume; None before the end of the handshake, and after the session's.
         since: time of the accept, ISO 8601.
         tls_name: name in the client's certificate; None without.
+        holder, lease_epoch: of the lease by which it attached; None without.
         in_flight: requests that wait for the disk or for space.
         bytes_read, bytes_written: by the client, since it attached.
     """
@@ -55,6 +56,8 @@ class ConnectionInfo:
     since: str
     read_only: bool
     tls_name: str | None
+    holder: str | None
+    lease_epoch: int | None
     in_flight: int
     bytes_read: int
     bytes_written: int
@@ -92,20 +95,30 @@ class Connection:
 
     @property
     def volume(self) -> Volume | None:
-        """The volume this client has attached: from when that was agreed, before it is told so."""
-        offer = self._agreement.offer if self._agreement else None
-        return offer.volume if isinstance(offer, VolumeOffer) else None
+        """The volume this client has attached: from when that was agreed, before it is told so,
+        until no request of it can be executed any more."""
+        return self._offer.volume if self._offer else None
+
+    @property
+    def _offer(self) -> VolumeOffer | None:
+        if self._agreement is None or (self.session is not None and self.session.has_ended):
+            return None
+        assert isinstance(self._agreement.offer, VolumeOffer)
+        return self._agreement.offer
 
     @property
     def info(self) -> ConnectionInfo:
-        agreement, session = self._agreement, self.session
+        agreement, session, offer = self._agreement, self.session, self._offer
+        lease = offer.lease if offer else None
         return ConnectionInfo(
             id=self.id,
             peer=self.peer,
-            export=session.volume.name if session else None,
+            export=offer.volume.name if offer and session else None,
             since=self._since.isoformat(timespec="seconds"),
             read_only=bool(agreement and agreement.flags & TransmissionFlag.READ_ONLY),
             tls_name=self._view.identity.name,
+            holder=lease.holder if lease else None,
+            lease_epoch=lease.epoch if lease else None,
             in_flight=session.in_flight if session else 0,
             bytes_read=session.bytes_read if session else 0,
             bytes_written=session.bytes_written if session else 0,
@@ -140,6 +153,16 @@ class Connection:
         if self.session is not None:
             self.session.drain()
         return self.session is not None
+
+    def give_up(self, why: str) -> asyncio.Future[None] | None:
+        """End the session at once; return what is done when no request can be executed any more.
+
+        None if there is no session yet: then the task of `run` must be cancelled.
+        """
+        if self.session is None:
+            return None
+        self.session.lose(ConnectionAbortedError(why))
+        return self.session.done
 
     def stall(self, now_s: float, timeout_s: float) -> str | None:
         """See Session.stall; before the session there is the handshake's timeout."""

@@ -8,14 +8,23 @@ A volume's property ``allow`` lists the names (subject CN or DNS SAN) of client 
 may attach it; empty means that everybody may whom the server lets in. A volume that is not
 allowed to a client is not listed to it. Nor is one with the property ``importing``, which nobody
 may attach: what it holds is not whole yet, and would change under its client.
+
+A volume that is leased (`nbdstore.lease`) is attached by showing that lease in the export's name;
+without it, or with one that has ended, it is refused. It is not listed, since clients that list
+exports try each by its plain name, and nbdinfo gives up at the first that it does not get.
+While the lease changes hands the volume is barred: nobody may attach it, so that whoever grants
+the next one can first end all connections of before, and knows that there are no others.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from nbdstore import lease
+from nbdstore.lease import Claim, Lease
 from nbdstore.protocol.agreement import Offer, OptionRefused, TlsMode
 from nbdstore.protocol.constants import OptionReply, TransmissionFlag
 from nbdstore.server.options import ServerOptions
@@ -65,9 +74,10 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeOffer(Offer):
-    """An offer that knows its volume."""
+    """An offer that knows its volume, and the lease by which it is attached."""
 
     volume: Volume
+    lease: Lease | None = None
 
 
 class HasVolumes(Protocol):
@@ -92,6 +102,17 @@ class Exports:
         self._read_only = options.read_only
         self._default = options.default_export
         self._tls = options.tls.mode if options.tls else TlsMode.OFF
+        self._barred: set[Volume] = set()
+
+    @contextlib.contextmanager
+    def barred(self, volume: Volume) -> Iterator[None]:
+        """Let nobody attach a volume while the context lasts; not to be nested."""
+        assert volume not in self._barred
+        self._barred.add(volume)
+        try:
+            yield
+        finally:
+            self._barred.remove(volume)
 
     def __len__(self) -> int:
         return len(self._pool.volumes)
@@ -99,18 +120,19 @@ class Exports:
     def offers(self, identity: Identity) -> Iterator[Offer]:
         """List what this client may attach, by name."""
         for _, volume in sorted(self._pool.volumes.items()):
-            if self._refusal(volume, identity) is None:
+            if self._refusal(volume, identity) is None and self._lease_refusal(volume) is None:
                 yield self._offer(volume)
 
     def find(self, name: str, identity: Identity) -> Offer:
         """Look up an export for a client; OptionRefused says why it cannot have it."""
-        volume = self._pool.volumes.get(name) if name else self._default_volume()
+        volume_name, claim = lease.split_export(name)
+        volume = self._pool.volumes.get(volume_name) if name else self._default_volume()
         if volume is None:
-            raise OptionRefused(OptionReply.ERR_UNKNOWN, self._unknown(name))
-        refusal = self._refusal(volume, identity)
+            raise OptionRefused(OptionReply.ERR_UNKNOWN, self._unknown(volume_name))
+        refusal = self._refusal(volume, identity) or self._lease_refusal(volume, claim)
         if refusal is not None:
             raise refusal
-        return self._offer(volume)
+        return self._offer(volume, claim)
 
     def _default_volume(self) -> Volume | None:
         volumes = self._pool.volumes
@@ -158,14 +180,37 @@ class Exports:
             OptionReply.ERR_TLS_REQD, f"The export {volume.name!r} requires TLS: send STARTTLS."
         )
 
-    def _offer(self, volume: Volume) -> VolumeOffer:
+    def _lease_refusal(self, volume: Volume, claim: Claim | None = None) -> OptionRefused | None:
+        """Say why a client may not attach a volume, with or without a claim to a lease of it."""
+        if self._owner_only:
+            return None
+        held = lease.current(volume.properties)
+        if held is None and claim is None and volume not in self._barred:
+            return None
+        name = repr(volume.name)
+        if volume in self._barred:
+            reason = f"The lease of the export {name} is changing hands: try again."
+        elif held is None:
+            reason = f"That lease of the export {name} has ended: ask for a new one."
+        elif claim is None:
+            reason = f"The export {name} is leased to {held}: attach it with that lease."
+        elif not held.admits(claim):
+            reason = f"That lease of the export {name} has ended: it is leased to {held}."
+        else:
+            return None
+        return OptionRefused(OptionReply.ERR_POLICY, reason)
+
+    def _offer(self, volume: Volume, claim: Claim | None = None) -> VolumeOffer:
+        held = lease.current(volume.properties) if claim else None
         return VolumeOffer(
-            name=volume.name,
+            # The name by which a client that reconnects is let in again.
+            name=held.export(volume.name) if held else volume.name,
             size=volume.size,
             flags=READ_ONLY_FLAGS if self._read_only else READ_WRITE_FLAGS,
             description=str(volume.properties.get("description", "")),
             preferred_block=max(512, volume.block_size),
             volume=volume,
+            lease=held,
         )
 
 

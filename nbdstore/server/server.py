@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server.budget import Budget
@@ -100,6 +102,40 @@ class Server:
     def attached(self, volume: Volume) -> int:
         """Count the connections that have a volume attached."""
         return sum(connection.volume is volume for connection in self._connections)
+
+    # --- Ending connections ------------------------------------------------------------------
+
+    def barred(self, volume: Volume) -> AbstractContextManager[None]:
+        """Let nobody attach a volume while the context lasts; not to be nested."""
+        return self._settings.exports.barred(volume)
+
+    async def fence(self, volume: Volume, why: str) -> int:
+        """End all connections of a volume; return how many there were.
+
+        When this returns, no request of theirs is executed any more, whatever the network still
+        delivers: a session that is lost parses nothing, its backlog is dropped, its tasks are
+        cancelled where they wait, and their end is waited for here. The store writes on the loop's
+        thread and only between awaits, so no write goes on behind a task that has ended. To keep
+        out who comes again, bar the volume, and lease it to somebody else.
+        """
+        return await self._end([item for item in self._connections if item.volume is volume], why)
+
+    async def disconnect(self, connection_id: int, why: str) -> bool:
+        """End one connection as `fence` does; False if there is none of that id."""
+        found = [item for item in self._connections if item.id == connection_id]
+        return bool(await self._end(found, why))
+
+    async def _end(self, connections: Iterable[Connection], why: str) -> int:
+        ends: list[asyncio.Future[None]] = []
+        for connection in connections:
+            end = connection.give_up(why)
+            if end is None:  # in its handshake, where it may have been told that it is attached
+                end = self._connections[connection]
+                end.cancel()
+            ends.append(end)
+        if ends:
+            await asyncio.wait(ends)
+        return len(ends)
 
     # --- Connections -------------------------------------------------------------------------
 

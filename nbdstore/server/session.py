@@ -124,7 +124,8 @@ class Session:
         """Whether a large payload is left unread, since there is no room for it."""
         self._stall: Stall | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._done: asyncio.Future[None] = self._loop.create_future()
+        self.done: asyncio.Future[None] = self._loop.create_future()
+        """Done once no request of this client is executed, or will be."""
         self._ending = False
         self._lost = False
         self._reading = False
@@ -139,7 +140,7 @@ class Session:
         """Serve the client to its end, beginning with the bytes behind the handshake."""
         try:
             self._guard(self._take_first, first_bytes)
-            await self._done
+            await asyncio.shield(self.done)  # a cancelled task must not make it look done
         finally:
             self.lose(ConnectionAbortedError("the server gave the connection up"))
             self._cancel_tasks()
@@ -151,6 +152,11 @@ class Session:
             self._parser.get_buffer()[: len(data)] = data
             self._received(len(data))
         self._settle()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no request of this client is executed, or will be."""
+        return self.done.done()
 
     def drain(self) -> None:
         """Answer what has been received, then end.
@@ -172,7 +178,7 @@ class Session:
         if self._lost:
             return
         self._lost = self._ending = True
-        if not self._done.done():
+        if not self.done.done():
             # Without the frames that it passed, which would keep buffers and this session alive.
             self.fault = fault.with_traceback(None)
         # In the next turn, since a task that has not begun could not account for its end.
@@ -222,8 +228,8 @@ class Session:
         else:
             self._watch(False)
             self._account.stop_waiting()
-            if not (self.in_flight or self._outbox.n_bytes or self._blocked or self._done.done()):
-                self._done.set_result(None)
+            if not (self.in_flight or self._outbox.n_bytes or self._blocked or self.done.done()):
+                self.done.set_result(None)
 
     def _watch(self, reading: bool) -> None:
         if reading is not self._reading:

@@ -19,13 +19,14 @@ PACKAGE = Path(nbdstore.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "nbdstore": set(),
     "nbdstore.errors": set(),
+    "nbdstore.lease": set(),
     "nbdstore.sizes": set(),
     "nbdstore.systemd": set(),
     "nbdstore.unix_socket": set(),
     "nbdstore.protocol": set(),
     "nbdstore.store": set(),
-    "nbdstore.server": {"protocol", "store", "unix_socket"},
-    "nbdstore.control": {"store", "server", "sizes", "unix_socket"},
+    "nbdstore.server": {"protocol", "store", "lease", "unix_socket"},
+    "nbdstore.control": {"store", "server", "lease", "sizes", "unix_socket"},
     "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
     "nbdstore.commands": {
         *("protocol", "store", "server", "control", "daemon", "systemd", "sizes"),
