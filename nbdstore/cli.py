@@ -22,6 +22,7 @@ from nbdstore.commands import (
     capacity,
     check,
     completion,
+    lease,
     logs,
     pool,
     salvage,
@@ -180,6 +181,7 @@ def cli(
 cli.add_command(pool.pool)
 cli.add_command(volume.volume)
 cli.add_command(serve.serve)
+cli.add_command(lease.lease)
 cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)
 cli.add_command(capacity.capacity)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import AttachmentInfo, LeaseInfo, PoolInfo, VolumeInfo
 from nbdstore.control.operations import Operations
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
@@ -63,6 +63,21 @@ class LocalService:
     def attachments(self) -> list[AttachmentInfo]:
         return self._operations.attachments()
 
+    def disconnect(self, connection_id: int) -> None:
+        self._run(self._operations.disconnect(connection_id))
+
+    def leases(self) -> list[LeaseInfo]:
+        return self._operations.leases.list()
+
+    def acquire_lease(self, name: str, holder: str, *, force: bool = False) -> LeaseInfo:
+        return self._run(self._operations.leases.acquire(name, holder, force=force))
+
+    def release_lease(self, name: str, holder: str, epoch: int | None = None) -> None:
+        self._run(self._operations.leases.release(name, holder, epoch))
+
+    def break_lease(self, name: str) -> None:
+        self._run(self._operations.leases.break_(name))
+
     def volumes(self) -> list[VolumeInfo]:
         return self._operations.volumes()
 
@@ -87,8 +102,8 @@ class LocalService:
             )
         )
 
-    def delete_volume(self, name: str) -> None:
-        self._run(self._operations.delete_volume(name))
+    def delete_volume(self, name: str, *, fence: bool = False) -> None:
+        self._run(self._operations.delete_volume(name, fence=fence))
 
     def read_content(self, name: str) -> Content:
         size, pieces = self._operations.read_content(name)

@@ -49,22 +49,23 @@ def create(session: Session, name: str, size: int, allow: Sequence[str], as_json
 @json_option
 @pass_session
 def list_(session: Session, as_json: bool) -> None:
-    """List the volumes: their size, what they hold, who is attached."""
+    """List the volumes: their size, what they hold, who leased or attached them."""
     with session.service() as service:
         infos = service.volumes()
+        attachments = [] if as_json else service.attachments()
     if as_json:
         print_json([info.to_json() for info in infos])
     elif not infos:
         click.echo("no volumes yet: make one with 'nbdstore volume create NAME --size SIZE'")
     else:
         print_table(
-            ("NAME", "SIZE", "MAPPED", "ATTACHED", "CREATED", "NOTES"),
-            [_row(info) for info in infos],
+            ("NAME", "SIZE", "MAPPED", "ATTACHED", "BY", "CREATED", "NOTES"),
+            [_row(info, attachments) for info in infos],
             right="SIZE MAPPED ATTACHED",
         )
 
 
-def _row(info: VolumeInfo) -> tuple[str, ...]:
+def _row(info: VolumeInfo, attachments: Sequence[AttachmentInfo]) -> tuple[str, ...]:
     notes = ["import not finished"] if info.importing else []
     if info.allow:
         notes.append(f"for {', '.join(info.allow)}")
@@ -73,9 +74,16 @@ def _row(info: VolumeInfo) -> tuple[str, ...]:
         format_size(info.size),
         format_size(info.mapped),
         str(info.attached or "-"),
+        info.lease_holder or _clients(info.name, attachments) or "-",
         info.created[:10],
         "; ".join(notes),
     )
+
+
+def _clients(name: str, attachments: Sequence[AttachmentInfo]) -> str:
+    """Name who has a volume attached that nobody leased: one of them, and how many others."""
+    peers = sorted({item.peer for item in attachments if item.export == name})
+    return f"{peers[0]} and {len(peers) - 1} more" if len(peers) > 1 else "".join(peers)
 
 
 @volume.command()
@@ -110,6 +118,10 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ("reserved", format_size(info.reserved)),
         ("created", info.created),
         ("allowed", ", ".join(info.allow) or "anyone the server lets in"),
+        (
+            "leased",
+            f"to {info.lease_holder} since {info.lease_since}" if info.lease_holder else "no",
+        ),
         ("attached", counted(info.attached, "connection") if info.attached else "no"),
     ]
     if info.importing:
@@ -156,7 +168,10 @@ def resize(session: Session, name: str, size: int, force: bool, as_json: bool) -
 @json_option
 @pass_session
 def rename(session: Session, name: str, new_name: str, as_json: bool) -> None:
-    """Rename volume NAME to NEW_NAME; clients that are attached stay so."""
+    """Rename volume NAME to NEW_NAME.
+
+    Clients that are attached stay so. Refused while it is leased: its holder could not come back.
+    """
     with session.service() as service:
         info = service.update_volume(name, new_name=new_name)
     _print_done(info, as_json, f"volume {name} is called {info.name} now")
@@ -164,11 +179,15 @@ def rename(session: Session, name: str, new_name: str, as_json: bool) -> None:
 
 @volume.command()
 @name_argument
+@click.option("--fence", is_flag=True, help="End its lease and close its connections first.")
 @pass_session
-def delete(session: Session, name: str) -> None:
-    """Delete volume NAME and all its data, for good. Refused while it is attached."""
+def delete(session: Session, name: str, fence: bool) -> None:
+    """Delete volume NAME and all its data, for good.
+
+    Refused while it is leased or attached, unless with --fence.
+    """
     with session.service() as service:
-        service.delete_volume(name)
+        service.delete_volume(name, fence=fence)
     click.echo(f"deleted volume {name}")
 
 

@@ -9,11 +9,16 @@ is in `operations`. Sizes are bytes in every body::
     POST   /v1/pool/checkpoint         PoolInfo
     GET    /v1/capacity                CapacityReport
     GET    /v1/connections             {"connections": [AttachmentInfo...]}
+    DELETE /v1/connections/{id}        204; also if there is none
     GET    /v1/volumes                 {"volumes": [VolumeInfo...]}
     POST   /v1/volumes                 {"name", "size", "allow"?} -> 201 VolumeInfo
     GET    /v1/volumes/{name}          VolumeInfo
     PATCH  /v1/volumes/{name}          {"size"?, "name"?, "allow"?, "force"?} -> VolumeInfo
-    DELETE /v1/volumes/{name}          204
+    DELETE /v1/volumes/{name}          204; ?fence=1
+    GET    /v1/leases                  {"leases": [LeaseInfo...]}, without tokens
+    PUT    /v1/volumes/{name}/lease    {"holder", "force"?} -> LeaseInfo
+    DELETE /v1/volumes/{name}/lease    204; ?holder=H, &epoch=N; also if that is not held
+    POST   /v1/volumes/{name}/lease/break   204; also if there is none
     GET    /v1/volumes/{name}/data     a data stream (`stream`)
     PUT    /v1/volumes/{name}/data     a data stream -> VolumeInfo; ?overwrite=1
 
@@ -25,6 +30,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
@@ -63,11 +69,16 @@ def application(operations: Operations, *, token: str | None = None) -> web.Appl
             web.post("/v1/pool/checkpoint", routes.checkpoint),
             web.get("/v1/capacity", routes.capacity),
             web.get("/v1/connections", routes.connections),
+            web.delete("/v1/connections/{id:[0-9]{1,18}}", routes.disconnect),
+            web.get("/v1/leases", routes.leases),
             web.get("/v1/volumes", routes.volumes),
             web.post("/v1/volumes", routes.create),
             web.get(f"/v1/volumes/{NAME}", routes.volume),
             web.patch(f"/v1/volumes/{NAME}", routes.update),
             web.delete(f"/v1/volumes/{NAME}", routes.delete),
+            web.put(f"/v1/volumes/{NAME}/lease", routes.acquire_lease),
+            web.delete(f"/v1/volumes/{NAME}/lease", routes.release_lease),
+            web.post(f"/v1/volumes/{NAME}/lease/break", routes.break_lease),
             web.get(f"/v1/volumes/{NAME}/data", routes.read_content, allow_head=False),
             web.put(f"/v1/volumes/{NAME}/data", routes.write_content),
         ]
@@ -143,6 +154,14 @@ async def _body(request: web.Request, **shape: str) -> dict[str, Any]:
     return bodies.parse(await request.read(), shape)
 
 
+def _query(request: web.Request, *known: str) -> dict[str, str]:
+    """Return the query's members; InvalidArgument if one is not known."""
+    for name in request.query:
+        if name not in known:
+            raise InvalidArgument(f"'{name}' is not known here: give {', '.join(known)}")
+    return dict(request.query)
+
+
 class _Routes:
     """One method per route: read the request, call the operation, answer."""
 
@@ -171,6 +190,38 @@ class _Routes:
     async def connections(self, _request: web.Request) -> web.StreamResponse:
         listing = [record.to_json() for record in self._operations.attachments()]
         return web.json_response({"connections": listing})
+
+    async def disconnect(self, request: web.Request) -> web.StreamResponse:
+        await self._operations.disconnect(int(request.match_info["id"]))
+        return web.Response(status=204)
+
+    async def leases(self, _request: web.Request) -> web.StreamResponse:
+        listing = [record.to_json() for record in self._operations.leases.list()]
+        return web.json_response({"leases": listing})
+
+    async def acquire_lease(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request, holder="text", force="flag?")
+        info = await self._operations.leases.acquire(
+            request.match_info["name"], body["holder"], force=body.get("force", False)
+        )
+        return _json(info)
+
+    async def release_lease(self, request: web.Request) -> web.StreamResponse:
+        query = _query(request, "holder", "epoch")
+        if "holder" not in query:
+            raise InvalidArgument("say whose lease ends: ?holder=HOLDER")
+        epoch = query.get("epoch")
+        if epoch is not None and not re.fullmatch("[0-9]{1,18}", epoch):
+            raise InvalidArgument(f"'{epoch:.40}' is no epoch of a lease: give its number")
+        await self._operations.leases.release(
+            request.match_info["name"], query["holder"], int(epoch) if epoch else None
+        )
+        return web.Response(status=204)
+
+    async def break_lease(self, request: web.Request) -> web.StreamResponse:
+        await _body(request)
+        await self._operations.leases.break_(request.match_info["name"])
+        return web.Response(status=204)
 
     async def volumes(self, _request: web.Request) -> web.StreamResponse:
         listing = [record.to_json() for record in self._operations.volumes()]
@@ -203,7 +254,8 @@ class _Routes:
 
     async def delete(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        await self._operations.delete_volume(name)
+        query = _query(request, "fence")
+        await self._operations.delete_volume(name, fence=query.get("fence") == "1")
         log.info("volume %s deleted", name)
         return web.Response(status=204)
 

@@ -14,12 +14,12 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from nbdstore import unix_socket
 from nbdstore.control import problems, stream
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import AttachmentInfo, LeaseInfo, PoolInfo, VolumeInfo
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Buffer, Piece, StreamReader, StreamWriter
 from nbdstore.errors import ControlError, InvalidArgument
@@ -64,6 +64,23 @@ class ControlClient:
         listing = self._list("/v1/connections", "connections")
         return [AttachmentInfo.from_json(item) for item in listing]
 
+    def disconnect(self, connection_id: int) -> None:
+        self._call("DELETE", f"/v1/connections/{connection_id}")
+
+    def leases(self) -> list[LeaseInfo]:
+        return [LeaseInfo.from_json(item) for item in self._list("/v1/leases", "leases")]
+
+    def acquire_lease(self, name: str, holder: str, *, force: bool = False) -> LeaseInfo:
+        body = {"holder": holder, "force": force}
+        return LeaseInfo.from_json(self._call("PUT", _volume_path(name) + "/lease", body))
+
+    def release_lease(self, name: str, holder: str, epoch: int | None = None) -> None:
+        query = {"holder": holder} | ({} if epoch is None else {"epoch": str(epoch)})
+        self._call("DELETE", f"{_volume_path(name)}/lease?{urlencode(query)}")
+
+    def break_lease(self, name: str) -> None:
+        self._call("POST", _volume_path(name) + "/lease/break", {})
+
     def volumes(self) -> list[VolumeInfo]:
         return [VolumeInfo.from_json(item) for item in self._list("/v1/volumes", "volumes")]
 
@@ -92,8 +109,8 @@ class ControlClient:
         body = {key: value for key, value in changes.items() if value is not None}
         return VolumeInfo.from_json(self._call("PATCH", _volume_path(name), body))
 
-    def delete_volume(self, name: str) -> None:
-        self._call("DELETE", _volume_path(name))
+    def delete_volume(self, name: str, *, fence: bool = False) -> None:
+        self._call("DELETE", _volume_path(name) + ("?fence=1" if fence else ""))
 
     def read_content(self, name: str) -> Content:
         connection = self._connect()

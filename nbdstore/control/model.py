@@ -109,6 +109,7 @@ class VolumeInfo(Record):
 
     allow: names of client certificates that may attach it; empty = anyone the server lets in.
     attached: live NBD connections. importing: an import has not finished (or never did).
+    lease_holder, lease_since: who alone may attach it now, and since when; None = it is not leased.
     """
 
     id: int
@@ -123,11 +124,16 @@ class VolumeInfo(Record):
     allow: list[str] = dataclasses.field(default_factory=list)
     attached: int = 0
     importing: bool = False
+    lease_holder: str | None = None
+    lease_since: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttachmentInfo(Record):
-    """One NBD connection: who reads and writes which export since when."""
+    """One NBD connection: who reads and writes which export since when.
+
+    holder, lease_epoch: of the lease by which it attached; None without one.
+    """
 
     id: int
     peer: str
@@ -138,3 +144,22 @@ class AttachmentInfo(Record):
     in_flight: int
     bytes_read: int
     bytes_written: int
+    holder: str | None = None
+    lease_epoch: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeaseInfo(Record):
+    """A lease that is held: its holder alone may attach the volume.
+
+    epoch: counts the leases of the volume. connections: live ones of this lease. token, export:
+    what the holder shows, and the export's name with it; None except for the holder itself.
+    """
+
+    volume: str
+    holder: str
+    epoch: int
+    since: str
+    connections: int
+    token: str | None = None
+    export: str | None = None

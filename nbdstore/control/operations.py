@@ -2,7 +2,8 @@
 
 The control API calls this inside the server; the command line calls it on a pool that it opened
 for the moment, with no server. The store checks its own truths (names, sizes, space). Here lives
-what the store cannot know: that a volume is attached, that an import runs into it, who may attach.
+what the store cannot know: that an import runs into a volume, who may attach it. That it is in use
+forbids some of it (`usage`), and a lease decides who uses it (`leases`).
 
 Concurrency: everything runs on the loop of the pool, and changes of volumes take turns, the
 beginning and the end of an import included: what one has checked (the name, that no import runs)
@@ -13,15 +14,17 @@ that is deleted under its client; an import looks again once nobody new can atta
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from nbdstore import lease
 from nbdstore.control import capacity, content
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
+from nbdstore.control.leases import Leases
 from nbdstore.control.model import AttachmentInfo, PoolInfo, ServerInfo, VolumeInfo
 from nbdstore.control.stream import Piece
+from nbdstore.control.usage import Usage
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreError
 from nbdstore.sizes import format_size
 
@@ -45,12 +48,11 @@ class Operations:
         growth: GrowthMeter | None = None,
     ) -> None:
         self._pool = pool
-        self._server = server
         self._server_info = server_info
         self._growth = growth
-        self._imports: set[int] = set()
-        """Ids of the volumes that are imported into."""
-        self._turn = asyncio.Lock()
+        self._usage = Usage(pool, server)
+        self.leases = Leases(self._usage, pool)
+        """The leases of its volumes."""
 
     # The pool
 
@@ -83,22 +85,11 @@ class Operations:
 
     def attachments(self) -> list[AttachmentInfo]:
         """List the NBD connections that have an export."""
-        connections = self._server.connections if self._server else ()
-        return [
-            AttachmentInfo(
-                id=connection.id,
-                peer=connection.peer,
-                export=connection.export,
-                since=str(connection.since),
-                read_only=connection.read_only,
-                tls_name=connection.tls_name,
-                in_flight=connection.in_flight,
-                bytes_read=connection.bytes_read,
-                bytes_written=connection.bytes_written,
-            )
-            for connection in connections
-            if connection.export is not None
-        ]
+        return self._usage.attachments()
+
+    async def disconnect(self, connection_id: int) -> None:
+        """End a connection, if there is one of that id; what it has not written it never will."""
+        await self._usage.disconnect(connection_id)
 
     # Volumes
 
@@ -108,7 +99,7 @@ class Operations:
 
     def volume(self, name: str) -> VolumeInfo:
         """Describe one volume."""
-        return self._describe(self._find(name))
+        return self._describe(self._usage.find(name))
 
     async def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
         """Create a thin volume of `size` bytes, durably; `allow` as in `VolumeInfo`."""
@@ -130,30 +121,35 @@ class Operations:
         arguments, stay done.
         """
         names = None if allow is None else checked_names(allow)
-        async with self._turn:
-            volume = self._find(name)
+        async with self._usage.turn:
+            volume = self._usage.find(name)
             if size is not None and size != volume.size:
                 if size < volume.size:
-                    self._require_detached(volume, "shrinking it")
+                    self._usage.require_free(volume, "shrinking it")
                 await self._pool.resize_volume(volume, size, force=force)
             if new_name is not None and new_name != name:
+                # Its holder could not come back: it knows the volume by its name.
+                self._usage.require_unleased(volume, "renaming it")
                 await self._pool.rename_volume(volume, new_name)
             if names is not None:
-                await self._set(volume, allow=names)
+                await self._usage.set(volume, allow=names)
             return self._describe(volume)
 
-    async def delete_volume(self, name: str) -> None:
-        """Delete a volume that nobody is attached to."""
-        async with self._turn:
-            volume = self._find(name)
-            self._require_detached(volume, "deleting it")
+    async def delete_volume(self, name: str, *, fence: bool = False) -> None:
+        """Delete a volume that nobody uses; with `fence`, end its lease and connections first."""
+        async with self._usage.turn:
+            volume = self._usage.find(name)
+            if fence:
+                self._usage.require_no_import(volume, "deleting it")
+                await self.leases.end(volume, "the volume is deleted")
+            self._usage.require_free(volume, "deleting it")
             await self._pool.delete_volume(volume)
 
     # Content
 
     def read_content(self, name: str) -> tuple[int, AsyncIterator[Piece]]:
         """Return a volume's size and its data in ascending order, holes left out."""
-        volume = self._find(name)
+        volume = self._usage.find(name)
         return volume.size, content.read_pieces(volume)
 
     async def write_content(
@@ -163,40 +159,40 @@ class Operations:
 
         While this runs, and for good if it is killed, the volume is marked as `importing`.
         """
-        async with self._turn:
+        async with self._usage.turn:
             created = name not in self._pool.volumes
             if created:
                 volume = await self._pool.create_volume(name, size, {"importing": True})
             else:
                 volume = await self._marked(self._importable(name, size, overwrite))
-            self._imports.add(volume.id)
+            self._usage.imports.add(volume.id)
         try:
             await content.write_pieces(volume, pieces, erase=not created)
             await volume.flush()
-            async with self._turn:
-                await self._set(volume, importing=False)
+            async with self._usage.turn:
+                await self._usage.set(volume, importing=False)
         except BaseException:
             if created:
                 await self._discard(volume)
             raise
         finally:
-            self._imports.discard(volume.id)
+            self._usage.imports.discard(volume.id)
         return self._describe(volume)
 
     async def _marked(self, volume: VolumeLike) -> VolumeLike:
         """Mark a volume as `importing`, after which nobody can attach it; Busy if one just did."""
         before = bool(volume.properties.get("importing"))
-        await self._set(volume, importing=True)
+        await self._usage.set(volume, importing=True)
         try:
-            self._require_detached(volume, "importing into it")
+            self._usage.require_free(volume, "importing into it")
         except Busy:
-            await self._set(volume, importing=before)
+            await self._usage.set(volume, importing=before)
             raise
         return volume
 
     def _importable(self, name: str, size: int, overwrite: bool) -> VolumeLike:
-        volume = self._find(name)
-        self._require_detached(volume, "importing into it")
+        volume = self._usage.find(name)
+        self._usage.require_free(volume, "importing into it")
         if size > volume.size:
             raise InvalidArgument(
                 f"{format_size(size)} ({size} bytes) do not fit into volume '{name}' of "
@@ -219,40 +215,19 @@ class Operations:
 
     # Shared parts
 
-    def _find(self, name: str) -> VolumeLike:
-        volume = self._pool.volumes.get(name)
-        if volume is None:
-            raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
-        return volume
-
     def _describe(self, volume: VolumeLike) -> VolumeInfo:
         status = volume.status()
         properties = status.pop("properties", None) or {}
+        held = lease.current(properties)
         return VolumeInfo.from_json(
             status
             | {
                 "allow": list(properties.get("allow", ())),
                 "importing": bool(properties.get("importing")),
-                "attached": self._server.attached(volume) if self._server else 0,
+                "attached": self._usage.attached(volume),
+                "lease_holder": held.holder if held else None,
+                "lease_since": held.since if held else None,
             }
-        )
-
-    async def _set(self, volume: VolumeLike, **properties: object) -> None:
-        await self._pool.set_properties(volume, {**volume.properties, **properties})
-
-    def _require_detached(self, volume: VolumeLike, before: str) -> None:
-        """Raise Busy, saying who, while the volume is attached or imported into."""
-        if volume.id in self._imports:
-            raise Busy(f"an import into volume '{volume.name}' is running: wait before {before}")
-        n_attached = self._server.attached(volume) if self._server else 0
-        if not n_attached:
-            return
-        peers = sorted({item.peer for item in self.attachments() if item.export == volume.name})
-        who = f" by {', '.join(peers[:5])}" if peers else ""
-        plural = "s" if n_attached > 1 else ""
-        raise Busy(
-            f"volume '{volume.name}' is attached{who} ({n_attached} connection{plural}): "
-            f"detach it before {before}"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import AttachmentInfo, LeaseInfo, PoolInfo, VolumeInfo
 from nbdstore.control.stream import Piece
 
 
@@ -47,6 +47,31 @@ class VolumeService(Protocol):
     def attachments(self) -> list[AttachmentInfo]:
         """List the live NBD connections; none without a server."""
 
+    def disconnect(self, connection_id: int) -> None:
+        """End a connection, if there is one of that id.
+
+        On return none of its requests is executed any more; its client may connect again.
+        """
+
+    def leases(self) -> list[LeaseInfo]:
+        """List the leases that are held, by volume, without their tokens."""
+
+    def acquire_lease(self, name: str, holder: str, *, force: bool = False) -> LeaseInfo:
+        """Lease a volume to `holder`, who alone can attach it from then on; durable on return.
+
+        Idempotent: who holds it gets the same lease again. With `force` whoever else holds it, or
+        has it attached, is fenced: on return none of their requests is executed any more.
+
+        Raises:
+            Busy: it is leased to another, attached without a lease, or imported into.
+        """
+
+    def release_lease(self, name: str, holder: str, epoch: int | None = None) -> None:
+        """End the lease of `holder` and its connections; another's lease, or epoch, stays."""
+
+    def break_lease(self, name: str) -> None:
+        """End whatever lease a volume has, and its connections."""
+
     def volumes(self) -> list[VolumeInfo]:
         """List all volumes, by name."""
 
@@ -67,11 +92,15 @@ class VolumeService(Protocol):
     ) -> VolumeInfo:
         """Resize, rename or change who may attach; None leaves a property as it is.
 
-        Shrinking is Busy while attached; `force` shrinks below mapped data and so loses it.
+        Shrinking is Busy while leased or attached; `force` shrinks below mapped data, which is
+        lost. Renaming is Busy while leased.
         """
 
-    def delete_volume(self, name: str) -> None:
-        """Delete a volume and its data; Busy while attached."""
+    def delete_volume(self, name: str, *, fence: bool = False) -> None:
+        """Delete a volume and its data; Busy while it is leased, attached or imported into.
+
+        With `fence` its lease and its connections are ended first.
+        """
 
     def read_content(self, name: str) -> Content:
         """Read a volume from start to end, holes left out."""

@@ -35,8 +35,8 @@ class TestALife:
         either.run("volume", "create", "web", "--size", "1.5T")
         either.run("volume", "create", "db", "--size", "512M", "--allow", "alice")
         header, db, web = either.run("volume", "list").splitlines()
-        assert header.split() == ["NAME", "SIZE", "MAPPED", "ATTACHED", "CREATED", "NOTES"]
-        assert db.split()[:6] == ["db", "512", "MiB", "0", "B", "-"]
+        assert header.split() == ["NAME", "SIZE", "MAPPED", "ATTACHED", "BY", "CREATED", "NOTES"]
+        assert db.split()[:7] == ["db", "512", "MiB", "0", "B", "-", "-"]
         assert db.endswith("for alice")
         assert web.split()[:3] == ["web", "1.5", "TiB"]
 
@@ -91,6 +91,7 @@ class TestAttached:
         assert commands.json("volume", "list")[0]["attached"] == 1
         text = commands.run("volume", "show", "db")
         assert "attached  1 connection\n" in text
+        assert "192.0.2.7:4711  20" in commands.run("volume", "list")
         assert "192.0.2.7:4711" in text
         assert "alice" in text
 
@@ -100,6 +101,8 @@ class TestAttached:
         commands.server.connections.append(MemoryConnection("db"))
         message = commands.fail("volume", "delete", "db")
         assert "'db' is attached by 192.0.2.7:4711 (1 connection): detach it" in message
+        assert commands.run("volume", "delete", "db", "--fence") == "deleted volume db\n"
+        assert commands.server.fenced == [("192.0.2.7:4711", "the volume is deleted")]
 
 
 def test_an_unfinished_import_is_shown(commands: CommandLine) -> None:

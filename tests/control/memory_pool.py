@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +177,8 @@ class MemoryConnection:
     since: str = "2026-01-01T00:00:00+00:00"
     read_only: bool = False
     tls_name: str | None = None
+    holder: str | None = None
+    lease_epoch: int | None = None
     in_flight: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
@@ -184,9 +189,35 @@ class MemoryServer:
     """The connections of a server that is not there."""
 
     connections: list[MemoryConnection] = field(default_factory=list)
+    barred_volumes: list[str] = field(default_factory=list)
+    fenced: list[tuple[str, str]] = field(default_factory=list)
+    """(peer, why) of the connections that were ended."""
 
     def attached(self, volume: Any) -> int:
         return sum(connection.export == volume.name for connection in self.connections)
+
+    @contextmanager
+    def barred(self, volume: Any) -> Iterator[None]:
+        self.barred_volumes.append(volume.name)
+        try:
+            yield
+        finally:
+            self.barred_volumes.remove(volume.name)
+
+    async def fence(self, volume: Any, why: str) -> int:
+        return await self._end(
+            [item for item in self.connections if item.export == volume.name], why
+        )
+
+    async def disconnect(self, connection_id: int, why: str) -> bool:
+        found = [item for item in self.connections if item.id == connection_id]
+        return bool(await self._end(found, why))
+
+    async def _end(self, ending: list[MemoryConnection], why: str) -> int:
+        await asyncio.sleep(0)
+        self.fenced += [(item.peer, why) for item in ending]
+        self.connections[:] = [item for item in self.connections if item not in ending]
+        return len(ending)
 
 
 @dataclass

@@ -1,0 +1,129 @@
+"""Who uses a volume now - attached, leased, imported into - and what that forbids.
+
+Owns the turns that changes of volumes take, and the refusals that name who is in the way. Knows
+nothing of what the changes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractContextManager, nullcontext
+
+from nbdstore import lease
+from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
+from nbdstore.control.model import AttachmentInfo
+from nbdstore.errors import Busy, NotFound
+
+SHOWN_PEERS = 5
+
+
+class Usage:
+    """The use of the volumes of one pool.
+
+    Arguments:
+        pool: an open pool.
+        server: who knows the connections; None when nobody serves the pool.
+
+    Attributes:
+        turn: held while a volume is changed.
+        imports: ids of the volumes that are imported into.
+    """
+
+    def __init__(self, pool: PoolLike, server: ServerLike | None) -> None:
+        self.turn = asyncio.Lock()
+        self.imports: set[int] = set()
+        self._pool = pool
+        self._server = server
+
+    def find(self, name: str) -> VolumeLike:
+        """Return the volume of that name, or raise NotFound."""
+        volume = self._pool.volumes.get(name)
+        if volume is None:
+            raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
+        return volume
+
+    async def set(self, volume: VolumeLike, **properties: object) -> None:
+        """Change some of a volume's properties, durably."""
+        await self._pool.set_properties(volume, {**volume.properties, **properties})
+
+    def attached(self, volume: VolumeLike) -> int:
+        """Count the connections that have a volume attached."""
+        return self._server.attached(volume) if self._server else 0
+
+    def attachments(self) -> list[AttachmentInfo]:
+        """List the NBD connections that have an export."""
+        connections = self._server.connections if self._server else ()
+        return [
+            AttachmentInfo(
+                id=connection.id,
+                peer=connection.peer,
+                export=connection.export,
+                since=str(connection.since),
+                read_only=connection.read_only,
+                tls_name=connection.tls_name,
+                holder=connection.holder,
+                lease_epoch=connection.lease_epoch,
+                in_flight=connection.in_flight,
+                bytes_read=connection.bytes_read,
+                bytes_written=connection.bytes_written,
+            )
+            for connection in connections
+            if connection.export is not None
+        ]
+
+    # Refusals
+
+    def require_free(self, volume: VolumeLike, before: str) -> None:
+        """Raise Busy, saying who, while a volume is leased, attached or imported into."""
+        self.require_no_import(volume, before)
+        self.require_unleased(volume, before)
+        self.require_detached(volume, before)
+
+    def require_no_import(self, volume: VolumeLike, before: str) -> None:
+        """Raise Busy while an import into a volume runs."""
+        if volume.id in self.imports:
+            raise Busy(f"an import into volume '{volume.name}' is running: wait before {before}")
+
+    def require_unleased(self, volume: VolumeLike, before: str) -> None:
+        """Raise Busy, saying to whom, while a volume is leased."""
+        held = lease.current(volume.properties)
+        if held is not None:
+            raise Busy(
+                f"volume '{volume.name}' is leased to {held}, with {self._connections(volume)}: "
+                f"detach it there before {before}; 'nbdstore lease break {volume.name}' ends the "
+                "lease of a holder that is gone"
+            )
+
+    def require_detached(self, volume: VolumeLike, before: str) -> None:
+        """Raise Busy, saying by whom, while a volume is attached."""
+        if not self.attached(volume):
+            return
+        peers = sorted({item.peer for item in self.attachments() if item.export == volume.name})
+        who = f" by {', '.join(peers[:SHOWN_PEERS])}" if peers else ""
+        raise Busy(
+            f"volume '{volume.name}' is attached{who} ({self._connections(volume)}): "
+            f"detach it before {before}"
+        )
+
+    def _connections(self, volume: VolumeLike) -> str:
+        n_attached = self.attached(volume)
+        return f"{n_attached or 'no'} connection{'' if n_attached == 1 else 's'}"
+
+    # Clearing the way
+
+    def barred(self, volume: VolumeLike) -> AbstractContextManager[None]:
+        """Let nobody attach a volume while the context lasts; who holds `turn` may do this."""
+        return self._server.barred(volume) if self._server else nullcontext()
+
+    async def fence(self, volume: VolumeLike, why: str) -> None:
+        """End all connections of a volume: on return none of their requests is executed any more.
+
+        Only while the volume is barred nobody can come in their place.
+        """
+        if self._server is not None:
+            await self._server.fence(volume, why)
+
+    async def disconnect(self, connection_id: int) -> None:
+        """End one connection as `fence` does, if there is one of that id."""
+        if self._server is not None:
+            await self._server.disconnect(connection_id, "an administrator disconnected it")
