@@ -22,6 +22,7 @@ from nbdstore.commands import (
     capacity,
     check,
     completion,
+    connections,
     lease,
     logs,
     pool,
@@ -181,6 +182,8 @@ def cli(
 cli.add_command(pool.pool)
 cli.add_command(volume.volume)
 cli.add_command(serve.serve)
+cli.add_command(connections.ps)
+cli.add_command(connections.disconnect)
 cli.add_command(lease.lease)
 cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)

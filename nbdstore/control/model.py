@@ -133,6 +133,8 @@ class AttachmentInfo(Record):
     """One NBD connection: who reads and writes which export since when.
 
     holder, lease_epoch: of the lease by which it attached; None without one.
+    age_s: since it connected. in_flight: requests that have come and are not answered yet.
+    requests_per_s, read_per_s, written_per_s: over the last seconds; the latter two in bytes.
     """
 
     id: int
@@ -146,6 +148,10 @@ class AttachmentInfo(Record):
     bytes_written: int
     holder: str | None = None
     lease_epoch: int | None = None
+    age_s: float = 0
+    requests_per_s: float = 0
+    read_per_s: int = 0
+    written_per_s: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -63,9 +63,13 @@ class Usage:
                 tls_name=connection.tls_name,
                 holder=connection.holder,
                 lease_epoch=connection.lease_epoch,
+                age_s=round(connection.age_s, 1),
                 in_flight=connection.in_flight,
                 bytes_read=connection.bytes_read,
                 bytes_written=connection.bytes_written,
+                requests_per_s=round(connection.requests_per_s, 1),
+                read_per_s=round(connection.read_per_s),
+                written_per_s=round(connection.written_per_s),
             )
             for connection in connections
             if connection.export is not None

@@ -5,6 +5,7 @@ server       the whole: start, drain, who is connected
 listener     addresses and accepting
 connection   one connection's life
 session      one client's transmission phase; the hot path
+meter        how fast a connection's counters grow
 commands     the commands that may have to wait
 channel      sockets, plain and under TLS
 exports      which volumes a client may see

@@ -22,6 +22,7 @@ from nbdstore.protocol.handshake import Handshake, HandshakeLimits, Phase
 from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel
 from nbdstore.server.exports import Exports, ExportsView, VolumeOffer
+from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
 from nbdstore.server.tls import identify
@@ -30,6 +31,9 @@ from nbdstore.store import Volume
 log = logging.getLogger(__name__)
 
 _ids = itertools.count(1)
+
+NO_COUNTS = (0, 0, 0)
+"""See Session.counts; before there is one."""
 
 UNIX_CREDENTIALS = struct.Struct("3i")
 """``struct ucred`` of unix(7): pid, uid, gid."""
@@ -46,8 +50,10 @@ class ConnectionInfo:
         since: time of the accept, ISO 8601.
         tls_name: name in the client's certificate; None without.
         holder, lease_epoch: of the lease by which it attached; None without.
-        in_flight: requests that wait for the disk or for space.
+        age_s: since the accept.
+        in_flight: requests that have come and are not answered yet.
         bytes_read, bytes_written: by the client, since it attached.
+        requests_per_s, read_per_s, written_per_s: over the last seconds; the latter two in bytes.
     """
 
     id: int
@@ -58,9 +64,13 @@ class ConnectionInfo:
     tls_name: str | None
     holder: str | None
     lease_epoch: int | None
+    age_s: float
     in_flight: int
     bytes_read: int
     bytes_written: int
+    requests_per_s: float
+    read_per_s: float
+    written_per_s: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,9 @@ class Connection:
         self.peer = name_peer(sock)
         self.session: Session | None = None
         self._since = datetime.now(UTC)
+        self._loop = asyncio.get_running_loop()
+        self._since_s = self._loop.time()
+        self._meter = Meter(self._since_s, NO_COUNTS)
         self._settings = settings
         self._channel = Channel(sock)
         self._view = ExportsView(settings.exports)
@@ -110,6 +123,8 @@ class Connection:
     def info(self) -> ConnectionInfo:
         agreement, session, offer = self._agreement, self.session, self._offer
         lease = offer.lease if offer else None
+        now_s, counts = self._loop.time(), session.counts if session else NO_COUNTS
+        requests_per_s, read_per_s, written_per_s = self._meter.rates(now_s, counts)
         return ConnectionInfo(
             id=self.id,
             peer=self.peer,
@@ -119,9 +134,13 @@ class Connection:
             tls_name=self._view.identity.name,
             holder=lease.holder if lease else None,
             lease_epoch=lease.epoch if lease else None,
-            in_flight=session.in_flight if session else 0,
-            bytes_read=session.bytes_read if session else 0,
-            bytes_written=session.bytes_written if session else 0,
+            age_s=now_s - self._since_s,
+            in_flight=session.n_pending if session else 0,
+            bytes_read=counts[1],
+            bytes_written=counts[2],
+            requests_per_s=requests_per_s,
+            read_per_s=read_per_s,
+            written_per_s=written_per_s,
         )
 
     async def run(self) -> None:
@@ -167,6 +186,11 @@ class Connection:
     def stall(self, now_s: float, timeout_s: float) -> str | None:
         """See Session.stall; before the session there is the handshake's timeout."""
         return self.session.stall(now_s, timeout_s) if self.session is not None else None
+
+    def measure(self) -> None:
+        """Take a sample for the recent rates; to be called about every second."""
+        if self.session is not None:
+            self._meter.sample(self._loop.time(), self.session.counts)
 
     def notice_hang_up(self) -> None:
         """See Session.notice_hang_up; in the handshake everything is read at once."""

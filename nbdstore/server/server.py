@@ -167,6 +167,8 @@ class Server:
     def _look_after_clients(self) -> None:
         """Cut off who has stalled while others wait, and who has gone while nothing was read.
 
+        Also takes the samples from which the rates of connections are told.
+
         A look at all instead of a timer for each: that would cost something per request. A client
         that stalls and harms nobody is left alone: it may be a virtual machine that was paused,
         and its filesystems would not survive the loss of their disk.
@@ -178,6 +180,7 @@ class Server:
         contended = self._settings.budget.is_contended
         loop = asyncio.get_running_loop()
         for connection in list(self._connections):
+            connection.measure()
             connection.notice_hang_up()
             stall = connection.stall(loop.time(), timeout_s) if timeout_s else None
             if stall is not None and contended:

@@ -100,6 +100,7 @@ class Session:
         """Why the client was lost; None if it left properly."""
         self.in_flight = 0
         """Requests that a task serves."""
+        self.n_requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
 
@@ -152,6 +153,16 @@ class Session:
             self._parser.get_buffer()[: len(data)] = data
             self._received(len(data))
         self._settle()
+
+    @property
+    def n_pending(self) -> int:
+        """Requests that have come and are not answered yet."""
+        return self.in_flight + len(self._backlog)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Requests, bytes read and bytes written, since the client attached."""
+        return self.n_requests, self.bytes_read, self.bytes_written
 
     @property
     def has_ended(self) -> bool:
@@ -356,6 +367,7 @@ class Session:
     def _received(self, n_bytes: int) -> None:
         requests = self._parser.received(n_bytes)
         if requests:
+            self.n_requests += len(requests)
             self._stall = None
             if self._receiving:
                 self._receiving = 0

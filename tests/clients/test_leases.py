@@ -132,6 +132,45 @@ def test_a_listing_has_what_can_be_attached(served: ServedPool, children: Childr
     assert "disk" not in said
 
 
+def test_connections_are_listed_and_ended(served: ServedPool, children: Children) -> None:
+    info = control(served).acquire_lease("disk", "node-1")
+    constants = {"URL": f"unix:{served.directory / 'control.sock'}", "PYTHON": sys.executable}
+    head = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
+    nbdsh(
+        children,
+        uri(served, info),
+        head
+        + """
+import subprocess
+
+def ask(expression):
+    program = f"from nbdstore.control.client import ControlClient; c = ControlClient({URL!r}); "
+    subprocess.run([PYTHON, "-c", program + expression], check=True)
+
+other = nbd.NBD()
+other.connect_uri(h.get_uri())
+h.pwrite(b"x" * 65536, 0)
+h.pread(4096, 0)
+ask("a, b = c.attachments(); "
+    "assert (a.export, a.holder, a.lease_epoch, a.in_flight) == ('disk', 'node-1', 1, 0), a; "
+    "assert (a.bytes_written, a.bytes_read) == (65536, 4096), a; "
+    "assert 0 < a.requests_per_s and 0 < a.read_per_s < a.written_per_s, a; "
+    "assert (b.requests_per_s, b.written_per_s) == (0, 0), b; "
+    "c.disconnect(a.id); c.disconnect(a.id); assert [i.id for i in c.attachments()] == [b.id]")
+try:
+    h.pwrite(b"y" * 512, 0)
+except nbd.Error:
+    pass
+else:
+    raise AssertionError("still connected")
+same(other.pread(512, 0), b"x" * 512)
+again = nbd.NBD()
+again.connect_uri(h.get_uri())
+same(again.pread(512, 0), b"x" * 512)
+""",
+    )
+
+
 def test_a_clean_restart_keeps_it_too(served: ServedPool, children: Children) -> None:
     info = control(served).acquire_lease("disk", "node-1")
     served.stop()

@@ -179,6 +179,10 @@ class MemoryConnection:
     tls_name: str | None = None
     holder: str | None = None
     lease_epoch: int | None = None
+    age_s: float = 90.0
+    requests_per_s: float = 250.04
+    read_per_s: float = 2 << 20
+    written_per_s: float = 0.0
     in_flight: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
