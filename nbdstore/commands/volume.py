@@ -116,6 +116,7 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ("size", f"{format_size(info.size)} ({info.size} bytes)"),
         ("mapped", mapped),
         ("reserved", format_size(info.reserved)),
+        ("written", "yes" if info.written else "never"),
         ("created", info.created),
         ("allowed", ", ".join(info.allow) or "anyone the server lets in"),
         (

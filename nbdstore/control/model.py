@@ -107,6 +107,8 @@ class PoolInfo(Record):
 class VolumeInfo(Record):
     """A volume: `size` is what clients see, `mapped` the bytes that hold data.
 
+    written: whether blocks hold data or set-aside space, or ever did as far as the pool remembers;
+    what was never written is safe to format.
     allow: names of client certificates that may attach it; empty = anyone the server lets in.
     attached: live NBD connections. importing: an import has not finished (or never did).
     lease_holder, lease_since: who alone may attach it now, and since when; None = it is not leased.
@@ -121,6 +123,7 @@ class VolumeInfo(Record):
     reserved: int
     epoch: int
     created: str
+    written: bool = True
     allow: list[str] = dataclasses.field(default_factory=list)
     attached: int = 0
     importing: bool = False

@@ -222,6 +222,7 @@ class Operations:
         return VolumeInfo.from_json(
             status
             | {
+                "written": bool(status.get("written") or status["mapped"] or status["reserved"]),
                 "allow": list(properties.get("allow", ())),
                 "importing": bool(properties.get("importing")),
                 "attached": self._usage.attached(volume),

@@ -41,6 +41,9 @@ class MemoryVolume:
     fail_write_at: int | None = None
     fail_read_at: int | None = None
     n_flushes: int = 0
+    reserved: int = 0
+    was_written: bool | None = None
+    """None: the pool does not remember it."""
 
     def status(self) -> dict[str, Any]:
         return {
@@ -50,12 +53,12 @@ class MemoryVolume:
             "size": self.size,
             "block_size": BLOCK,
             "mapped": len(self.blocks) * BLOCK,
-            "reserved": 0,
+            "reserved": self.reserved,
             "epoch": 1,
             "created": "2026-01-01T00:00:00+00:00",
             "properties": dict(self.properties),
             "of_a_newer_version": True,
-        }
+        } | ({} if self.was_written is None else {"written": self.was_written})
 
     async def read(self, offset: int, length: int) -> list[Buffer | int]:
         if self.fail_read_at is not None and offset <= self.fail_read_at < offset + length:

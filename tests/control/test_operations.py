@@ -223,6 +223,24 @@ class TestImport:
         assert {piece.data for piece in await content_of(bench, "db")} == {b"x" * BLOCK}
 
 
+class TestWritten:
+    async def test_not_before_something_was(self, bench: Bench) -> None:
+        info = await bench.operations.create_volume("db", SIZE)
+        assert not info.written
+        await bench.pool.volumes["db"].write(0, b"x" * BLOCK)
+        assert bench.operations.volume("db").written
+
+    async def test_as_the_pool_remembers_it(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        bench.pool.volumes["db"].was_written = True
+        assert bench.operations.volume("db").written
+
+    async def test_set_aside_space_counts(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        bench.pool.volumes["db"].reserved = BLOCK
+        assert bench.operations.volume("db").written
+
+
 class TestExport:
     async def test_a_shrinking_volume_is_noticed(self, bench: Bench) -> None:
         await bench.operations.write_content("db", 8 << 20, pieces((0, b"x"), (5 << 20, b"y")))
