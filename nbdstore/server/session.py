@@ -4,8 +4,9 @@ Joins the request parser, a volume and a channel. A round is what one wake-up co
 parse everything that is complete, walk it, hand all plain writes to the store at once, send all
 replies by one system call. There is no task, future or coroutine per request in it.
 
-A request leaves the round for a task of its own when the store would have to wait (a cold read, a
-full pool), or when its command always does (FLUSH, FUA, TRIM, ...). Its reply is queued when it is
+FLUSH, and writes with FUA, are answered from the store's callback after the next sync. Any other
+request leaves the round for a task of its own when the store would have to wait (a cold read, a
+full pool), or when its command always does (TRIM, ...). Its reply is queued when it is
 done: NBD replies may come in any order, and so may the effects of requests in flight ("Ordering of
 messages and writes"), which is why all writes of a round can go to the store together.
 
@@ -32,6 +33,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from nbdstore.errors import NotFound, ProtocolError, StoreError
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
+_FLUSH = int(Command.FLUSH)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _ROUND_SHARES: dict[int, int] = {
     _BLOCK_STATUS: 1,  # 20 ms for 4096 extents
@@ -60,6 +63,7 @@ _ROUND_SHARES: dict[int, int] = {
 }
 """How many of these commands make up a round; they send little, but keep the loop busy."""
 _DF = int(CommandFlag.DF)
+_FUA = int(CommandFlag.FUA)
 
 _TEXTS: dict[int, str] = {
     Errno.EPERM: "The export is read-only.",
@@ -99,7 +103,7 @@ class Session:
         self.fault: Exception | None = None
         """Why the client was lost; None if it left properly."""
         self.in_flight = 0
-        """Requests that a task serves."""
+        """Requests that a task serves, or that wait for a sync."""
         self.n_requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
@@ -115,6 +119,8 @@ class Session:
         self._outbox = Outbox()
         self._backlog: list[Request] = []
         self._bytes_in_flight = 0
+        self._n_syncing = 0
+        """Requests that wait for a sync."""
         self._receiving = 0
         """Bytes that the account holds for a large payload on its way here."""
         self._n_partial = 0
@@ -195,6 +201,8 @@ class Session:
         # In the next turn, since a task that has not begun could not account for its end.
         self._loop.call_soon(self._cancel_tasks)
         self._backlog = []
+        self.in_flight -= self._n_syncing
+        self._n_syncing = 0
         self._outbox.clear()
         self._parser.close()
         self._receiving = 0
@@ -405,6 +413,7 @@ class Session:
         """
         out, replies, read_now = self._outbox.buffers, self._replies, self.volume.read_now
         writes: list[Request] = []
+        flushes: list[Request] = []  # and writes with FUA: they are answered after a sync
         data: list[tuple[int, memoryview]] = []
         room = self._limits.max_held_bytes - self._bytes_in_flight - self._outbox.n_bytes
         if room > self._budget.free_for_all:
@@ -419,9 +428,11 @@ class Session:
             command, flags, cookie, offset, length, payload, verdict = request
             if verdict:
                 n_out += self._answer(request, out)
-            elif command == _WRITE and not flags and payload is not None:
-                writes.append(request)
+            elif command == _WRITE and flags <= _FUA and payload is not None:
+                (flushes if flags else writes).append(request)
                 data.append((offset, payload))
+            elif command == _FLUSH:
+                flushes.append(request)
             elif command == _DISC:
                 self._ending = True
             else:
@@ -448,8 +459,14 @@ class Session:
                     self.bytes_read += length
         else:
             self._backlog = requests[limit:]
-        if writes:
-            n_out += self._write(writes, data, out)
+        if data and not self._write(data):
+            for request in writes + flushes:
+                self._start_task(request, request[4])
+        else:
+            if writes:
+                n_out += replies.all_done(out, writes)
+            if flushes:
+                n_out += self._flush(flushes, out)
         self._outbox.n_bytes += n_out
         self._send()
 
@@ -462,20 +479,40 @@ class Session:
             return self._replies.read(out, cookie, offset, 0, ())
         return self._replies.done(out, cookie, offset)
 
-    def _write(
-        self, writes: list[Request], data: list[tuple[int, memoryview]], out: list[Buffer]
-    ) -> int:
-        """Hand all plain writes of a round to the store, or each to a task."""
+    def _write(self, data: list[tuple[int, memoryview]]) -> bool:
+        """Hand all writes of a round to the store; False, with nothing done, if it cannot.
+
+        Then each goes by a task, and gets its own error, or waits.
+        """
         try:
             applied = self.volume.write_now(data)
         except (StoreError, NotFound):
-            applied = False  # nothing was done; each gets its own error, or waits
+            return False
         if applied:
-            self.bytes_written += sum([write[4] for write in writes])
-            return self._replies.all_done(out, writes)
-        for write in writes:
-            self._start_task(write, write[4])
+            self.bytes_written += sum([len(payload) for _, payload in data])
+        return applied
+
+    def _flush(self, flushes: list[Request], out: list[Buffer]) -> int:
+        """Have a round's requests that want a sync answered after it; now, if it is not needed."""
+        try:
+            if not self.volume.flush_soon(partial(self._guard, self._flushed, flushes)):
+                return self._replies.all_done(out, flushes)
+        except (StoreError, NotFound) as error:
+            return sum([self._target.fail(request, error, out) for request in flushes])
+        self.in_flight += len(flushes)
+        self._n_syncing += len(flushes)
         return 0
+
+    def _flushed(self, flushes: list[Request], failure: StoreError | None) -> None:
+        out = self._outbox.buffers
+        if failure is None:
+            n_bytes = self._replies.all_done(out, flushes)
+        else:
+            n_bytes = sum([self._target.fail(request, failure, out) for request in flushes])
+        self.in_flight -= len(flushes)
+        self._n_syncing -= len(flushes)
+        self._outbox.n_bytes += n_bytes
+        self._send()
 
     def _send(self) -> None:
         """Send what the socket takes; the rest when it takes more."""

@@ -61,6 +61,7 @@ class PoolOptions:
         checkpoint_interval_s: how old changes may get before a checkpoint writes the trees.
         checkpoint_slice_nodes: nodes that a checkpoint writes between two turns of the event
             loop; 128 take about 1 ms.
+        n_quick_syncs: after so many quick ones in a row, small syncs are done on the event loop.
         slots: makes the map of free slots, which decides where things are written.
     """
 
@@ -70,6 +71,7 @@ class PoolOptions:
     sync_interval_s: float = 5.0
     checkpoint_interval_s: float = 60.0
     checkpoint_slice_nodes: int = 128
+    n_quick_syncs: int = 16
     slots: type[Slots] = Slots
 
     def __post_init__(self) -> None:
@@ -135,10 +137,17 @@ class Core:
             log.critical("pool %s failed: %s; restart to recover", self.disk.directory, why)
         self.space_changed()
 
+    @property
+    def failure(self) -> PoolFailed | None:
+        """The error for whoever asks anything of a pool that has failed."""
+        if self.failed is None:
+            return None
+        return PoolFailed(f"the pool stopped: {self.failed}; restart the server to recover")
+
     def check_alive(self) -> None:
         """Raise PoolFailed if the pool has failed."""
-        if self.failed is not None:
-            raise PoolFailed(f"the pool stopped: {self.failed}; restart the server to recover")
+        if (failure := self.failure) is not None:
+            raise failure
 
     # -- the journal ------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from nbdstore.errors import NotFast
 from nbdstore.store import layout
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
-from nbdstore.store.durability import Unsynced
+from nbdstore.store.durability import OnDurable, Unsynced
 from nbdstore.store.host import Buffer
 from nbdstore.store.image import Image, Services
 from nbdstore.store.layout import U64
@@ -80,6 +80,17 @@ class Volume(Image):
         """
         self.core.check_alive()
         await self.services.committer.commit(self)
+
+    def flush_soon(self, done: OnDurable) -> bool:
+        """Like :meth:`flush`, but call `done` at its end, with the error if it failed.
+
+        Returns False, and calls nothing, if all is durable already.
+
+        Raises:
+            PoolFailed: a sync failed before.
+        """
+        self.core.check_alive()
+        return self.services.committer.commit_soon(self, done)
 
     async def trim(self, offset: int, length: int) -> None:
         """Make holes of the whole blocks within `[offset, offset + length)`."""

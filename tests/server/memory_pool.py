@@ -7,10 +7,10 @@ or a full pool, `error` makes it fail.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from nbdstore.errors import NotFast
+from nbdstore.errors import NotFast, StoreError
 from nbdstore.store import Extent, ExtentKind
 
 BLOCK = 4096
@@ -86,6 +86,12 @@ class MemoryVolume:
         self.calls.append("flush")
         if self.error:
             raise self.error
+
+    def flush_soon(self, done: Callable[[StoreError | None], None]) -> bool:
+        self.calls.append("flush")
+        if self.error:
+            raise self.error
+        return False
 
     async def trim(self, offset: int, length: int) -> None:
         self.calls.append("trim")

@@ -7,20 +7,18 @@ that look for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest import mock
 
-from nbdstore.protocol.constants import Command, CommandFlag
+from nbdstore.protocol.constants import Command
 from nbdstore.protocol.replies import Buffer, SimpleReplies
 from nbdstore.protocol.transmission import Request
-from nbdstore.server import commands
-from nbdstore.server.commands import Target
 from nbdstore.server.session import Session
 from nbdstore.store import Volume
-from nbdstore.store.durability import Committer
+from nbdstore.store.durability import Committer, OnDurable
 from nbdstore.store.slots import Slots
 from nbdstore.store.writing import Writing
 from tests.simulation.network import Weather
@@ -70,48 +68,44 @@ class Mutation:
             yield
 
 
-def _command(command: Command, broken: Callable[..., Awaitable[int]]) -> Callable[[], Any]:
-    return lambda: mock.patch.dict(commands._COMMANDS, {command: broken})
-
-
 # --- The server ----------------------------------------------------------------------------------
 
 
-async def _flush_too_early(target: Target, request: Request, out: list[Buffer]) -> int:
-    task = asyncio.ensure_future(target.volume.flush())
-    task.add_done_callback(lambda task: task.cancelled() or task.exception())
-    return target.replies.done(out, request[2], request[3])
+def _flush_too_early(self: Volume, done: OnDurable) -> bool:
+    _FLUSH_SOON(self, lambda _: None)
+    return False
 
 
-async def _write_without_fua(target: Target, request: Request, out: list[Buffer]) -> int:
-    _, flags, *rest = request
-    plain: Request = (request[0], flags & ~CommandFlag.FUA, *rest)  # type: ignore[assignment]
-    return await _WRITE(target, plain, out)
+def _ignore_fua(self: Session, flushes: list[Request], out: list[Buffer]) -> int:
+    written = [request for request in flushes if request[0] == Command.WRITE]
+    wanted = [request for request in flushes if request[0] != Command.WRITE]
+    n_bytes = self._replies.all_done(out, written) if written else 0
+    return n_bytes + (_FLUSH(self, wanted, out) if wanted else 0)
 
 
-_WRITE: Final = commands._COMMANDS[Command.WRITE]
-_FLUSH: Final = commands._COMMANDS[Command.FLUSH]
-
-
-async def _flush_own_connection(target: Target, request: Request, out: list[Buffer]) -> int:
-    """As if a flush covered only what came over its own connection."""
-    if target.__dict__.pop("has_written", False):
-        return await _FLUSH(target, request, out)
-    return target.replies.done(out, request[2], request[3])
+_FLUSH_SOON: Final = Volume.flush_soon
+_FLUSH: Final = Session._flush
 
 
 def _remember_writes() -> Any:
+    """As if a flush covered only what came over its own connection."""
+
     @contextmanager
     def patches() -> Iterator[None]:
         write = Session._write
 
-        def remembering(self: Session, *args: Any) -> int:
-            self._target.__dict__["has_written"] = True
+        def remembering(self: Session, *args: Any) -> bool:
+            self.__dict__["has_written"] = True
             return write(self, *args)
+
+        def flush_own(self: Session, flushes: list[Request], out: list[Buffer]) -> int:
+            if self.__dict__.pop("has_written", False):
+                return _FLUSH(self, flushes, out)
+            return self._replies.all_done(out, flushes)
 
         with (
             mock.patch.object(Session, "_write", remembering),
-            mock.patch.dict(commands._COMMANDS, {Command.FLUSH: _flush_own_connection}),
+            mock.patch.object(Session, "_flush", flush_own),
         ):
             yield
 
@@ -132,9 +126,7 @@ def _lose_wake_up(self: Session) -> None:
         self._channel.unwatch_writable()
 
 
-def _answer_before_writing(
-    self: Session, writes: list[Request], data: Sequence[Any], out: list[Buffer]
-) -> int:
+def _answer_before_writing(self: Session, data: Sequence[Any]) -> bool:
     async def later() -> None:
         await asyncio.sleep(0.001)
         for offset, payload in kept:
@@ -142,7 +134,7 @@ def _answer_before_writing(
 
     kept = [(offset, bytes(payload)) for offset, payload in data]
     asyncio.get_running_loop().create_task(later())
-    return self._replies.all_done(out, writes)
+    return True
 
 
 def _write_half(self: Volume, writes: Sequence[tuple[int, Any]]) -> bool:
@@ -165,8 +157,8 @@ def _reuse_at_once(self: Slots, slots: Any, seq: int) -> None:
     self._unmark(slots)
 
 
-async def _commit_nothing(self: Committer, volume: Any) -> None:
-    return None
+def _always_durable(self: Committer, volume: Any, seq: int) -> bool:
+    return True
 
 
 def _forget_overwrites() -> Any:
@@ -187,8 +179,12 @@ def _forget_overwrites() -> Any:
 
 
 MUTATIONS: Final = (
-    Mutation("a flush is answered too early", _command(Command.FLUSH, _flush_too_early), "crash"),
-    Mutation("FUA is ignored", _command(Command.WRITE, _write_without_fua), "crash"),
+    Mutation(
+        "a flush is answered too early",
+        lambda: mock.patch.object(Volume, "flush_soon", _flush_too_early),
+        "crash",
+    ),
+    Mutation("FUA is ignored", lambda: mock.patch.object(Session, "_flush", _ignore_fua), "crash"),
     Mutation("a flush covers its own connection only", _remember_writes, "crash"),
     Mutation(
         "requests are answered twice",
@@ -222,7 +218,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "the store's commit does nothing",
-        lambda: mock.patch.object(Committer, "commit", _commit_nothing),
+        lambda: mock.patch.object(Committer, "_is_durable", _always_durable),
         "crash",
     ),
     Mutation(

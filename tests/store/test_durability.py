@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from nbdstore.errors import PoolFailed, WriteFailed
 from nbdstore.store import Pool, Volume
 from nbdstore.store.durability import INLINE_BYTES
+from nbdstore.store.journal import Journal
 from tests.store.pools import MIB, Calls, hooked, opened, read, until
 
 BLOCK = 4096
@@ -166,6 +169,72 @@ async def test_a_caller_that_goes_away_takes_nobody_with_it(volume: Volume, call
     await volume.flush()
 
 
+# -- in place ------------------------------------------------------------------------------------
+
+
+async def test_after_quick_syncs_small_ones_are_done_in_place(volume: Volume, calls: Calls) -> None:
+    """In one turn of the loop, that is: nobody else has a turn before it is done."""
+    volume.core.host = mock.Mock(wraps=volume.core.host, monotonic=lambda: 0.0)
+    volume.core.options = replace(volume.core.options, n_quick_syncs=3)
+    in_place = []
+    for number in range(5):
+        assert volume.write_now([(0, bytes([number]) * BLOCK)])
+        calls.clear()
+        flush = asyncio.create_task(volume.flush())
+        await asyncio.sleep(0)  # it asks for a round
+        await asyncio.sleep(0)  # the round runs, or begins
+        in_place.append(volume.durable_seq >= volume.last_seq)
+        await flush
+        assert calls.syncs() == ["journal"]
+    assert in_place == [False, False, False, True, True]
+
+
+async def test_a_slow_sync_sends_those_after_it_to_threads(volume: Volume) -> None:
+    now_s = 0.0
+
+    def a_second_later() -> float:
+        nonlocal now_s
+        now_s += 1
+        return now_s
+
+    volume.core.host = mock.Mock(wraps=volume.core.host, monotonic=lambda: 0.0)
+    volume.core.options = replace(volume.core.options, n_quick_syncs=1)
+    for _ in range(2):
+        assert volume.write_now([(0, b"x" * BLOCK)])
+        await volume.flush()
+    volume.core.host.monotonic = a_second_later
+    with mock.patch.object(Journal, "sync_in_place", autospec=True) as in_place:
+        for _ in range(3):
+            assert volume.write_now([(0, b"x" * BLOCK)])
+            await volume.flush()
+        assert in_place.call_count == 1
+
+
+async def test_a_large_flush_is_never_done_in_place(volume: Volume) -> None:
+    volume.core.options = replace(volume.core.options, n_quick_syncs=0)
+    with mock.patch.object(Journal, "sync_in_place", autospec=True) as in_place:
+        assert volume.write_now([(0, b"x" * (INLINE_BYTES + BLOCK))])
+        await volume.flush()
+        assert not in_place.called
+
+
+async def test_callbacks_of_several_volumes_share_a_round(
+    counted: Pool, volume: Volume, calls: Calls
+) -> None:
+    volumes = [volume, *[await counted.create_volume(f"v{n}", MIB) for n in range(7)]]
+    counted._core.options = replace(counted._core.options, n_quick_syncs=0)
+    calls.clear()
+    done: list[object] = []
+    for found in volumes:
+        assert found.write_now([(0, b"x" * BLOCK)])
+        assert found.flush_soon(done.append)
+    assert done == []
+    await until(lambda: len(done) == 8)
+    assert done == [None] * 8
+    assert calls.syncs() == ["journal"]
+    assert not any(found.flush_soon(done.append) for found in volumes)
+
+
 # -- freed slots ---------------------------------------------------------------------------------
 
 
@@ -218,13 +287,18 @@ async def test_a_failed_sync_is_final(directory: Path, broken: str) -> None:
             await volume.write(0, b"x" * 100_000)
             fail = True
             waiters = [asyncio.create_task(volume.flush()) for _ in range(3)]
-            for found in await asyncio.gather(*waiters, return_exceptions=True):
+            failures: list[object] = []
+            assert volume.flush_soon(failures.append)
+            for found in await asyncio.gather(*waiters, return_exceptions=True) + failures:
                 assert isinstance(found, PoolFailed)
                 assert "Input/output error" in str(found)
             fail = False  # the kernel has dropped the pages: a second sync would lie
             for _ in range(2):
                 with pytest.raises(PoolFailed):
                     await volume.flush()
+                with pytest.raises(PoolFailed):
+                    volume.flush_soon(failures.append)
+            assert len(failures) == 1
             with pytest.raises(PoolFailed):
                 volume.write_now([(0, b"y")])
             with pytest.raises(PoolFailed):
