@@ -18,7 +18,12 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- WriteFailed        the disk returned an error for a write    NBD EIO
      +- ProtocolError          the peer broke NBD's rules: the connection is dropped
      +- ControlError           the control API cannot be reached, or answered nonsense
-         +- Unauthorized       the token is missing or wrong             exit 1, HTTP 401
+     |   +- Unauthorized       the token is missing or wrong             exit 1, HTTP 401
+     |   +- Forbidden          the token may look, not change            exit 1, HTTP 403
+     |   +- UnknownPath        the API has no such path                  exit 1, HTTP 404
+     |   +- UnknownMethod      the path has no such method               exit 1, HTTP 405
+     |   +- BodyTooLarge       the request is larger than any needs      exit 1, HTTP 413
+     +- Bug                    nbdstore itself is wrong                  exit 1, HTTP 500
 
 Every message says what was wrong, with the value, and what to do next; ``code`` is a stable
 word for machines (the control API's problem type), so a client can rebuild the exception.
@@ -154,3 +159,37 @@ class Unauthorized(ControlError):
 
     code = "unauthorized"
     http_status = 401
+
+
+class Forbidden(ControlError):
+    """The token of the control API is one that may look, but not change anything."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class UnknownPath(ControlError):
+    """The control API has no such path: perhaps the server is older than the caller."""
+
+    code = "unknown-path"
+    http_status = 404
+
+
+class UnknownMethod(ControlError):
+    """The control API has this path, but not this method on it."""
+
+    code = "unknown-method"
+    http_status = 405
+
+
+class BodyTooLarge(ControlError):
+    """The body of a request is larger than any request needs."""
+
+    code = "body-too-large"
+    http_status = 413
+
+
+class Bug(NbdstoreError):
+    """The server met an error that nobody foresaw; its log says more."""
+
+    code = "bug"

@@ -59,6 +59,14 @@ class ServerInfo(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Health(Record):
+    """What a load balancer asks for: the pool's state, as in `PoolInfo`."""
+
+    state: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolInfo(Record):
     """A pool and its space, in bytes.
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from nbdstore.errors import ControlError, Corruption, NbdstoreError
+from nbdstore.errors import Bug, ControlError, Corruption, NbdstoreError
 
 CONTENT_TYPE = "application/problem+json"
 
@@ -20,13 +20,14 @@ def _tree(root: type[NbdstoreError]) -> Iterator[type[NbdstoreError]]:
         yield from _tree(child)
 
 
-_CLASSES = {cls.code: cls for cls in _tree(NbdstoreError)}
+CLASSES = {cls.code: cls for cls in _tree(NbdstoreError)}
+"""Every code there is, and what it means."""
 
 
 def to_json(error: Exception) -> dict[str, Any]:
     """Describe an error; anything not from nbdstore's tree is told as a bug without details."""
     if not isinstance(error, NbdstoreError):
-        error = NbdstoreError(f"the server has a bug ({type(error).__name__}); its log says more")
+        error = Bug(f"the server has a bug ({type(error).__name__}); its log says more")
     return {
         "type": "about:blank",
         "title": type(error).__name__,
@@ -54,7 +55,7 @@ def load(body: bytes, status: int | None = None) -> NbdstoreError:
             f"the server answered {status or 'an error'} with {body[:80]!r}: "
             "is this an nbdstore control address?"
         )
-    cls = _CLASSES.get(code, NbdstoreError)
+    cls = CLASSES.get(code, NbdstoreError)
     if issubclass(cls, Corruption):
         return _rebuilt_corruption(cls, detail)
     return cls(detail)

@@ -13,6 +13,7 @@ import pytest
 from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
 from tests.control.memory_pool import Bench
+from tests.control.real_pool import Served
 
 TOKEN = "s3cret"
 
@@ -50,3 +51,10 @@ def answering(tmp_path: Path) -> Iterator[Answering]:
     api = Answering(tmp_path)
     yield api
     api.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    pool = Served(tmp_path)
+    yield pool
+    pool.close()

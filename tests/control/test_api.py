@@ -18,6 +18,7 @@ from nbdstore.control.endpoint import MAX_CONNECTIONS, SOCKET_NAME, Endpoint
 from nbdstore.control.stream import Piece, StreamWriter
 from nbdstore.errors import InvalidArgument
 from tests.control.conftest import TOKEN, Answering
+from tests.control.documented import DOCUMENTED
 from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
 
 VOLUME = {"name": "db", "size": 64 * BLOCK}
@@ -43,7 +44,13 @@ def call(
     response = connection.getresponse()
     content = response.read()
     connection.close()
-    return response.status, json.loads(content) if content else None, response.headers
+    value = json.loads(content) if content and is_json(response.headers) else None
+    DOCUMENTED.check(method, path, response.status, response.headers, value)
+    return response.status, value, response.headers
+
+
+def is_json(headers: http.client.HTTPMessage) -> bool:
+    return headers.get_content_subtype() in ("json", "problem+json")
 
 
 class TestCalls:
@@ -87,17 +94,20 @@ MISTAKES = [
     ("GET", "/v1/volumes/nope", None, 404, "not-found", "no volume 'nope'"),
     ("GET", "/v1/volumes/", None, 404, "not-found", "no volume ''"),
     ("GET", "/v1/volumes//data", None, 404, "not-found", "no volume ''"),
-    ("GET", "/v1/nope", None, 404, "not-found", "no /v1/nope"),
-    ("GET", "/v1/volumes/../../etc/passwd", None, 404, "not-found", ""),
-    ("PUT", "/v1/pool", None, 405, "invalid-argument", "use GET"),
+    ("GET", "/v1/nope", None, 404, "unknown-path", "no /v1/nope"),
+    ("GET", "/v1/volumes/../../etc/passwd", None, 404, "unknown-path", ""),
+    ("PUT", "/v1/pool", None, 405, "unknown-method", "use GET"),
     ("POST", "/v1/volumes", b"{", 400, "invalid-argument", "not JSON"),
     ("POST", "/v1/volumes", {"name": "x"}, 400, "invalid-argument", "'size' is missing"),
     ("POST", "/v1/volumes", VOLUME | {"sise": 1}, 400, "invalid-argument", "'sise'"),
     ("POST", "/v1/volumes", VOLUME | {"size": 0}, 400, "invalid-argument", "0 bytes"),
     ("POST", "/v1/volumes", VOLUME | {"name": "taken"}, 409, "already-exists", "'taken' exists"),
-    ("POST", "/v1/volumes", b"x" * (bodies.MAX_BODY + 1), 400, "invalid-argument", "over 65536"),
+    ("POST", "/v1/volumes", b"x" * (bodies.MAX_BODY + 1), 413, "body-too-large", "over 65536"),
     ("POST", "/v1/pool/grow", {"capacity": 1}, 400, "invalid-argument", "already"),
     ("POST", "/v1/pool/checkpoint", {"now": True}, 400, "invalid-argument", "'now'"),
+    ("GET", "/v1/pool?now=1", None, 400, "invalid-argument", "'now'"),
+    ("PUT", "/v1/volumes/db/data?overwrite=maybe", b"", 400, "invalid-argument", "true or false"),
+    ("PUT", "/v1/volumes/db/data?overwrit=1", b"", 400, "invalid-argument", "'overwrit'"),
     ("PATCH", "/v1/volumes/taken", {"size": "1G"}, 400, "invalid-argument", "number of bytes"),
     ("PUT", "/v1/volumes/db/data", b"", 400, "invalid-argument", "cut off"),
     (
