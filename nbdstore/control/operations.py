@@ -127,6 +127,7 @@ class Operations:
                 if size < volume.size:
                     self._usage.require_free(volume, "shrinking it")
                 await self._pool.resize_volume(volume, size, force=force)
+                self._usage.grown(volume)
             if new_name is not None and new_name != name:
                 # Its holder could not come back: it knows the volume by its name.
                 self._usage.require_unleased(volume, "renaming it")

@@ -113,6 +113,11 @@ class Usage:
         n_attached = self.attached(volume)
         return f"{n_attached or 'no'} connection{'' if n_attached == 1 else 's'}"
 
+    def grown(self, volume: VolumeLike) -> None:
+        """Let those who have a volume attached use its new end."""
+        if self._server is not None:
+            self._server.grown(volume)
+
     # Clearing the way
 
     def barred(self, volume: VolumeLike) -> AbstractContextManager[None]:

@@ -133,9 +133,7 @@ class RequestParser:
         self._header = EXTENDED_REQUEST if extended else REQUEST
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._payload_flag = _PAYLOAD_LEN if extended else 0
-        # The hot loop takes a shortcut past the rules, below these sizes and for single bytes.
-        self._readable_size = -1 if rules.misaligned else rules.size
-        self._writable_size = -1 if rules.read_only else self._readable_size
+        self._set_shortcuts()
         self._direct_bytes = direct_bytes
         self._max_discard = max_discard
 
@@ -212,6 +210,17 @@ class RequestParser:
         self._view = memoryview(b"")
         self._direct = self._direct_buffer = self._direct_request = self._lent = None
         self.direct_bytes = 0
+
+    def grow(self, size: int) -> None:
+        """Allow requests up to `size` from now on: the export has become larger."""
+        self._rules.size = max(size, self._rules.size)
+        self._set_shortcuts()
+
+    def _set_shortcuts(self) -> None:
+        """The hot loop takes a shortcut past the rules, below these sizes and for single bytes."""
+        rules = self._rules
+        self._readable_size = -1 if rules.misaligned else rules.size
+        self._writable_size = -1 if rules.read_only else self._readable_size
 
     @property
     def is_between_requests(self) -> bool:

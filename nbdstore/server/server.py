@@ -103,6 +103,16 @@ class Server:
         """Count the connections that have a volume attached."""
         return sum(connection.volume is volume for connection in self._connections)
 
+    def grown(self, volume: Volume) -> None:
+        """Let the clients of a volume that has become larger use its new end.
+
+        NBD has no way to tell them; who knows of it can go on without attaching again, as the
+        kernel can with a device that is in use.
+        """
+        for connection in self._connections:
+            if connection.volume is volume and connection.session is not None:
+                connection.session.grow()
+
     # --- Ending connections ------------------------------------------------------------------
 
     def barred(self, volume: Volume) -> AbstractContextManager[None]:

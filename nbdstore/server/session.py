@@ -114,6 +114,7 @@ class Session:
         self._budget = budget
         self._account = budget.open(self._wake)
         self._parser = RequestParser(Rules(agreement), spares=budget.spares)
+        self.grow()  # it may have grown since its size was told
         self._replies = make_replies(agreement.mode)
         self._target = Target(self.volume, self._replies, agreement.contexts, limits.max_extents)
         self._outbox = Outbox()
@@ -174,6 +175,10 @@ class Session:
     def has_ended(self) -> bool:
         """Whether no request of this client is executed, or will be."""
         return self.done.done()
+
+    def grow(self) -> None:
+        """Let the client use all of its volume, which has become larger since it attached."""
+        self._parser.grow(self.volume.size)
 
     def drain(self) -> None:
         """Answer what has been received, then end.

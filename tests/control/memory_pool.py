@@ -196,12 +196,16 @@ class MemoryServer:
     """The connections of a server that is not there."""
 
     connections: list[MemoryConnection] = field(default_factory=list)
+    grown_to: list[tuple[str, int]] = field(default_factory=list)
     barred_volumes: list[str] = field(default_factory=list)
     fenced: list[tuple[str, str]] = field(default_factory=list)
     """(peer, why) of the connections that were ended."""
 
     def attached(self, volume: Any) -> int:
         return sum(connection.export == volume.name for connection in self.connections)
+
+    def grown(self, volume: Any) -> None:
+        self.grown_to.append((volume.name, volume.size))
 
     @contextmanager
     def barred(self, volume: Any) -> Iterator[None]:

@@ -53,6 +53,7 @@ class TestAttachedVolumes:
             await attached.operations.update_volume("db", size=SIZE - BLOCK, force=True)
         info = await attached.operations.update_volume("db", size=SIZE * 2)
         assert (info.size, info.attached) == (SIZE * 2, 1)
+        assert attached.server.grown_to == [("db", SIZE * 2)]
 
     async def test_importing_is_refused(self, attached: Bench) -> None:
         with pytest.raises(Busy, match="importing"):

@@ -72,6 +72,19 @@ async def test_new_sizes_are_for_new_connections(pool, serve, connect):
     assert (await new.do(Command.READ, SIZE, 1)).error == 0
 
 
+async def test_a_client_can_use_what_its_volume_has_grown_by(pool, serve, connect):
+    pool.create("other", SIZE)
+    server = await serve()
+    client, other = await connect(), await connect()
+    await client.go("disk")
+    await other.go("other")
+    pool.volumes["disk"].size = 2 * SIZE
+    server.grown(pool.volumes["disk"])
+    await client.write(2 * SIZE - 1, b"x")
+    assert (await client.do(Command.READ, 2 * SIZE, 1)).error == Errno.EINVAL
+    assert (await other.do(Command.READ, SIZE, 1)).error == Errno.EINVAL
+
+
 async def test_infos_tell_name_and_description(pool, client):
     pool.volumes["disk"].properties["description"] = "of the web shop"
     infos = await client.ask(Option.INFO, build_info("", [Info.NAME, Info.DESCRIPTION]))
