@@ -35,6 +35,7 @@ from tests.store.short_plays import (
     Found,
     Play,
     Sequence,
+    State,
     base_of,
     judge,
     look,
@@ -133,6 +134,8 @@ class Explorer:
 
     figures: Counter[str] = field(default_factory=Counter)
     _recovered: dict[tuple[str, int], Found] = field(default_factory=dict)
+    _states: dict[State, State] = field(default_factory=dict)
+    """Each once: thousands of images recover to the same one."""
 
     def explore(self, base: str, sequence: Sequence) -> None:
         """Crash at every moment of the last operation of `sequence`.
@@ -207,7 +210,10 @@ class Explorer:
                 apply(images[file], number * UNIT, data)
             assert_clean(images)
             again = self.figures["distinct images"] % AGAIN_SHARE == 0
-            self._recovered[key] = self._recover_image(images, again)
+            self._recovered[key] = {
+                name: self._states.setdefault(state, state)
+                for name, state in self._recover_image(images, again).items()
+            }
         return self._recovered[key]
 
     def _recover_image(self, images: Images, again: bool) -> Found:
