@@ -1,7 +1,11 @@
 """Administrative changes: volumes made, resized, renamed and deleted, the pool enlarged.
 
 Owns the course of each change: one at a time, checked, journalled, done, made durable.  What a
-change does to the tables is the registry's.
+change does to the tables is the registry's, those that have to do with snapshots are in
+snapshots.py.
+
+A volume that is deleted rests in the trash first, if it is told to: nobody can attach it, it has
+no name that others could not take, and it can be restored with all that it held.
 
 Each change runs as a task of its own: whoever asked for it may go away (a closed HTTP request),
 the change is made or not made, never left half-way.
@@ -17,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
 from nbdstore.store import catalogue
+from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.extents import ExtentKind
 from nbdstore.store.formatting import check_capacity
@@ -32,7 +37,7 @@ _RECORD_BYTES: Final = 64 << 10  # of the journal, for one change and what it sy
 _RETRY_S: Final = 5.0
 
 T = TypeVar("T")
-Spawn = Callable[[Coroutine[Any, Any, None]], object]
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class Administration:
@@ -50,13 +55,14 @@ class Administration:
         self._spawn = spawn
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
+        self._emptying: dict[int, asyncio.Task[None]] = {}
 
     async def finish(self) -> None:
         """Wait for the changes that are under way."""
         if self._changes:
             await asyncio.wait(self._changes)
 
-    async def _alone(self, change: Coroutine[Any, Any, T]) -> T:
+    async def alone(self, change: Coroutine[Any, Any, T]) -> T:
         """Run `change` to its end, whatever becomes of the caller."""
         task: asyncio.Task[T] = asyncio.create_task(change)
         self._changes.add(task)
@@ -70,11 +76,11 @@ class Administration:
         catalogue.check_name(name)
         catalogue.check_size(size)
         check_properties(name, properties)
-        return await self._alone(self._create(name, size, properties))
+        return await self.alone(self._create(name, size, properties))
 
     async def _create(self, name: str, size: int, properties: dict[str, Any]) -> Volume:
-        async with self._turn():
-            self._check_new(name)
+        async with self.turn():
+            self.check_new(name)
             host = self._core.host
             info = VolumeInfo(
                 self._checkpointer.next_id,
@@ -84,16 +90,20 @@ class Administration:
                 created=int(host.time()),
                 properties=dict(properties),
             )
-            await self._change(info.id, {"op": "create", "volume": info.to_json()})
-            return self._registry.by_id[info.id]
+            return await self.add(info)
+
+    async def add(self, info: VolumeInfo, prepared: BlockMap | None = None) -> Volume:
+        """Add a volume, for the holder of the turn; with a root, `prepared` is its map."""
+        await self.change(info.id, {"op": "create", "volume": info.to_json()}, prepared)
+        return self._registry.by_id[info.id]
 
     async def resize(self, volume: Volume, size: int, *, force: bool) -> None:
         """See Pool.resize_volume."""
         catalogue.check_size(size)
-        await self._alone(self._resize(volume, size, force))
+        await self.alone(self._resize(volume, size, force))
 
     async def _resize(self, volume: Volume, size: int, force: bool) -> None:
-        async with self._turn():
+        async with self.turn():
             volume.check_there()
             shrinks = size < volume.size
             if shrinks:
@@ -108,46 +118,78 @@ class Administration:
                             f"volume {volume.name}: it is being written beyond {size}: "
                             "detach it before shrinking it"
                         )
-                await self._change(volume.id, {"op": "resize", "size": size})
+                await self.change(volume.id, {"op": "resize", "size": size})
 
     async def rename(self, volume: Volume, name: str) -> None:
         """See Pool.rename_volume."""
         catalogue.check_name(name)
-        await self._alone(self._rename(volume, name))
+        await self.alone(self._rename(volume, name))
 
     async def _rename(self, volume: Volume, name: str) -> None:
-        async with self._turn():
+        async with self.turn():
             volume.check_there()
             if name != volume.name:
-                self._check_new(name)
+                self.check_new(name)
                 await volume.flush()
-                await self._change(volume.id, {"op": "rename", "name": name})
+                await self.change(volume.id, {"op": "rename", "name": name})
 
     async def set_properties(self, volume: Volume, properties: dict[str, Any]) -> None:
         """See Pool.set_properties."""
         check_properties(volume.name, properties)
-        await self._alone(self._set_properties(volume, properties))
+        await self.alone(self._set_properties(volume, properties))
 
     async def _set_properties(self, volume: Volume, properties: dict[str, Any]) -> None:
-        async with self._turn():
+        async with self.turn():
             volume.check_there()
             await volume.flush()
-            await self._change(volume.id, {"op": "properties", "properties": properties})
+            await self.change(volume.id, {"op": "properties", "properties": properties})
 
     async def delete(self, volume: Volume) -> None:
         """See Pool.delete_volume."""
-        await self._alone(self._delete(volume))
+        await self.alone(self._delete(volume))
 
     async def _delete(self, volume: Volume) -> None:
-        async with self._turn():
+        async with self.turn():
             volume.check_there()
             await volume.flush()
-            await self._change(volume.id, {"op": "delete"})
+            await self.change(volume.id, {"op": "delete"})
         self.empty(volume)
+
+    async def trash(self, volume: Volume) -> None:
+        """See Pool.trash_volume."""
+        await self.alone(self._trash(volume))
+
+    async def _trash(self, volume: Volume) -> None:
+        async with self.turn():
+            volume.check_there()
+            if not volume.info.trashed:
+                await volume.flush()
+                at = max(int(self._core.host.time()), 1)
+                await self.change(volume.id, {"op": "trash", "at": at})
+
+    async def restore(self, volume: Volume, name: str) -> None:
+        """See Pool.restore_volume."""
+        catalogue.check_name(name)
+        await self.alone(self._restore(volume, name))
+
+    async def _restore(self, volume: Volume, name: str) -> None:
+        async with self.turn():
+            volume.check_there()
+            if volume.info.trashed:
+                self.check_new(name)
+                await self.change(volume.id, {"op": "restore", "name": name})
 
     def empty(self, volume: Volume) -> None:
         """Begin to free what a deleted volume holds."""
-        self._spawn(self._empty(volume))
+        task = self._spawn(self._empty(volume))
+        self._emptying[volume.id] = task
+        task.add_done_callback(lambda _: self._emptying.pop(volume.id, None))
+
+    async def emptied(self, volume: Volume) -> None:
+        """Wait until nothing is left of a deleted volume."""
+        task = self._emptying.get(volume.id)
+        if task is not None:
+            await asyncio.wait([task])
 
     async def _empty(self, volume: Volume) -> None:
         await volume.ranges.clear(0, volume.map.n_blocks, emptying=True)
@@ -158,9 +200,9 @@ class Administration:
                 await self._core.wait_for_change(_RETRY_S)
 
     async def _remove(self, volume: Volume) -> None:
-        async with self._turn(), self._checkpointer.lock:
+        async with self.turn(), self._checkpointer.lock:
             await self._checkpointer.run_locked()  # frees the nodes of its map
-            await self._change(volume.id, {"op": "remove"})
+            await self.change(volume.id, {"op": "remove"})
 
     async def grow(self, capacity: int) -> None:
         """See Pool.grow."""
@@ -170,29 +212,36 @@ class Administration:
                 f"capacity {capacity}: less than the present {now}; a pool can only grow"
             )
         check_capacity(capacity, self._core.block_size)
-        await self._alone(self._grow(capacity // self._core.block_size))
+        await self.alone(self._grow(capacity // self._core.block_size))
 
     async def _grow(self, n_slots: int) -> None:
-        async with self._turn(), self._checkpointer.lock:
-            await self._change(0, {"op": "grow", "n_slots": max(n_slots, self._core.slots.n_slots)})
+        async with self.turn(), self._checkpointer.lock:
+            await self.change(0, {"op": "grow", "n_slots": max(n_slots, self._core.slots.n_slots)})
         self._core.space_changed()
 
     # -- their course -----------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[None]:
         """One change at a time, begun with room for it in the journal."""
         async with self._lock:
             while not self._core.journal.room_for(2 * _RECORD_BYTES):
                 await self._checkpointer.join()
             yield
 
-    def _check_new(self, name: str) -> None:
+    def check_new(self, name: str) -> None:
+        """Raise AlreadyExists if there is a volume called `name`."""
         if name in self._registry.by_name:
             raise AlreadyExists(f"volume {name!r} exists already: choose another name")
 
-    async def _change(self, volume_id: int, change: dict[str, Any]) -> None:
-        """Journal a change, do it, and make it durable; no await before it is done."""
+    async def change(
+        self, volume_id: int, change: dict[str, Any], prepared: BlockMap | None = None
+    ) -> None:
+        """Journal a change, do it, and make it durable; no await before it is done.
+
+        Arguments:
+            prepared: see Registry.apply.
+        """
         volume = self._registry.by_id.get(volume_id)
         gone = volume is not None and volume.info.deleted
         if gone != (change["op"] == "remove"):
@@ -203,7 +252,7 @@ class Administration:
             raise NoSpace("the journal is full until the next checkpoint: try again in a moment")
         seq = self._core.append(group)
         self._core.host.reached(Failpoint.CHANGE_JOURNALLED)
-        self._registry.apply(self._services, volume_id, change, seq)
+        self._registry.apply(self._services, volume_id, change, seq, prepared)
         self._core.host.reached(Failpoint.CHANGE_MADE)
         await self._services.committer.commit_all()
         self._core.check_alive()

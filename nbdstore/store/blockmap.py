@@ -55,6 +55,7 @@ class BlockMap:
 
     Arguments:
         totals: counts its leaves in, until :meth:`retire`.
+        read_only: it is a snapshot's; no checkpoint will have to write it.
 
     Attributes:
         n_blocks: blocks of the volume; `n_leaves` of them, the last one padded with holes.
@@ -66,7 +67,9 @@ class BlockMap:
         frozen: leaves that changed after they were frozen, as they were.
     """
 
-    def __init__(self, n_blocks: int, block_size: int, totals: MapCounts) -> None:
+    def __init__(
+        self, n_blocks: int, block_size: int, totals: MapCounts, *, read_only: bool = False
+    ) -> None:
         self._totals = totals
         self.block_size = block_size
         self.fanout = block_size // ENTRY_SIZE
@@ -79,7 +82,7 @@ class BlockMap:
         state = LazyArray((self.n_leaves,), np.uint8)
         self.states = state.array
         self.state_bytes = state.memory
-        self.nodes = Nodes(self.n_leaves, block_size, totals)
+        self.nodes = Nodes(self.n_leaves, block_size, totals, read_only=read_only)
         self._uniform_epochs = LazyArray((self.n_leaves,), np.uint32).array
         self.n_resident = 0
         self.n_dirty = 0
@@ -88,15 +91,15 @@ class BlockMap:
 
     # -- opening ----------------------------------------------------------------------------
 
-    def load_levels(self, root: Pointer, read_node: ReadNode) -> I64:
+    def load_levels(self, root: Pointer, read_node: ReadNode) -> U64:
         """Take over a tree from disk; its leaves become STORED, UNIFORM or HOLE.
 
-        Returns the slots of all its nodes, leaves included.
+        Returns the locations of all its nodes, leaves included.
         """
-        parts = [np.empty(0, np.int64)]
+        parts = [np.empty(0, np.uint64)]
         for first_leaf, locations in self.nodes.load(root, read_node):
             held = layout.holds_slot(locations)
-            parts.append(layout.slots_of(locations[held]))
+            parts.append(locations[held])
             if first_leaf >= 0:
                 leaves = np.arange(first_leaf, first_leaf + len(locations))
                 uniform = layout.is_provisioned(locations)
@@ -105,6 +108,11 @@ class BlockMap:
                 epochs = locations[uniform] >> layout.NP_SLOT_BITS
                 self._uniform_epochs[leaves[uniform]] = epochs
         return np.unique(np.concatenate(parts))
+
+    @property
+    def is_changed(self) -> bool:
+        """A checkpoint has something to write."""
+        return self.n_dirty > 0 or any(self.nodes.dirty)
 
     # -- leaves -----------------------------------------------------------------------------
 
@@ -197,6 +205,15 @@ class BlockMap:
 
     def _blocks_in(self, leaf: int) -> int:
         return min(self.n_blocks - (leaf << self.leaf_shift), self.fanout)
+
+    def touch(self, leaves: Leaves) -> None:
+        """Have the next checkpoint write those of `leaves` (none STORED) that hold something."""
+        for leaf in leaves.tolist():
+            kind = self.state_bytes[leaf] & KIND
+            if kind == RESIDENT:
+                self._make_leaf_writable(leaf)
+            elif kind == UNIFORM:
+                self.set_provisioned(np.array([leaf]), int(self._uniform_epochs[leaf]))
 
     def set_hole(self, leaves: Leaves) -> None:
         """Make all entries of `leaves` (none STORED) holes."""

@@ -14,6 +14,9 @@ A checkpoint of seq S holds exactly what records 1..S did, whatever is written w
    write it to the other copy, sync it: from here on nobody needs the checkpoint before;
 5. release the journal up to S and the slots of what was replaced.
 
+A checkpoint can carry a change: snapshots come and go with the catalogue that it writes, at the
+moment that it holds.  So there is no record of them in the journal, and nothing to be done again.
+
 A crash before 4 leaves the checkpoint before, and the journal from there.  A failure before 4
 (no space) leaves the pool running: what was written is what the maps point to now, the rest is
 dirty still, and the slots that the old superblock needs stay in `_replaced` until a later flip.
@@ -25,44 +28,109 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import NoSpace, StoreError, WriteFailed
-from nbdstore.store import catalogue, layout, superblock
-from nbdstore.store.blockmap import BlockMap, Leaves
-from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store import layout, superblock
+from nbdstore.store.blockmap import Leaves
+from nbdstore.store.catalogue import Catalogue, SnapshotInfo, VolumeInfo
 from nbdstore.store.core import Core
 from nbdstore.store.durability import Committer
 from nbdstore.store.host import Failpoint, File
 from nbdstore.store.layout import I64, U64
 from nbdstore.store.slots import FrozenBitmap
+from nbdstore.store.slotset import SlotSet
 from nbdstore.store.superblock import NULL, Pointer, Superblock
 
 if TYPE_CHECKING:
+    from nbdstore.store.image import Image
+    from nbdstore.store.registry import Registry
     from nbdstore.store.volume import Volume
 
 log = logging.getLogger("nbdstore.store")
 
+_DEAD_SLICE: Final = 1 << 20  # slots: 8 MiB of memory until they can be used again
+
 
 @dataclass
-class _Frozen:
+class FrozenImage:
+    """An image as one checkpoint writes it.
+
+    Attributes:
+        info: what the catalogue will say of it.
+        leaves: those to be written.
+        epoch: the birth epoch of the nodes that are written.
+        kept_epoch: nodes that were born up to it are snapshots', and stay when they are replaced.
+    """
+
+    image: Image
+    info: VolumeInfo | SnapshotInfo
+    leaves: Leaves = field(init=False)
+    epoch: int = field(init=False)
+    kept_epoch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaves = self.image.map.freeze()
+        self.epoch = self.info.epoch
+        self.kept_epoch = self.image.kept_epoch
+
+
+@dataclass
+class FrozenVolume(FrozenImage):
+    """A volume as one checkpoint writes it."""
+
+    info: VolumeInfo
+
+
+@dataclass
+class Frozen:
     """What one checkpoint writes: the state at `seq`.
 
     Attributes:
         mark: the empty record that ends what it covers; 0 = there is none.
+        snapshots: what the catalogue will say of them.
+        mended: snapshots whose maps have to be written; only repair changes them.
         own: slots taken for the pool's own trees, given back if the checkpoint fails.
+        dead: slots that this checkpoint frees beside those that it replaces.
     """
 
     seq: int
     journal_offset: int
     mark: int
-    volumes: list[tuple[Volume, VolumeInfo, Leaves]]
-    next_id: int
+    volumes: dict[int, FrozenVolume]
+    snapshots: dict[int, SnapshotInfo]
+    mended: list[FrozenImage]
     bitmap: FrozenBitmap
+    dead: SlotSet
     own: list[I64] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[FrozenImage]:
+        """All whose maps are written."""
+        return [*self.volumes.values(), *self.mended]
+
+
+class Change(Protocol):
+    """Something that a checkpoint makes true: snapshots that come or go (snapshots.py)."""
+
+    def begin(self, frozen: Frozen) -> None:
+        """At the moment that the checkpoint holds: say in `frozen` what shall be true."""
+
+    async def complete(self, frozen: Frozen) -> None:
+        """All volumes are written: add what only their trees on disk could tell.
+
+        Whatever this raises ends the checkpoint, and is raised by it; the pool goes on.
+        """
+
+    def end(self, *, made: bool) -> None:
+        """The change is made, and durable; or it is not, and never will be."""
+
+
+class _ChangeFailed(Exception):
+    """What a change's `complete` raised."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +171,7 @@ class Checkpointer:
         super_file: File,
         found: superblock.Found,
         roots: Roots,
-        volumes: dict[int, Volume],
+        registry: Registry,
         next_id: int,
     ) -> None:
         self._core = core
@@ -111,7 +179,7 @@ class Checkpointer:
         self._super_file = super_file
         self._opened_by = found.copy
         self._roots = roots
-        self._volumes = volumes
+        self._registry = registry
         self._replaced: list[I64] = []
         self._running: asyncio.Task[None] | None = None
         self.superblock = found.newest
@@ -150,13 +218,13 @@ class Checkpointer:
         async with self.lock:
             await self.run_locked(last=last)
 
-    async def run_locked(self, *, last: bool = False) -> None:
-        """Like :meth:`run`, for the holder of `lock`.
+    async def run_locked(self, *, last: bool = False, change: Change | None = None) -> None:
+        """Like :meth:`run`, for the holder of `lock`; with `change` made true by it.
 
         A cancelled caller waits for the end all the same: once the superblock's write has begun,
         nobody knows which one a crash leaves, so there is no turning back half-way.
         """
-        task = asyncio.create_task(self._run(last))
+        task = asyncio.create_task(self._run(last, change))
         cancelled: asyncio.CancelledError | None = None
         while not task.done():
             try:
@@ -167,15 +235,20 @@ class Checkpointer:
             raise cancelled
         task.result()
 
-    async def _run(self, last: bool) -> None:
+    async def _run(self, last: bool, change: Change | None) -> None:
         self._core.check_alive()
         frozen = self._freeze(last=last)
-        self._core.host.reached(Failpoint.CHECKPOINT_FROZEN)
         flipped = False
         try:
-            await self._write(frozen)
+            if change is not None:
+                change.begin(frozen)
+            self._core.host.reached(Failpoint.CHECKPOINT_FROZEN)
+            await self._write(frozen, change)
             flipped = True
             self._is_postponed = False
+        except _ChangeFailed as error:
+            assert error.__cause__ is not None
+            raise error.__cause__ from None
         except NoSpace as error:
             # It is tried again every other second for as long as there is no space: said once.
             level = logging.DEBUG if self._is_postponed else logging.WARNING
@@ -187,14 +260,21 @@ class Checkpointer:
             self._core.check_alive()
         finally:
             self._core.slots.thaw(written=flipped)
-            for volume, _, leaves in frozen.volumes:
-                if not flipped:
-                    volume.map.abandon_freeze(leaves)
+            if change is not None:
+                change.end(made=flipped)
             if not flipped:
+                for part in frozen.images:
+                    part.image.map.abandon_freeze(part.leaves)
                 for slots in frozen.own:
                     self._core.slots.give_back(slots)
         self._release(frozen)
+        await self._release_dead(frozen)
         self._core.host.reached(Failpoint.CHECKPOINT_RELEASED)
+
+    def take_id(self) -> int:
+        """Return an id for a new snapshot."""
+        self.next_id += 1
+        return self.next_id - 1
 
     def drop(self, slots: I64) -> None:
         """Slots of nodes that the next checkpoint does not need any more."""
@@ -206,19 +286,26 @@ class Checkpointer:
 
     # -- 1. freeze --------------------------------------------------------------------------
 
-    def _freeze(self, *, last: bool = False) -> _Frozen:
+    def _freeze(self, *, last: bool = False) -> Frozen:
         journal = self._core.journal
         mark = 0 if last else self._mark()
-        return _Frozen(
+        snapshots = {number: replace(s.info) for number, s in self._registry.snapshots.items()}
+        return Frozen(
             seq=journal.seq,
             journal_offset=journal.head,
             mark=mark,
-            volumes=[
-                (volume, replace(volume.info), volume.map.freeze())
-                for volume in self._volumes.values()
+            volumes={
+                volume.id: FrozenVolume(volume, _info_of(volume))
+                for volume in self._registry.by_id.values()
+            },
+            snapshots=snapshots,
+            mended=[
+                FrozenImage(snapshot, snapshots[snapshot.id])
+                for snapshot in self._registry.snapshots.values()
+                if snapshot.is_open and snapshot.map.is_changed
             ],
-            next_id=self.next_id,
             bitmap=self._core.slots.freeze(),
+            dead=SlotSet(self._core.slots),
         )
 
     def _mark(self) -> int:
@@ -233,16 +320,25 @@ class Checkpointer:
 
     # -- 2. write ---------------------------------------------------------------------------
 
-    async def _write(self, frozen: _Frozen) -> None:
+    async def _write(self, frozen: Frozen, change: Change | None) -> None:
         reached = self._core.host.reached
-        for volume, info, leaves in frozen.volumes:
-            await self._write_leaves(volume, leaves, info.epoch, frozen)
+        for part in frozen.images:
+            await self._write_leaves(part, frozen)
             reached(Failpoint.CHECKPOINT_LEAVES_WRITTEN)
-            await self._write_nodes(volume.map, info.epoch, frozen)
+            await self._write_nodes(part, frozen)
             reached(Failpoint.CHECKPOINT_NODES_WRITTEN)
-            info.root = volume.info.root = volume.map.nodes.root
-            volume.services.memory.balance()  # what was dirty may be evicted now
-        raw = catalogue.encode(frozen.next_id, [info for _, info, _ in frozen.volumes])
+            part.info.root = part.image.info.root = part.image.map.nodes.root
+            part.image.services.memory.balance()  # what was dirty may be evicted now
+        if change is not None:
+            try:
+                await change.complete(frozen)
+            except Exception as error:
+                raise _ChangeFailed from error
+        raw = Catalogue(
+            self.next_id,
+            [part.info for part in frozen.volumes.values()],
+            [*frozen.snapshots.values()],
+        ).encode()
         roots = self._write_catalogue(raw, frozen)
         catalogue_slots = np.concatenate(frozen.own)
         free_map_root, free_map, free_map_nodes, doomed = self._write_free_map(frozen)
@@ -250,6 +346,7 @@ class Checkpointer:
         await self._sync(frozen)
         reached(Failpoint.CHECKPOINT_SYNCED)
         new = self.superblock.next(
+            incompatible=self.superblock.incompatible | layout.SNAPSHOTS,
             n_slots=self._core.slots.n_slots,
             journal_offset=frozen.journal_offset,
             journal_seq=frozen.seq + 1,
@@ -263,7 +360,7 @@ class Checkpointer:
         self._roots = Roots(catalogue_slots, free_map, free_map_nodes)
         self._replaced = doomed
 
-    async def _sync(self, frozen: _Frozen) -> None:
+    async def _sync(self, frozen: Frozen) -> None:
         disk, journal = self._core.disk, self._core.journal
         syncs = [disk.offload(self._core.data.fdatasync)]
         if frozen.mark:
@@ -283,43 +380,42 @@ class Checkpointer:
         self._core.host.reached(Failpoint.CHECKPOINT_DURABLE)
         self.superblock = new
 
-    async def _write_leaves(
-        self, volume: Volume, leaves: Leaves, epoch: int, frozen: _Frozen
-    ) -> None:
-        blocks, memory = volume.map, volume.services.memory
+    async def _write_leaves(self, own: FrozenImage, frozen: Frozen) -> None:
+        image, leaves = own.image, own.leaves
+        blocks, memory = image.map, image.services.memory
         n_slice = self._core.options.checkpoint_slice_nodes
         for at in range(0, len(leaves), n_slice):
-            await memory.load_nodes(lambda: blocks, leaves[at : at + n_slice], volume.name)
+            await memory.load_nodes(lambda: blocks, leaves[at : at + n_slice], image.name)
             part = leaves[at : at + n_slice].tolist()
             nodes = [blocks.frozen_leaf(leaf) for leaf in part]
             stored = [node for node in nodes if isinstance(node, bytes)]
-            places = iter(self._store(stored, epoch, frozen))
+            places = iter(self._store(stored, own.epoch, frozen))
             old = [
                 blocks.leaf_written(leaf, next(places) if isinstance(node, bytes) else (node, 0))
                 for leaf, node in zip(part, nodes, strict=True)
             ]
-            self._replace(old)
+            self._replace(old, own.kept_epoch)
             await self._core.host.sleep(0)
 
-    async def _write_nodes(self, blocks: BlockMap, epoch: int, frozen: _Frozen) -> None:
-        tree, n_slice = blocks.nodes, self._core.options.checkpoint_slice_nodes
+    async def _write_nodes(self, own: FrozenImage, frozen: Frozen) -> None:
+        tree, n_slice = own.image.map.nodes, self._core.options.checkpoint_slice_nodes
         for level in range(tree.depth - 1):
             dirty = sorted(tree.dirty[level])
             for at in range(0, len(dirty), n_slice):
                 part = dirty[at : at + n_slice]
                 nodes = [tree.node_bytes(level, node) for node in part]
-                pointers = self._store_or_null(nodes, epoch, frozen)
-                self._replace(tree.written(level, part, pointers))
+                pointers = self._store_or_null(nodes, own.epoch, frozen)
+                self._replace(tree.written(level, part, pointers), own.kept_epoch)
                 await self._core.host.sleep(0)
         tree.dirty[-1].clear()
 
-    def _store_or_null(self, nodes: list[bytes], epoch: int, frozen: _Frozen) -> list[Pointer]:
+    def _store_or_null(self, nodes: list[bytes], epoch: int, frozen: Frozen) -> list[Pointer]:
         """Store nodes; one full of holes is a hole itself."""
         zeros = bytes(self._core.block_size)
         places = iter(self._store([n for n in nodes if n != zeros], epoch, frozen))
         return [NULL if node == zeros else next(places) for node in nodes]
 
-    def _store(self, blocks: Sequence[bytes], epoch: int, frozen: _Frozen) -> list[Pointer]:
+    def _store(self, blocks: Sequence[bytes], epoch: int, frozen: Frozen) -> list[Pointer]:
         """Write blocks to free slots and return their entries."""
         if not blocks:
             return []
@@ -342,13 +438,14 @@ class Checkpointer:
             raise self._core.no_space()
         return slots
 
-    def _replace(self, locations: Sequence[int]) -> None:
+    def _replace(self, locations: Sequence[int], kept_epoch: int) -> None:
         old = np.array(locations, np.uint64)
-        self._replaced.append(layout.slots_of(old[layout.holds_slot(old)]))
+        free = old[layout.holds_slot_of_after(old, kept_epoch)]
+        self._replaced.append(layout.slots_of(free))
 
     # -- the pool's own trees: written whole, or given back ----------------------------------
 
-    def _take_own(self, n: int, frozen: _Frozen) -> I64:
+    def _take_own(self, n: int, frozen: Frozen) -> I64:
         slots = self._take(n)
         frozen.own.append(slots)
         frozen.bitmap.set(slots)
@@ -380,7 +477,7 @@ class Checkpointer:
                 location, checksum = entries[0].tolist()
                 return location, checksum
 
-    def _write_catalogue(self, raw: bytes, frozen: _Frozen) -> list[Pointer]:
+    def _write_catalogue(self, raw: bytes, frozen: Frozen) -> list[Pointer]:
         """Write both copies; return their roots."""
         size = self._core.block_size
         blocks = [raw[at : at + size].ljust(size, b"\0") for at in range(0, len(raw), size)]
@@ -391,7 +488,7 @@ class Checkpointer:
             for entries in ((one, two), (two, one))
         ]
 
-    def _write_free_map(self, frozen: _Frozen) -> tuple[Pointer, U64, I64, list[I64]]:
+    def _write_free_map(self, frozen: Frozen) -> tuple[Pointer, U64, I64, list[I64]]:
         """Write the changed blocks of the free map, which say what is used, themselves included.
 
         A slot for a block of the bitmap changes the bitmap: so first take slots until no block
@@ -405,6 +502,8 @@ class Checkpointer:
         entries[: len(self._roots.free_map)] = self._roots.free_map
         doomed = [*self._replaced, self._roots.catalogue_slots, self._roots.free_map_nodes]
         bitmap.clear(np.concatenate(doomed))
+        for slots in frozen.dead:
+            bitmap.clear(slots)
         nodes = self._take_own(_n_above(len(entries), core.block_size), frozen)
         places: dict[int, int] = {}
         while missing := [region for region in bitmap.blocks if region not in places]:
@@ -419,7 +518,7 @@ class Checkpointer:
 
     # -- 5. release -------------------------------------------------------------------------
 
-    def _release(self, frozen: _Frozen) -> None:
+    def _release(self, frozen: Frozen) -> None:
         core = self._core
         core.journal.release(frozen.journal_offset)
         core.journal.durable_seq = max(core.journal.durable_seq, frozen.seq)
@@ -433,6 +532,26 @@ class Checkpointer:
         self.n_checkpoints += 1
         self._committer.raise_horizon(frozen.seq)
         core.space_changed()
+
+    async def _release_dead(self, frozen: Frozen) -> None:
+        """Free what snapshots have held alone, which may be much: a part after another.
+
+        No other checkpoint may come before the end of it, which would count the rest as used.
+        """
+        n_pending = 0
+        for slots in frozen.dead:
+            if n_pending + len(slots) > _DEAD_SLICE:
+                await self._committer.settle()  # so that what waits for that does not add up
+                n_pending = 0
+            self._core.slots.free_later(slots, self._core.journal.seq + 1)
+            n_pending += len(slots)
+            await self._core.host.sleep(0)
+
+
+def _info_of(volume: Volume) -> VolumeInfo:
+    """What the catalogue says of a volume whose map is frozen now."""
+    volume.info.written = volume.info.written or volume.info.n_mapped > 0
+    return replace(volume.info)
 
 
 def _n_above(n_entries: int, block_size: int) -> int:

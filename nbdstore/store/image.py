@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from nbdstore.errors import NotFound, StoreError
 from nbdstore.store.blockmap import BlockMap
-from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.catalogue import SnapshotInfo, VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer
 from nbdstore.store.core import Core
 from nbdstore.store.durability import Committer
@@ -38,10 +38,11 @@ class Image:
         info: what the catalogue says of it.
         map: where its blocks are.
         kind: "volume" or "snapshot".
+        kept_epoch: its parent's epoch: what was born later is its own; 0 = everything is.
 
     """
 
-    info: VolumeInfo
+    info: VolumeInfo | SnapshotInfo
     map: BlockMap
     kind: ClassVar[str]
 
@@ -49,6 +50,7 @@ class Image:
         self.services = services
         self.core = services.core
         self.block_size = self.core.block_size
+        self.kept_epoch = 0
         self.reading = Reading(self)
         self.contents = Extents(self)
 

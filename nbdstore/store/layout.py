@@ -30,6 +30,13 @@ Versions: FORMAT_VERSION changes only if nothing older could even say what it se
 else is a feature flag: a pool with an unknown bit in ``incompatible`` is not opened, one with an
 unknown bit in ``readonly_compatible`` is opened for reading only, ``compatible`` bits are ignored
 by those who do not know them.
+
+===============  ===============================================================================
+incompatible
+bit 0            SNAPSHOTS: there may be snapshots, clones and volumes in the trash, so that not
+                 every slot that a volume gives up is free.  Every pool that a version which knows
+                 them has opened for writing has it.
+===============  ===============================================================================
 """
 
 from __future__ import annotations
@@ -48,7 +55,8 @@ Bools = npt.NDArray[np.bool_]
 FORMAT_VERSION: Final = 1
 FEATURES_COMPATIBLE: Final = 0
 FEATURES_READONLY_COMPATIBLE: Final = 0
-FEATURES_INCOMPATIBLE: Final = 0
+SNAPSHOTS: Final = 1
+FEATURES_INCOMPATIBLE: Final = SNAPSHOTS
 
 MIN_BLOCK_SIZE: Final = 4096  # a leaf of the map is then a page of memory, evicted by itself
 MAX_BLOCK_SIZE: Final = 65536
@@ -91,6 +99,12 @@ def holds_slot(locations: U64) -> Bools:
     """Tell for each location whether it names a slot: it is not HOLE, PROVISIONED or LOST."""
     slots = locations & NP_SLOT_MASK
     held: Bools = (slots != 0) & (slots < _NP_LOST)
+    return held
+
+
+def holds_slot_of_after(locations: U64, epoch: int) -> Bools:
+    """Tell for each location whether it names a slot, and was born after `epoch`."""
+    held: Bools = holds_slot(locations) & (locations >> NP_SLOT_BITS > np.uint64(epoch))
     return held
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from nbdstore.store import layout
 from nbdstore.store.blockmap import KIND, STORED, BlockMap, Leaves
 from nbdstore.store.core import Core
+from nbdstore.store.layout import U64
 from nbdstore.store.nodes import STORED as NODE_STORED
 from nbdstore.store.superblock import Pointer
 
@@ -122,6 +123,31 @@ class MapMemory:
             if found.state_bytes[leaf] & KIND == STORED and before == now:
                 found.install(leaf, block)
 
+    async def read_leaves(self, pointers: U64, what: str) -> U64:
+        """Read leaves from the disk, which stay as they are in memory.
+
+        Arguments:
+            pointers: their entries, uint64, shape (n, 2).
+
+        Returns the locations in them: uint64, shape (n, fanout).
+
+        Raises:
+            Corruption, ReadFailed: of a leaf.
+        """
+        fanout = self._core.block_size // layout.ENTRY_SIZE
+        found = np.zeros((len(pointers), fanout), np.uint64)
+        uniform = layout.is_provisioned(pointers[:, 0])
+        found[uniform] = pointers[uniform, :1]
+        rows = np.flatnonzero(layout.holds_slot(pointers[:, 0]))
+        for at in range(0, len(rows), _LOAD_LEAVES):
+            part = rows[at : at + _LOAD_LEAVES]
+            entries = [(location, checksum) for location, checksum in pointers[part].tolist()]
+            for row, block in zip(
+                part, await self._read(part.tolist(), entries, what), strict=True
+            ):
+                found[row] = np.frombuffer(block, "<u8").reshape(fanout, 2)[:, 0]
+        return found
+
     async def _read(
         self, numbers: Sequence[int], pointers: Sequence[Pointer], what: str
     ) -> list[bytes]:
@@ -137,6 +163,45 @@ class MapMemory:
 
         with core.slots.pinned(core.journal.seq):
             return await core.disk.offload(read)
+
+
+async def load_map(
+    core: Core, root: Pointer, size: int, name: str, *, read_only: bool = False
+) -> BlockMap:
+    """Load the map of an image of `size` bytes, down to where its leaves are.
+
+    Nobody may free a node of it meanwhile.
+
+    Raises:
+        Corruption, ReadFailed: of a node.
+    """
+    blocks, load = _unloaded(core, root, size, name, read_only=read_only)
+    await core.disk.offload(load)
+    return blocks
+
+
+def load_map_now(
+    core: Core, root: Pointer, size: int, name: str, *, read_only: bool = False
+) -> tuple[BlockMap, U64]:
+    """Like :func:`load_map`, but waits for the disk in place: for recovery.
+
+    Returns the locations of the nodes, too.
+    """
+    blocks, load = _unloaded(core, root, size, name, read_only=read_only)
+    return blocks, load()
+
+
+def _unloaded(
+    core: Core, root: Pointer, size: int, name: str, *, read_only: bool = False
+) -> tuple[BlockMap, Callable[[], U64]]:
+    """A map, and what loads it; that may run in a thread, as long as nobody uses the map."""
+    n_blocks = -(-size // core.block_size)
+    blocks = BlockMap(n_blocks, core.block_size, core.map_counts, read_only=read_only)
+
+    def read(location: int, checksum: int, what: str) -> bytes | None:
+        return core.try_block(location, checksum, f"map of {name}, {what}")
+
+    return blocks, lambda: blocks.load_levels(root, read)
 
 
 def load_now(core: Core, found: BlockMap, start: int, stop: int, name: str) -> None:

@@ -19,7 +19,7 @@ A map of one leaf has level 1 as its top: then that one entry is the root, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -90,15 +90,19 @@ class Nodes:
         n_resident: RESIDENT nodes.
     """
 
-    def __init__(self, n_leaves: int, block_size: int, totals: MapCounts) -> None:
+    def __init__(
+        self, n_leaves: int, block_size: int, totals: MapCounts, *, read_only: bool = False
+    ) -> None:
         self._totals = totals
+        self._read_only = read_only
         self._block_size = block_size
         self.fanout = block_size // ENTRY_SIZE
         self.shift = self.fanout.bit_length() - 1
         self.n_leaves = n_leaves
         sizes = level_sizes(n_leaves, self.fanout) if n_leaves > 1 else [1]
         self._sizes = sizes
-        totals.add_levels(sizes[1:], 1)
+        if not read_only:
+            totals.add_levels(sizes[1:], 1)
         memories = [self._level(n) for n in sizes]
         self._first = memories[0]
         self.levels: list[U64] = [memory.array for memory in memories]
@@ -135,7 +139,7 @@ class Nodes:
         if self.depth == 1 and root[0]:
             yield 0, self.levels[0][:, 0].copy()
         for depth in range(self.depth - 1, 0, -1):
-            used = self._used(depth)
+            used = self.used(depth)
             for node in used.tolist():
                 location, checksum = self.levels[depth][node].tolist()
                 raw = read_node(location, checksum, f"node {node} of level {depth}")
@@ -161,7 +165,7 @@ class Nodes:
             entries[n_entries:] = 0
         return entries
 
-    def _used(self, depth: int) -> Indices:
+    def used(self, depth: int) -> Indices:
         """The indices of the entries of `levels[depth]`, depth >= 1, that are not null.
 
         Looks only below entries that are in use or changed, so that a level of a large and
@@ -170,7 +174,7 @@ class Nodes:
         if depth == self.depth - 1:
             return np.flatnonzero(self.levels[depth][:, 0])
         changed = np.fromiter(self.dirty[depth], np.int64)
-        nodes = np.union1d(self._used(depth + 1), changed)
+        nodes = np.union1d(self.used(depth + 1), changed)
         entries = self.levels[depth].reshape(-1, self.fanout, 2)[nodes, :, 0]
         row, column = np.nonzero(entries)
         found: Indices = nodes[row] * self.fanout + column
@@ -288,7 +292,7 @@ class Nodes:
         new = Nodes(n_leaves, self._block_size, self._totals)
         for depth in range(min(self.depth, new.depth)):
             n = min(len(self.levels[depth]), len(new.levels[depth]))
-            used = self._used(depth) if depth else self._resident_leaves()
+            used = self.used(depth) if depth else self._resident_leaves()
             used = used[used < n]
             new.levels[depth][used] = self.levels[depth][used]
             new.dirty[depth] = {node for node in self.dirty[depth] if node << self.shift < n}
@@ -316,19 +320,46 @@ class Nodes:
         first = n_leaves
         for depth in range(1, self.depth):
             first = -(-first // self.fanout)
-            if (self._used(depth) >= first).any():
+            if (self.used(depth) >= first).any():
                 return False
         return True
 
-    def slots_from(self, depth: int) -> I64:
-        """The slots of the nodes that levels `depth` (>= 1) and up point to, int64."""
+    def slots_from(self, depth: int, epoch: int) -> I64:
+        """The slots that levels `depth` (>= 1) and up point to, of nodes born after `epoch`."""
         parts = [np.empty(0, np.int64)]
         for level in range(depth, self.depth):
-            found = self.levels[level][self._used(level), 0]
-            parts.append(layout.slots_of(found[layout.holds_slot(found)]))
+            found = self.levels[level][self.used(level), 0]
+            parts.append(layout.slots_of(found[layout.holds_slot_of_after(found, epoch)]))
+        return np.concatenate(parts)
+
+    # -- beside another tree ----------------------------------------------------------------
+
+    def locations(self, level: int, indices: Indices) -> U64:
+        """The locations at `indices` of `levels[level]`; 0 where this tree has no such entry.
+
+        So trees of different heights can be compared: the same index of the same level stands for
+        the same blocks in both.
+        """
+        found = np.zeros(len(indices), np.uint64)
+        if level < self.depth:
+            inside = indices < len(self.levels[level])
+            found[inside] = self.levels[level][indices[inside], 0]
+        return found
+
+    def slots_unlike(self, others: Sequence[Nodes], epoch: int) -> I64:
+        """The slots of nodes of level 1 and up, born after `epoch`, that none of `others` has."""
+        parts = [np.empty(0, np.int64)]
+        for level in range(1, self.depth):
+            used = self.used(level)
+            found = self.levels[level][used, 0]
+            alone = layout.holds_slot_of_after(found, epoch)
+            for other in others:
+                alone &= found != other.locations(level, used)
+            parts.append(layout.slots_of(found[alone]))
         return np.concatenate(parts)
 
     def retire(self) -> None:
         """Count no more: the volume has other nodes, or is gone."""
         self._totals.n_nodes -= self.n_resident
-        self._totals.add_levels(self._sizes[1:], -1)
+        if not self._read_only:
+            self._totals.add_levels(self._sizes[1:], -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,8 +19,11 @@ from nbdstore.store.administration import Administration
 from nbdstore.store.core import PoolOptions
 from nbdstore.store.formatting import create_pool
 from nbdstore.store.host import Disk, Failpoint, Host
+from nbdstore.store.image import Image
 from nbdstore.store.local_host import LOCAL
 from nbdstore.store.punching import Puncher
+from nbdstore.store.snapshot import Snapshot
+from nbdstore.store.snapshots import Snapshots
 from nbdstore.store.volume import Volume
 
 log = logging.getLogger("nbdstore.store")
@@ -46,6 +49,7 @@ class Pool:
         self._puncher = Puncher(self._core)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._administration = Administration(opened.services, opened.registry, self._spawn)
+        self._snapshots = Snapshots(opened.services, opened.registry, self._administration)
         self._warned_at = 0.0
         self._closed = False
 
@@ -203,12 +207,16 @@ class Pool:
             InvalidArgument, AlreadyExists: of name, size and properties.
             NoSpace: the pool is nearly full, or holds writes for want of space.
         """
+        self._check_room("volumes")
+        return await self._administration.create(name, size, properties or {})
+
+    def _check_room(self, what: str) -> None:
+        """Raise NoSpace if there may be no new ones."""
         if self.fill >= _REFUSE_NEW_AT or self._core.n_held:
             raise NoSpace(
                 f"the pool is {self.fill:.0%} full: trim, delete or enlarge it "
-                "before making new volumes"
+                f"before making new {what}"
             )
-        return await self._administration.create(name, size, properties or {})
 
     async def resize_volume(self, volume: Volume, size: int, *, force: bool = False) -> None:
         """Change a volume's size; durable when this returns.  Connected clients see it later.
@@ -236,8 +244,118 @@ class Pool:
         await self._administration.set_properties(volume, properties)
 
     async def delete_volume(self, volume: Volume) -> None:
-        """Take a volume away; durable when this returns.  Its space comes back bit by bit."""
-        await self._administration.delete(volume)
+        """Take a volume away, and its snapshots; durable when this returns.
+
+        Its space comes back bit by bit.
+
+        Raises:
+            Busy: a snapshot of it has clones, or is being read.
+        """
+        await self._snapshots.delete_volume(volume)
+
+    # -- the trash --------------------------------------------------------------------------
+
+    @property
+    def trash(self) -> list[Volume]:
+        """The volumes in the trash, those that came first first."""
+        found = [v for v in self._registry.by_id.values() if v.info.trashed and not v.info.deleted]
+        return sorted(found, key=lambda volume: (volume.info.trashed, volume.id))
+
+    async def trash_volume(self, volume: Volume) -> None:
+        """Put a volume, with its snapshots, into the trash; durable when this returns.
+
+        It loses its name, holds what it held, and can be restored until it is deleted.
+        """
+        await self._administration.trash(volume)
+
+    async def restore_volume(self, volume: Volume, name: str) -> None:
+        """Take a volume out of the trash, as `name`; durable when this returns.
+
+        Raises:
+            InvalidArgument, AlreadyExists: of the name.
+        """
+        await self._administration.restore(volume, name)
+
+    # -- snapshots --------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The snapshots of volumes that have a name, by ``VOLUME@NAME``, oldest first."""
+        return {
+            snapshot.name: snapshot
+            for volume in self._registry.by_name.values()
+            for snapshot in self._registry.snapshots_of(volume)
+        }
+
+    def snapshots_of(self, volume: Volume) -> list[Snapshot]:
+        """The snapshots of a volume, oldest first."""
+        return self._registry.snapshots_of(volume)
+
+    def heirs(self, snapshot: Snapshot) -> list[Image]:
+        """What continues from a snapshot: volumes, its clones among them, and snapshots."""
+        return self._registry.heirs(snapshot)
+
+    async def create_snapshots(self, wanted: Sequence[tuple[Volume, str]]) -> list[Snapshot]:
+        """Make a snapshot of each of some volumes, all of one moment; durable when this returns.
+
+        They hold what was acknowledged before the call, and nothing acknowledged after it.
+
+        Raises:
+            InvalidArgument, AlreadyExists: of the names.
+            NoSpace: the pool is nearly full, or holds writes for want of space.
+        """
+        self._check_room("snapshots")
+        return await self._snapshots.create(wanted)
+
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """Take a snapshot away, and free what only it holds; durable when this returns.
+
+        Raises:
+            Busy: it has clones, or two things continue from it, or it is being read.
+            Corruption, ReadFailed: what it holds cannot be told; it stays.
+        """
+        await self._snapshots.delete(snapshot)
+
+    async def bytes_alone(self, snapshot: Snapshot) -> int:
+        """What only this snapshot holds: what deleting it would free, in bytes of data.
+
+        The cost goes with what has changed since it was made, in slices.
+        """
+        return await self._snapshots.n_bytes_alone(snapshot)
+
+    async def clone(
+        self, snapshot: Snapshot, name: str, properties: dict[str, Any] | None = None
+    ) -> Volume:
+        """Make a volume that begins as `snapshot` and shares its blocks; durable when this returns.
+
+        Raises:
+            InvalidArgument, AlreadyExists: of name and properties.
+            NoSpace: the pool is nearly full, or has not left what the snapshot had set aside.
+        """
+        self._check_room("clones")
+        return await self._snapshots.clone(snapshot, name, properties or {})
+
+    async def rollback(self, volume: Volume, snapshot: Snapshot) -> None:
+        """Make a volume what its snapshot is; durable when this returns.
+
+        The caller sees to it that nobody has the volume attached.  All snapshots stay.
+
+        Raises:
+            InvalidArgument: it is another volume's snapshot.
+            NoSpace: the pool has not left what the snapshot had set aside.
+        """
+        await self._snapshots.rollback(volume, snapshot)
+
+    async def flatten(self, volume: Volume) -> None:
+        """Copy what a clone shares with its origin, so that it depends on it no longer.
+
+        Takes as long as reading and writing that takes; can be cancelled, and called again.
+
+        Raises:
+            Busy: it has snapshots, which share that, too.
+            NoSpace, Corruption, ReadFailed: of the copying.
+        """
+        await self._snapshots.flatten(volume)
 
     async def grow(self, capacity: int) -> None:
         """Raise the pool's capacity to `capacity` bytes; durable when this returns.

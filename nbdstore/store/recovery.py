@@ -30,9 +30,8 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
-from nbdstore.store import catalogue, layout, superblock
-from nbdstore.store.blockmap import BlockMap
-from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store import layout, superblock
+from nbdstore.store.catalogue import Catalogue
 from nbdstore.store.checkpoint import Checkpointer, Roots
 from nbdstore.store.core import Core, OnDamage, PoolOptions
 from nbdstore.store.durability import Committer
@@ -40,7 +39,7 @@ from nbdstore.store.host import Disk, File, Host
 from nbdstore.store.image import Services
 from nbdstore.store.journal import HEADER_SIZE, Journal, Reader, Record, align
 from nbdstore.store.layout import I64, JOURNAL_PAGE, U64
-from nbdstore.store.mapmemory import MapMemory, load_now
+from nbdstore.store.mapmemory import MapMemory, load_map_now, load_now
 from nbdstore.store.nodes import level_sizes
 from nbdstore.store.ranges import apply_range
 from nbdstore.store.records import Group, Op, parse
@@ -113,7 +112,6 @@ class Opened:
 
     Attributes:
         super_file: holds the superblock that was used.
-        node_slots: by volume id, the slots of the nodes of its map at the last checkpoint.
         inline: blocks whose only durable copy is in the journal, by slot.
         unreadable: where pages of the journal begin that the disk cannot read.
         data_bytes: where the data file ends before, it must be made so long: what its end lacks
@@ -125,7 +123,6 @@ class Opened:
     report: Report
     super_file: File
     roots: Roots
-    node_slots: dict[int, I64]
     inline: dict[int, memoryview]
     unreadable: set[int]
     data_bytes: int
@@ -181,22 +178,21 @@ def open_parts(
     core.on_damage = damage.maps
     roots = _load_free_map(core, current, damage.free_map)
     report = Report(current, [*found.faults])
-    next_id, infos, catalogue_slots = _load_catalogue(core, current, report.spare_faults)
+    listed, catalogue_slots = _load_catalogue(core, current, report.spare_faults)
     roots = Roots(catalogue_slots, roots.free_map, roots.free_map_nodes)
     committer = Committer(core)
     registry = Registry()
-    checkpointer = Checkpointer(core, committer, super_file, found, roots, registry.by_id, next_id)
+    checkpointer = Checkpointer(core, committer, super_file, found, roots, registry, listed.next_id)
     services = Services(core, committer, MapMemory(core), checkpointer)
-    node_slots = {info.id: _load_volume(services, registry, info) for info in infos}
+    nodes = _load_images(services, registry, listed)
     replay = _Replay(services, registry, reader, report, durable_seq)
-    replay.run(np.concatenate([*node_slots.values(), roots.all_slots()]))
+    replay.run(np.concatenate([nodes, roots.all_slots()]))
     return Opened(
         services,
         registry,
         report,
         super_file,
         roots,
-        node_slots,
         replay.inline,
         reader.unreadable,
         replay.n_data_slots * current.block_size,
@@ -285,14 +281,14 @@ def _load_free_map(core: Core, current: Superblock, on_damage: OnDamage | None) 
 
 def _load_catalogue(
     core: Core, current: Superblock, faults: list[Corruption | ReadFailed]
-) -> tuple[int, list[VolumeInfo], I64]:
-    """Read both copies; return next_id, the volumes, and the slots of all that was found.
+) -> tuple[Catalogue, I64]:
+    """Read both copies; return the catalogue, and the slots of all that was found.
 
     Raises:
         Corruption, ReadFailed: of the first copy, if neither is whole.
     """
     if not current.catalogue_bytes:
-        return 1, [], np.empty(0, np.int64)
+        return Catalogue(), np.empty(0, np.int64)
     whole: list[bytes] = []
     roots = [root for root in (current.catalogue, current.catalogue_copy) if root != NULL]
     slots = [np.array([root[0] & layout.SLOT_MASK for root in roots], np.int64)]
@@ -306,8 +302,7 @@ def _load_catalogue(
         if isinstance(first, Corruption):
             raise Corruption(first.where, first.expected, first.found, _CATALOGUE_ADVICE)
         raise first
-    next_id, infos = catalogue.decode(whole[0])
-    return next_id, infos, np.unique(np.concatenate(slots))
+    return Catalogue.decode(whole[0]), np.unique(np.concatenate(slots))
 
 
 def _read_catalogue(
@@ -337,19 +332,21 @@ def _reporting(core: Core, on_damage: OnDamage | None) -> ReadBlock:
     return read
 
 
-def _load_volume(services: Services, registry: Registry, info: VolumeInfo) -> I64:
-    """Take up a volume as the last checkpoint has it; return the slots of its map\'s nodes."""
-    core = services.core
-    blocks = BlockMap(-(-info.size // core.block_size), core.block_size, services.memory.counts)
-    node_slots = blocks.load_levels(
-        info.root,
-        lambda location, checksum, what: core.try_block(
-            location, checksum, f"map of {info.name}, {what}"
-        ),
-    )
-    registry.add(services, info, blocks)
-    core.slots.n_set_aside += info.n_provisioned
-    return node_slots
+def _load_images(services: Services, registry: Registry, listed: Catalogue) -> I64:
+    """Take up what the last checkpoint has; return the slots of the nodes of all volumes' maps.
+
+    The maps of snapshots are not loaded: the nodes that the last checkpoint wrote are volumes',
+    too, and no other slot could have become a node's while records of it are still to be replayed.
+    """
+    registry.epochs |= {info.id: info.epoch for info in listed.snapshots}
+    nodes = [np.empty(0, np.int64)]
+    for info in listed.volumes:
+        blocks, locations = load_map_now(services.core, info.root, info.size, info.name)
+        registry.add(services, info, blocks)
+        nodes.append(layout.slots_of(locations))
+    for snapshot in listed.snapshots:
+        registry.add_snapshot(services, snapshot)
+    return np.concatenate(nodes)
 
 
 # -- the journal ------------------------------------------------------------------------------
@@ -473,6 +470,9 @@ class _Replay:
         for leaf in volume.map.missing_of(blocks).tolist():
             load_now(self._core, volume.map, leaf << shift, (leaf + 1) << shift, volume.name)
         volume.map.make_writable(blocks)
+        # A snapshot that a crash prevented has left its mark: what came after it was born later.
+        born = int((mapping[:, 1] >> layout.NP_SLOT_BITS).max())
+        volume.info.epoch = max(volume.info.epoch, born)
         old = volume.map.entries[blocks, 0]
         volume.map.entries[blocks] = mapping[:, 1:]
         slots = layout.slots_of(mapping[:, 1])

@@ -19,9 +19,33 @@ from nbdstore.store.catalogue import VolumeInfo
 from nbdstore.store.durability import OnDurable, Unsynced
 from nbdstore.store.host import Buffer
 from nbdstore.store.image import Image, Services
-from nbdstore.store.layout import U64
+from nbdstore.store.layout import I64, U64
 from nbdstore.store.ranges import Ranges
 from nbdstore.store.writing import Writing
+
+
+class Undecided:
+    """Slots that a volume gives up while a snapshot comes or goes, which a crash may prevent.
+
+    The snapshot, if it is there in the end, holds them; if not, nobody does.
+
+    Arguments:
+        floor: what was born up to this epoch is older snapshots' in either case.
+    """
+
+    def __init__(self, floor: int) -> None:
+        self._floor = floor
+        self._parts: list[I64] = []
+
+    def add(self, locations: U64) -> None:
+        """The volume has given up `locations`, each of which names a slot."""
+        younger = locations >> layout.NP_SLOT_BITS > np.uint64(self._floor)
+        self._parts.append(layout.slots_of(locations[younger]))
+
+    @property
+    def slots(self) -> I64:
+        """All of them, int64."""
+        return np.concatenate([np.empty(0, np.int64), *self._parts])
 
 
 class Volume(Image):
@@ -30,6 +54,7 @@ class Volume(Image):
     Attributes:
         last_seq, durable_seq: its newest record, and its newest durable one.
         unsynced: its data that is in the page cache only.
+        undecided: what it gives up while nobody knows yet whether a snapshot will keep it.
     """
 
     info: VolumeInfo
@@ -42,6 +67,7 @@ class Volume(Image):
         self.last_seq = 0
         self.durable_seq = 0
         self.unsynced = Unsynced()
+        self.undecided: Undecided | None = None
         self.writing = Writing(self)
         self.ranges = Ranges(self)
 
@@ -123,18 +149,25 @@ class Volume(Image):
         Arguments:
             n_mapped, n_provisioned: how many blocks have a slot, or space set aside, instead.
         """
-        held = layout.holds_slot(old)
-        n_held = int(np.count_nonzero(held))
+        held = old[layout.holds_slot(old)]
+        own = held
+        if self.kept_epoch and len(held):
+            is_own = held >> layout.NP_SLOT_BITS > np.uint64(self.kept_epoch)
+            own = held[is_own]
+            if self.undecided is not None:
+                self.undecided.add(held[~is_own])
         n_promised = int(np.count_nonzero(layout.is_provisioned(old)))
-        if n_held:
-            # Without snapshots every birth epoch is newer than the newest of them.
-            self.core.slots.free_later(layout.slots_of(old[held]), seq)
-        self.info.n_mapped += n_mapped - n_held
+        if len(own):
+            self.core.slots.free_later(layout.slots_of(own), seq)
+        self.info.n_mapped += n_mapped - len(held)
+        self.info.n_own += n_mapped - len(own)
         self.info.n_provisioned += n_provisioned - n_promised
         self.core.slots.n_set_aside += n_provisioned - n_promised
 
     def release_few(self, old: list[int], seq: int) -> None:
         """Like :meth:`release` where each of the few blocks has a slot now."""
+        if self.kept_epoch:
+            return self.release(np.array(old, np.uint64), seq, n_mapped=len(old))
         freed: list[int] = []
         n_promised = 0
         for location in old:
@@ -146,9 +179,21 @@ class Volume(Image):
         if freed:
             self.core.slots.free_few_later(freed, seq)
         self.info.n_mapped += len(old) - len(freed)
+        self.info.n_own += len(old) - len(freed)
         if n_promised:
             self.info.n_provisioned -= n_promised
             self.core.slots.n_set_aside -= n_promised
+
+    def n_filling(self, old: U64) -> int:
+        """Of how many of the entries with locations `old` a write gives no slot back for its own.
+
+        They are holes, or a snapshot keeps what they point to.
+        """
+        empty = int(np.count_nonzero(old == layout.HOLE))
+        if not self.kept_epoch:
+            return empty
+        held = old[layout.holds_slot(old)] >> layout.NP_SLOT_BITS
+        return empty + int(np.count_nonzero(held <= np.uint64(self.kept_epoch)))
 
     def status(self) -> dict[str, Any]:
         """What there is to know, JSON-able; sizes in bytes."""
@@ -161,7 +206,10 @@ class Volume(Image):
             "size": info.size,
             "block_size": self.block_size,
             "mapped": info.n_mapped * self.block_size,
+            "own": info.n_own * self.block_size,
             "reserved": info.n_provisioned * self.block_size,
+            "written": info.written or info.n_mapped > 0,
+            "trashed": info.trashed,
             "epoch": info.epoch,
             "created": created.isoformat(timespec="seconds"),
             "properties": info.properties,

@@ -65,11 +65,16 @@ class Writing:
             WriteFailed: the disk refused; nothing was done.
             PoolFailed: the pool has stopped.
         """
-        return self._try(writes, {}) is None
+        return self.attempt(writes, {}) is None
 
-    def _try(
+    def attempt(
         self, writes: Sequence[tuple[int, Buffer]], old: Mapping[int, OldBlock]
     ) -> Wait | None:
+        """Like :meth:`now`; return what would have to be waited for, None if all is done.
+
+        Arguments:
+            old: blocks to merge with that were read beforehand, by number.
+        """
         self._core.check_alive()
         self._volume.check_there()  # here, since it may have been deleted while this waited
         pending: dict[int, Buffer] = {}
@@ -140,21 +145,22 @@ class Writing:
     # -- whole blocks -----------------------------------------------------------------------
 
     def _apply(self, pending: dict[int, Buffer]) -> Wait | None:
-        core, blocks_map = self._core, self._volume.map
+        core, volume = self._core, self._volume
+        blocks_map = volume.map
         n = len(pending)
         blocks = np.fromiter(pending, np.int64, n)
         leaves = blocks >> blocks_map.leaf_shift
         if bool((blocks_map.states[leaves] & KIND == STORED).any()):
             return Wait.MAP
         record_bytes = n * _RECORD_BYTES_PER_BLOCK + 64
-        if self._volume.services.memory.is_crowded or not core.journal.room_for(
+        if volume.services.memory.is_crowded or not core.journal.room_for(
             record_bytes, core.journal.size >> 3
         ):
             return Wait.JOURNAL
         blocks_map.make_writable(blocks)
         old = blocks_map.entries[blocks, 0]
         n_leaves = int(np.count_nonzero(leaves[1:] != leaves[:-1])) + 1  # at most
-        slots = core.take_slots(n, n - int(np.count_nonzero(old)), n_leaves)
+        slots = core.take_slots(n, volume.n_filling(old), n_leaves)
         if slots is None:
             return Wait.SPACE
         views = [*pending.values()]
@@ -213,7 +219,10 @@ class Writing:
             n * _RECORD_BYTES_PER_BLOCK + 64, core.journal.size >> 3
         ):
             return Wait.JOURNAL
-        slots = core.take_few_slots(n, old.count(layout.HOLE))
+        n_filling = old.count(layout.HOLE)
+        if volume.kept_epoch:
+            n_filling = volume.n_filling(np.array(old, np.uint64))
+        slots = core.take_few_slots(n, n_filling)
         if slots is None:
             return Wait.SPACE
         views = [*pending.values()]
@@ -254,25 +263,29 @@ class Writing:
         hold = Hold(self._volume)
         try:
             while (wait := await self._attempt(offset, data)) is not None:
-                if wait is Wait.MAP:
-                    await self._volume.load(first, stop)
-                elif wait is Wait.JOURNAL:
-                    await hold.wait_for_journal()
-                elif wait is Wait.SPACE:
-                    await hold.wait_for_slots()
+                await self.wait_for(wait, hold, first, stop)
         finally:
             hold.end()
 
+    async def wait_for(self, wait: Wait, hold: Hold, start: int, stop: int) -> None:
+        """Wait for what an attempt to write to blocks `[start, stop)` would have waited for."""
+        if wait is Wait.MAP:
+            await self._volume.load(start, stop)
+        elif wait is Wait.JOURNAL:
+            await hold.wait_for_journal()
+        elif wait is Wait.SPACE:
+            await hold.wait_for_slots()
+
     async def _attempt(self, offset: int, data: memoryview) -> Wait | None:
         """Try, and once more with the blocks to merge if those must be read from the disk."""
-        wait = self._try([(offset, data)], {})
+        wait = self.attempt([(offset, data)], {})
         if wait is not Wait.DATA:
             return wait
         # While we read, the blocks may move; their locations tell, as no slot that is freed from
         # here on can come back into use before the pin ends.
         with self._core.slots.pinned(self._core.journal.seq):
             old = await self._read_ends(offset, len(data))
-            return self._try([(offset, data)], old)
+            return self.attempt([(offset, data)], old)
 
     async def _read_ends(self, offset: int, length: int) -> dict[int, OldBlock]:
         """Read the first and the last block of a write, with their locations at that time."""

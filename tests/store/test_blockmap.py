@@ -102,7 +102,7 @@ class Tree:
         """A new process reads the tree that the last checkpoint wrote."""
         other = Tree(self.map.n_blocks, self.block_size)
         other.stored = self.stored
-        slots = other.map.load_levels(self.root, self.read)
+        slots = layout.slots_of(other.map.load_levels(self.root, self.read))
         assert sorted(slots.tolist()) == sorted(self.stored)  # no node is lost, none is left
         other.load(0, self.map.n_blocks)
         return other.map
@@ -359,7 +359,7 @@ def test_resizing_keeps_what_is_below_both_sizes(old: int, new: int, state: str)
     tree.load_nodes(np.zeros(1, np.int64))
     before = tree.map
     tree.map = before.resized(new)
-    tree.free(*before.nodes.slots_from(tree.map.nodes.depth).tolist())
+    tree.free(*before.nodes.slots_from(tree.map.nodes.depth, 0).tolist())
     for _ in range(2):
         for place in places:
             tree.load(place, place + 1)

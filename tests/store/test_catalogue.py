@@ -8,7 +8,7 @@ import pytest
 
 from nbdstore.errors import InvalidArgument
 from nbdstore.store import catalogue, layout
-from nbdstore.store.catalogue import VolumeInfo
+from nbdstore.store.catalogue import Catalogue, SnapshotInfo, VolumeInfo
 
 INFO = VolumeInfo(
     id=7,
@@ -20,24 +20,53 @@ INFO = VolumeInfo(
     root=((1 << 64) - 1, 5),
     n_mapped=1,
     n_provisioned=2,
+    n_own=1,
+    parent=9,
+    written=True,
+    trashed=1_700_000_002,
     deleted=True,
     properties={"allow": ["Ä", {"x": None}]},
 )
 
 
-def test_volumes_round_trip() -> None:
-    other = VolumeInfo(1, "x", 1 << 50, "u", 0)
-    assert catalogue.decode(catalogue.encode(12, [INFO, other])) == (12, [INFO, other])
+SNAPSHOT = SnapshotInfo(
+    id=9,
+    volume=7,
+    name="nightly",
+    size=512,
+    created=1_700_000_001,
+    epoch=2,
+    parent=5,
+    root=(3, (1 << 64) - 1),
+    n_mapped=2,
+    n_provisioned=1,
+    n_own=1,
+)
+
+
+def test_volumes_and_snapshots_round_trip() -> None:
+    found = Catalogue(12, [INFO, VolumeInfo(1, "x", 1 << 50, "u", 0)], [SNAPSHOT])
+    assert Catalogue.decode(found.encode()) == found
 
 
 def test_an_empty_catalogue_round_trips() -> None:
-    assert catalogue.decode(catalogue.encode(1, [])) == (1, [])
+    assert Catalogue.decode(Catalogue().encode()) == Catalogue()
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    raw = json.loads(catalogue.encode(1, [INFO]))
-    raw["later"] = raw["volumes"][0]["later"] = 1
-    assert catalogue.decode(json.dumps(raw).encode()) == (1, [INFO])
+    found = Catalogue(1, [INFO], [SNAPSHOT])
+    raw = json.loads(found.encode())
+    raw["later"] = raw["volumes"][0]["later"] = raw["snapshots"][0]["later"] = 1
+    assert Catalogue.decode(json.dumps(raw).encode()) == found
+
+
+def test_of_an_older_version_without_snapshots_all_is_the_volumes_own() -> None:
+    raw = json.loads(Catalogue(1, [INFO]).encode())
+    del raw["snapshots"]
+    for later in ("n_own", "parent", "written", "trashed"):
+        del raw["volumes"][0][later]
+    (info,) = Catalogue.decode(json.dumps(raw).encode()).volumes
+    assert (info.n_own, info.parent, info.written, info.trashed) == (INFO.n_mapped, 0, False, 0)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "v1.2-3_4", "A" * 255, "a..", "9-"])

@@ -361,8 +361,8 @@ def promise_too_much(pool: Pool, volume: Volume) -> None:
 INCONSISTENCIES = {
     leak: "expected free, found in use",
     lose: "expected in use, found free",
-    count_too_much: "expected 10 blocks mapped, 0 provisioned, found 15 and 0",
-    promise_too_much: "expected 10 blocks mapped, 0 provisioned, found 10 and 5",
+    count_too_much: "expected 10 blocks mapped, 10 of its own, 0 provisioned, found 15, 10 and 0",
+    promise_too_much: "expected 10 blocks mapped, 10 of its own, 0 provisioned, found 10, 10 and 5",
 }
 
 

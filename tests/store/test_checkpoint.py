@@ -200,7 +200,7 @@ def test_what_the_old_superblock_needs_stays_until_the_new_one_is_durable(scene:
         nodes = volume.map.nodes
         leaves = np.array([w for w, _ in nodes.leaf_pointers(np.arange(N_LEAVES))], np.uint64)
         held = (leaves & np.uint64((1 << 40) - 1)).astype(np.int64)
-        return np.concatenate([pool._checkpointer._roots.all_slots(), nodes.slots_from(1), held])
+        return np.concatenate([pool._checkpointer._roots.all_slots(), nodes.slots_from(1, 0), held])
 
     async def act(pool: Pool) -> None:
         pools.append(pool)

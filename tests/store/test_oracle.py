@@ -100,9 +100,9 @@ def a_checkpoint_writes_what_is_there_now() -> AbstractContextManager[Any]:
 def a_checkpoint_frees_before_it_is_durable() -> AbstractContextManager[Any]:
     real = Checkpointer._replace
 
-    def replace(self: Checkpointer, locations: Any) -> None:
+    def replace(self: Checkpointer, locations: Any, kept_epoch: int) -> None:
         n_before = len(self._replaced)
-        real(self, locations)
+        real(self, locations, kept_epoch)
         for slots in self._replaced[n_before:]:
             self._core.slots.free_later(slots, 0)
         del self._replaced[n_before:]

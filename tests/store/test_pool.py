@@ -200,7 +200,7 @@ def with_field(directory: Path, offset: int, value: int) -> None:
     (directory / "super").write_bytes(raw)
 
 
-@pytest.mark.parametrize(("offset", "value"), [(8, 2), (8, 0), (20, 1), (20, 1 << 31)])
+@pytest.mark.parametrize(("offset", "value"), [(8, 2), (8, 0), (20, 3), (20, 1 << 31)])
 async def test_a_newer_format_is_refused_untouched(
     directory: Path, offset: int, value: int
 ) -> None:

@@ -171,7 +171,9 @@ def test_a_slot_that_went_inline_and_became_a_node_keeps_the_node(scene: Scene) 
         await other.write(BLOCK, b"3" * BLOCK)
         await other.flush()
         assert not slots.is_used(doomed)[0]
-        await checkpointer._write(frozen)  # the simulation gives out the last freed slot first
+        await checkpointer._write(
+            frozen, None
+        )  # the simulation gives out the last freed slot first
         assert slots.is_used(doomed)[0]
 
     scene.play(act)

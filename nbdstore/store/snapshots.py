@@ -1,0 +1,353 @@
+"""Snapshots made and deleted, volumes cloned, rolled back and flattened.
+
+Owns the course of these changes.
+
+A snapshot is made and deleted by a checkpoint (checkpoint.py): it holds what the volume held at
+the moment of the checkpoint's freeze, its tree is the one that the checkpoint writes, and it exists
+from the flip of the superblock on, whatever crash comes before or after.  Freezing stops nobody:
+writes go on into the volume's next epoch.  Several volumes have one moment.
+
+What is whose follows from birth epochs: of an image, everything born after its parent's epoch is
+its own.  A volume that overwrites or trims what is not its own frees nothing.  Deleting a snapshot
+frees what is its own and is not in its heir - what continues from it - at the same place; what is
+in the heir is the heir's from then on.  Therefore a snapshot with two heirs cannot be deleted: each
+would take the blocks of both for its own.  Volumes that were cloned from it are heirs, and after a
+rollback to an older snapshot both the next snapshot and the volume continue from that.
+
+Between the freeze and the flip it is not known whether a crash leaves the snapshot there or not:
+what the volume gives up meanwhile that the snapshot would hold is kept aside, as undecided.
+
+============  ========================================  =======================================
+a crash       leaves                                    repair
+============  ========================================  =======================================
+create        the snapshot, or none and a skipped epoch none needed
+delete        the snapshot whole, or none of it         none needed
+clone         the clone, or none                        none needed: one journal record
+rollback      the volume as it was, or as the snapshot  what it held is freed, as of any
+              is                                        deleted volume, after the next start
+flatten       a clone that holds more of its own        called again, it goes on
+============  ========================================  =======================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace
+from nbdstore.store import catalogue, layout
+from nbdstore.store.administration import Administration, check_properties
+from nbdstore.store.catalogue import SnapshotInfo, VolumeInfo
+from nbdstore.store.checkpoint import Frozen
+from nbdstore.store.core import Core
+from nbdstore.store.differences import find_dead, n_blocks_alone
+from nbdstore.store.flattening import own_everything
+from nbdstore.store.image import Image, Services
+from nbdstore.store.mapmemory import load_map
+from nbdstore.store.registry import Registry
+from nbdstore.store.snapshot import Snapshot
+from nbdstore.store.volume import Undecided, Volume
+
+
+class Snapshots:
+    """Makes these changes in one pool."""
+
+    def __init__(
+        self, services: Services, registry: Registry, administration: Administration
+    ) -> None:
+        self._services = services
+        self._core = services.core
+        self._checkpointer = services.checkpointer
+        self._registry = registry
+        self._administration = administration
+
+    # -- snapshots --------------------------------------------------------------------------
+
+    async def create(self, wanted: Sequence[tuple[Volume, str]]) -> list[Snapshot]:
+        """See Pool.create_snapshots."""
+        for _, name in wanted:
+            catalogue.check_name(name, "snapshot")
+        if len({volume.id for volume, _ in wanted}) < len(wanted):
+            raise InvalidArgument("the same volume is named twice: give each one once")
+        return await self._administration.alone(self._create(wanted))
+
+    async def _create(self, wanted: Sequence[tuple[Volume, str]]) -> list[Snapshot]:
+        async with self._administration.turn(), self._checkpointer.lock:
+            for volume, name in wanted:
+                self._check_new(volume, name)
+            cut = _Cut(self._services, self._registry, wanted, int(self._core.host.time()))
+            await self._checkpointer.run_locked(change=cut)
+            return cut.made
+
+    def _check_new(self, volume: Volume, name: str) -> None:
+        volume.check_there()
+        if any(found.info.name == name for found in self._registry.snapshots_of(volume)):
+            raise AlreadyExists(
+                f"snapshot {volume.name}@{name} exists already: choose another name"
+            )
+        if volume.info.epoch >= layout.MAX_EPOCH:
+            raise InvalidArgument(
+                f"volume {volume.name} has had {layout.MAX_EPOCH} snapshots, which is the limit: "
+                "copy it into a new volume"
+            )
+
+    async def delete(self, snapshot: Snapshot) -> None:
+        """See Pool.delete_snapshot."""
+        await self._administration.alone(self._delete(snapshot))
+
+    async def _delete(self, snapshot: Snapshot) -> None:
+        for volume in self._registry.heirs(snapshot):
+            if isinstance(volume, Volume) and volume.is_gone:  # what a rollback has discarded
+                await self._administration.emptied(volume)
+        async with self._administration.turn(), self._checkpointer.lock:
+            snapshot.check_there()
+            heirs = self._registry.heirs(snapshot)
+            self._check_deletable(snapshot, heirs)
+            await snapshot.open()
+            for heir in heirs:
+                if isinstance(heir, Snapshot):
+                    await heir.open()
+            await self._checkpointer.run_locked(
+                change=_Removal(self._services, self._registry, snapshot, heirs)
+            )
+
+    def _check_deletable(self, snapshot: Snapshot, heirs: list[Image]) -> None:
+        clones = [heir.name for heir in heirs if _is_clone(heir, snapshot)]
+        if clones:
+            raise Busy(
+                f"snapshot {snapshot.name} has clones: {', '.join(clones)}: flatten them, or "
+                "delete them (and empty the trash)"
+            )
+        if len(heirs) > 1:
+            raise Busy(
+                f"snapshot {snapshot.name}: {' and '.join(heir.name for heir in heirs)} both "
+                "continue from it: delete snapshots among those first"
+            )
+        if snapshot.n_users:
+            raise Busy(f"snapshot {snapshot.name} is being read: try again when that is done")
+
+    async def n_bytes_alone(self, snapshot: Snapshot) -> int:
+        """See Pool.bytes_alone."""
+        with snapshot.in_use():
+            await snapshot.open()
+            heirs = self._registry.heirs(snapshot)
+            for heir in heirs:
+                if isinstance(heir, Snapshot):
+                    await heir.open()
+            return await n_blocks_alone(snapshot, heirs) * snapshot.block_size
+
+    async def delete_volume(self, volume: Volume) -> None:
+        """See Pool.delete_volume."""
+        for snapshot in self._registry.snapshots_of(volume):
+            clones = [h.name for h in self._registry.heirs(snapshot) if _is_clone(h, snapshot)]
+            if clones:
+                raise Busy(
+                    f"snapshot {snapshot.name} has clones: {', '.join(clones)}: flatten or delete "
+                    f"them before volume {volume.name}"
+                )
+        # The newest first: nothing but the volume, or nothing, continues from it.
+        while own := self._registry.snapshots_of(volume):
+            await self.delete(own[-1])
+        await self._administration.delete(volume)
+
+    # -- volumes from snapshots -------------------------------------------------------------
+
+    async def clone(self, snapshot: Snapshot, name: str, properties: dict[str, Any]) -> Volume:
+        """See Pool.clone."""
+        catalogue.check_name(name)
+        check_properties(name, properties)
+        return await self._administration.alone(self._clone(snapshot, name, properties))
+
+    async def _clone(self, snapshot: Snapshot, name: str, properties: dict[str, Any]) -> Volume:
+        async with self._administration.turn():
+            snapshot.check_there()
+            self._administration.check_new(name)
+            host, source = self._core.host, snapshot.info
+            self._check_space(source)
+            info = VolumeInfo(
+                self._checkpointer.next_id,
+                name,
+                source.size,
+                uuid=str(host.new_uuid()),
+                created=int(host.time()),
+                epoch=source.epoch + 1,
+                parent=source.id,
+                root=source.root,
+                n_mapped=source.n_mapped,
+                n_provisioned=source.n_provisioned,
+                written=source.n_mapped > 0,
+                properties=dict(properties),
+            )
+            blocks = await load_map(self._core, source.root, source.size, name)
+            return await self._administration.add(info, blocks)
+
+    def _check_space(self, source: SnapshotInfo) -> None:
+        """Refuse what would have more space set aside than there is."""
+        if source.n_provisioned and not self._core.may_set_aside(source.n_provisioned):
+            raise NoSpace(
+                f"snapshot {source.name} has {source.n_provisioned * self._core.block_size} bytes "
+                "set aside (NO_HOLE), which the pool has not left: trim, delete or enlarge it"
+            )
+
+    async def rollback(self, volume: Volume, snapshot: Snapshot) -> None:
+        """See Pool.rollback."""
+        await self._administration.alone(self._rollback(volume, snapshot))
+
+    async def _rollback(self, volume: Volume, snapshot: Snapshot) -> None:
+        async with self._administration.turn():
+            volume.check_there()
+            snapshot.check_there()
+            if snapshot.volume is not volume:
+                raise InvalidArgument(
+                    f"{snapshot.name} is not a snapshot of volume {volume.name}: clone it instead"
+                )
+            await volume.flush()
+            source, discard = snapshot.info, self._checkpointer.next_id
+            async with self._checkpointer.lock:  # no checkpoint may be writing its map
+                self._check_space(source)
+                blocks = await load_map(self._core, source.root, source.size, volume.name)
+                change = {"op": "rollback", "snapshot": source.id, "discard": discard}
+                await self._administration.change(volume.id, change, blocks)
+        self._administration.empty(self._registry.by_id[discard])
+
+    # -- flatten ----------------------------------------------------------------------------
+
+    async def flatten(self, volume: Volume) -> None:
+        """See Pool.flatten."""
+        self._check_flattenable(volume)
+        if volume.info.parent:
+            await own_everything(volume)
+            await self._administration.alone(self._cut_off(volume))
+
+    def _check_flattenable(self, volume: Volume) -> None:
+        volume.check_there()
+        own = self._registry.snapshots_of(volume)
+        if own:
+            raise Busy(
+                f"volume {volume.name} has snapshots, which share what it shares "
+                f"({', '.join(found.name for found in own[:5])}): delete them first"
+            )
+
+    async def _cut_off(self, volume: Volume) -> None:
+        async with self._administration.turn(), self._checkpointer.lock:
+            self._check_flattenable(volume)
+            await self._checkpointer.run_locked()  # writes the last of its own nodes
+            await self._administration.change(volume.id, {"op": "flatten"})
+
+
+def _is_clone(heir: Image, snapshot: Snapshot) -> bool:
+    """Tell whether `heir` of `snapshot` is a volume that was cloned from it, or its snapshot."""
+    volume = heir.volume if isinstance(heir, Snapshot) else heir
+    return volume is not snapshot.volume
+
+
+class _Cut:
+    """Snapshots that come, all of one moment; a Change of a checkpoint."""
+
+    def __init__(
+        self,
+        services: Services,
+        registry: Registry,
+        wanted: Sequence[tuple[Volume, str]],
+        created: int,
+    ) -> None:
+        self._services = services
+        self._registry = registry
+        self._wanted = wanted
+        self._created = created
+        self._infos: list[SnapshotInfo] = []
+        self.made: list[Snapshot] = []
+
+    def begin(self, frozen: Frozen) -> None:
+        for volume, name in self._wanted:
+            then, now = frozen.volumes[volume.id].info, volume.info
+            info = SnapshotInfo(
+                self._services.checkpointer.take_id(),
+                volume.id,
+                name,
+                then.size,
+                self._created,
+                then.epoch,
+                parent=then.parent,
+                n_mapped=then.n_mapped,
+                n_provisioned=then.n_provisioned,
+                n_own=then.n_own,
+            )
+            self._infos.append(info)
+            frozen.snapshots[info.id] = info
+            volume.undecided = Undecided(volume.kept_epoch)
+            volume.kept_epoch = info.epoch
+            for changed in (then, now):
+                changed.parent, changed.epoch, changed.n_own = info.id, info.epoch + 1, 0
+
+    async def complete(self, frozen: Frozen) -> None:
+        for info in self._infos:
+            info.root = frozen.volumes[info.volume].info.root
+
+    def end(self, *, made: bool) -> None:
+        for (volume, _), info in zip(self._wanted, self._infos, strict=True):
+            undecided, volume.undecided = volume.undecided, None
+            assert undecided is not None
+            if made:
+                self.made.append(self._registry.add_snapshot(self._services, info))
+                continue
+            # The epoch stays: what was written since then says that it was born in the next one.
+            volume.info.parent = info.parent
+            volume.kept_epoch = self._registry.epochs[info.parent]
+            volume.info.n_own += info.n_own - len(undecided.slots)
+            _free(self._services.core, undecided)
+
+
+class _Removal:
+    """A snapshot that goes; a Change of a checkpoint.
+
+    Arguments:
+        heirs: what continues from it, one or none.
+    """
+
+    def __init__(
+        self, services: Services, registry: Registry, snapshot: Snapshot, heirs: Sequence[Image]
+    ) -> None:
+        self._services = services
+        self._registry = registry
+        self._snapshot = snapshot
+        self._heirs = heirs
+        self._n_kept = 0
+
+    def begin(self, frozen: Frozen) -> None:
+        del frozen.snapshots[self._snapshot.id]
+        for heir in self._heirs:
+            _frozen_info(frozen, heir).parent = self._snapshot.info.parent
+            if isinstance(heir, Volume):
+                heir.undecided = Undecided(self._snapshot.kept_epoch)
+
+    async def complete(self, frozen: Frozen) -> None:
+        n_dead = await find_dead(self._snapshot, self._heirs, frozen.dead)
+        self._n_kept = self._snapshot.info.n_own - n_dead
+        for heir in self._heirs:
+            _frozen_info(frozen, heir).n_own += self._n_kept
+
+    def end(self, *, made: bool) -> None:
+        if made:
+            self._registry.remove_snapshot(self._snapshot)
+        for heir in self._heirs:
+            if made:
+                heir.info.n_own += self._n_kept
+            if isinstance(heir, Volume):
+                undecided, heir.undecided = heir.undecided, None
+                assert undecided is not None
+                if made:
+                    heir.info.n_own -= len(undecided.slots)
+                    _free(self._services.core, undecided)
+
+
+def _frozen_info(frozen: Frozen, image: Image) -> VolumeInfo | SnapshotInfo:
+    """What the catalogue will say of `image`."""
+    if isinstance(image, Snapshot):
+        return frozen.snapshots[image.id]
+    return frozen.volumes[image.id].info
+
+
+def _free(core: Core, undecided: Undecided) -> None:
+    """Nothing holds these slots any more; a read that was planned before now may use them yet."""
+    core.slots.free_later(undecided.slots, core.journal.seq + 1)
