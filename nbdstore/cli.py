@@ -36,7 +36,7 @@ from nbdstore.commands.session import Session
 from nbdstore.errors import NbdstoreError
 
 SYSTEM_POOL = Path("/var/lib/nbdstore")
-GLOBAL_OPTIONS = ("--pool", "--server", "--token-file", "--debug")
+GLOBAL_OPTIONS = ("--pool", "--server", "--token-file", "--tls-ca", "--debug")
 
 
 class _Bug(Exception):
@@ -144,7 +144,7 @@ def _default_pool() -> Path:
     metavar="URL",
     envvar="NBDSTORE_SERVER",
     show_envvar=True,
-    help="A server elsewhere: http://HOST:PORT or unix:PATH. Wins over --pool.",
+    help="A server elsewhere: https://HOST:PORT, http://HOST:PORT or unix:PATH. Wins over --pool.",
 )
 @click.option(
     "--token-file",
@@ -154,11 +154,24 @@ def _default_pool() -> Path:
     show_envvar=True,
     help="Holds the token that --server wants.",
 )
+@click.option(
+    "--tls-ca",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    envvar="NBDSTORE_TLS_CA",
+    show_envvar=True,
+    help="Who signs the certificate of an https --server, PEM.",
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when something goes wrong.")
 @click.version_option(__version__, prog_name="nbdstore", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(
-    ctx: click.Context, pool: Path, server: str | None, token_file: Path | None, debug: bool
+    ctx: click.Context,
+    pool: Path,
+    server: str | None,
+    token_file: Path | None,
+    tls_ca: Path | None,
+    debug: bool,
 ) -> None:
     """Thin-provisioned block volumes, served over NBD.
 
@@ -176,7 +189,7 @@ def cli(
     10G, 512M, 1.5T or bytes; units are powers of 1024. Lists and shows also come as --json.
     """
     logs.set_up_for_command()
-    ctx.obj = Session(pool.absolute(), server or None, token_file, os.environ)
+    ctx.obj = Session(pool.absolute(), server or None, token_file, tls_ca, os.environ)
 
 
 cli.add_command(pool.pool)

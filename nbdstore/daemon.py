@@ -34,8 +34,10 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
+from nbdstore.control.tokens import Tokens
 from nbdstore.errors import AlreadyExists, PoolFailed, PoolLocked
-from nbdstore.server import HasVolumes, Server, ServerOptions
+from nbdstore.server import HasVolumes, Server, ServerOptions, TlsOptions
+from nbdstore.server.tls import make_context
 from nbdstore.store import Pool, PoolOptions
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -61,7 +63,8 @@ class DaemonOptions:
 
     demo: make the pool, and a volume, if there is none.
     clients: connected sockets to serve, after whose end the process ends.
-    control_tcp: (host, port) of the control API besides its unix socket; needs `control_token`.
+    control_tcp: (host, port) of the control API besides its unix socket; needs `control_tokens`.
+    control_tls: certificate and key of the control API over TCP; None = plain HTTP.
     environ: for the service manager's variables.
     """
 
@@ -71,7 +74,8 @@ class DaemonOptions:
     demo: bool = False
     clients: Sequence[socket.socket] = ()
     control_tcp: tuple[str, int] | None = None
-    control_token: str | None = None
+    control_tokens: Tokens | None = None
+    control_tls: TlsOptions | None = None
     control_sockets: Sequence[socket.socket] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
 
@@ -219,7 +223,8 @@ def _endpoint(pool: Pool, server: Server, options: DaemonOptions, growth: Growth
         Operations(pool, server, server_info=info, growth=growth),
         options.pool,
         tcp=options.control_tcp,
-        token=options.control_token,
+        tokens=options.control_tokens,
+        tls=make_context(options.control_tls) if options.control_tls else None,
         sockets=options.control_sockets,
     )
 

@@ -14,12 +14,12 @@ import click
 
 from nbdstore import systemd
 from nbdstore.commands import logs, parameters
-from nbdstore.commands.session import Session, complete_volume, pass_session, read_token
+from nbdstore.commands.session import Session, complete_volume, pass_session
 from nbdstore.errors import InvalidArgument, NbdstoreError
 
 if TYPE_CHECKING:
     from nbdstore.daemon import DaemonOptions
-    from nbdstore.server import Server, ServerOptions
+    from nbdstore.server import Server, ServerOptions, TlsOptions
     from nbdstore.store import Pool
 
 MIN_CLIENT_MEMORY = 64 << 20
@@ -113,14 +113,23 @@ CONTROL_SOCKET_NAME = "control"
     "--control",
     type=parameters.host_port,
     metavar="HOST:PORT",
-    help="Answer the control API over TCP, too; wants --control-token-file. It is plain HTTP: "
-    "for a network that is not trusted, put a TLS proxy before it.",
+    help="Answer the control API over TCP, too; wants --control-token-file.",
 )
 @click.option(
     "--control-token-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Holds the token that callers over TCP must know.",
+    help="Holds the tokens of callers over TCP, one per line: 'admin TOKEN [NAME]', or "
+    "'read TOKEN [NAME]' for GET only. It is read again when it has changed.",
+)
+@click.option(
+    "--control-tls-cert",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Certificate of the control API over TCP, PEM; without it, tokens travel in the clear.",
+)
+@click.option(
+    "--control-tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its private key."
 )
 @click.option("--stdin", is_flag=True, help="Serve the one client on standard input, then end.")
 @click.option("--demo", is_flag=True, help="Make the pool, and a volume, if there is none.")
@@ -171,6 +180,8 @@ class Asked:
     map_memory: int
     control: tuple[str, int] | None
     control_token_file: Path | None
+    control_tls_cert: Path | None
+    control_tls_key: Path | None
     stdin: bool
     demo: bool
     log_level: str
@@ -184,6 +195,8 @@ def _check_usage(asked: Asked) -> None:
         raise click.UsageError("--client-memory: give at least 64M, one request may take 32M")
     if asked.control and not asked.control_token_file:
         raise click.UsageError("--control wants --control-token-file: TCP has no other guard")
+    if bool(asked.control_tls_cert) != bool(asked.control_tls_key):
+        raise click.UsageError("--control-tls-cert and --control-tls-key belong together")
 
 
 def _check_tls_usage(asked: Asked) -> None:
@@ -249,6 +262,7 @@ def _run(session: Session, asked: Asked, client: socket.socket | None) -> None:
 
 def _daemon_options(session: Session, asked: Asked, client: socket.socket | None) -> DaemonOptions:
     """Join what was asked with the sockets that systemd or inetd passed."""
+    from nbdstore.control.tokens import TokenFile
     from nbdstore.daemon import DaemonOptions
     from nbdstore.store import PoolOptions
 
@@ -259,6 +273,8 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
     clients = [item.socket for item in for_nbd if not item.listening] + ([client] if client else [])
     if asked.control_token_file and not (asked.control or for_control):
         raise click.UsageError("--control-token-file is for --control, which is not given")
+    if asked.control_tls_cert and not (asked.control or for_control):
+        raise click.UsageError("--control-tls-cert is for --control, which is not given")
     listen = asked.listen or (() if listening or clients else (DEFAULT_LISTEN,))
     return DaemonOptions(
         pool=session.require_local("serve"),
@@ -271,9 +287,20 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
         demo=asked.demo,
         clients=clients,
         control_tcp=asked.control,
-        control_token=read_token(asked.control_token_file) if asked.control_token_file else None,
+        control_tokens=TokenFile(asked.control_token_file) if asked.control_token_file else None,
+        control_tls=_control_tls(asked),
         control_sockets=for_control,
         environ=session.environ,
+    )
+
+
+def _control_tls(asked: Asked) -> TlsOptions | None:
+    from nbdstore.server import TlsMode, TlsOptions
+
+    if not (asked.control_tls_cert and asked.control_tls_key):
+        return None
+    return TlsOptions(
+        mode=TlsMode.REQUIRED, certificate=asked.control_tls_cert, key=asked.control_tls_key
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from nbdstore.commands.output import note
 from nbdstore.control.client import ControlClient
 from nbdstore.control.service import VolumeService
 from nbdstore.errors import InvalidArgument, NbdstoreError, PoolLocked
@@ -32,6 +33,7 @@ class Session:
     pool: Path
     server: str | None = None
     token_file: Path | None = None
+    tls_ca: Path | None = None
     environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -51,7 +53,10 @@ class Session:
     def _reach(self, patience_s: float) -> VolumeService:
         if self.server is not None:
             token = read_token(self.token_file) if self.token_file else None
-            return ControlClient(self.server, token=token)
+            client = ControlClient(self.server, token=token, tls_ca=self.tls_ca)
+            if token and not client.is_private:
+                note(f"the token crosses the network in the clear: {self.server} is no https")
+            return client
         deadline_s = time.monotonic() + patience_s
         client = ControlClient(self.control_url)
         while not client.reachable():
@@ -104,7 +109,10 @@ def complete_volume(ctx: click.Context, _param: click.Parameter, incomplete: str
     """Offer the names of the pool's volumes to the shell; nothing rather than an error."""
     options = ctx.find_root().params
     session = Session(
-        options.get("pool") or Path(), options.get("server"), options.get("token_file")
+        options.get("pool") or Path(),
+        options.get("server"),
+        options.get("token_file"),
+        options.get("tls_ca"),
     )
     try:
         with session.service(patient=False) as service:

@@ -10,12 +10,11 @@ Joins the classes of routes, decides who is let in, and owns how errors look on 
     openapi         /v1/openapi.json
 
 Over its unix socket whoever may open the socket (mode 0600) may call everything; over TCP a bearer
-token is demanded on all but /healthz. Sizes are bytes in every body.
+token (`tokens`) is demanded on all but /healthz. Sizes are bytes in every body.
 """
 
 from __future__ import annotations
 
-import hmac
 import logging
 
 from aiohttp import web
@@ -27,7 +26,8 @@ from nbdstore.control.lease_routes import LeaseRoutes
 from nbdstore.control.openapi import OpenApiRoutes
 from nbdstore.control.operations import Operations
 from nbdstore.control.pool_routes import PoolRoutes
-from nbdstore.control.routing import Handler, resources
+from nbdstore.control.routing import CALLER, Handler, resources
+from nbdstore.control.tokens import Tokens
 from nbdstore.control.volume_routes import VolumeRoutes
 from nbdstore.errors import (
     BodyTooLarge,
@@ -37,13 +37,16 @@ from nbdstore.errors import (
     UnknownPath,
 )
 
+OPEN_PATHS = ("/healthz",)
+"""What may be asked without a token."""
+
 log = logging.getLogger(__name__)
 
 
-def application(operations: Operations, *, token: str | None = None) -> web.Application:
-    """Build the API; with `token`, callers must present it as ``Authorization: Bearer``."""
+def application(operations: Operations, *, tokens: Tokens | None = None) -> web.Application:
+    """Build the API; with `tokens`, callers must present one as ``Authorization: Bearer``."""
     app = web.Application(
-        middlewares=[_problems, _bearer(token)] if token is not None else [_problems],
+        middlewares=[_problems, _bearer(tokens)] if tokens is not None else [_problems],
         client_max_size=bodies.MAX_BODY,
     )
     app.add_routes(resources(route_objects(operations)))
@@ -99,16 +102,21 @@ def _problem(error: Exception, *, headers: dict[str, str] | None = None) -> web.
     )
 
 
-def _bearer(token: str) -> Middleware:
-    expected = b"Bearer " + token.encode()
-
+def _bearer(tokens: Tokens) -> Middleware:
     @web.middleware
     async def demand_token(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in OPEN_PATHS:
+            return await handler(request)
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-        # compare_digest takes the same time wherever the first difference is.
-        if request.path != "/healthz" and not hmac.compare_digest(given, expected):
+        scheme, _, secret = given.partition(b" ")
+        caller = tokens.find(secret) if scheme.lower() == b"bearer" else None
+        if caller is None:
             wrong = "is wrong" if given else "is missing"
             raise Unauthorized(f"the token of this control address {wrong}: give it a token file")
-        return await handler(request)
+        before = CALLER.set(caller)
+        try:
+            return await handler(request)
+        finally:
+            CALLER.reset(before)
 
     return demand_token

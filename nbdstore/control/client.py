@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import socket
+import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,16 +37,35 @@ class ControlClient:
     Arguments:
         url: ``unix:PATH``, ``http://HOST:PORT`` or ``https://HOST:PORT``.
         token: the bearer token, for TCP.
+        tls_ca: PEM file of the authority that a server at ``https://`` must be certified by; None =
+            those that this machine trusts.
 
     Raises:
-        InvalidArgument: `url` is none of these forms.
+        InvalidArgument: `url` is none of these forms, or `tls_ca` cannot be used.
     """
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         self.url = url
         self._timeout_s = timeout_s
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._path, self._host, self._port, self._tls = _split(url)
+        self._path, self._host, self._port, tls = _split(url)
+        self._tls = _tls_context(tls_ca) if tls else None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody between can read what is said: TLS, a unix socket, or this machine."""
+        if self._path is not None or self._tls is not None or self._host == "localhost":
+            return True
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self._host).is_loopback
+        return False
 
     # VolumeService; see there
 
@@ -175,8 +196,7 @@ class ControlClient:
                 connection = http.client.HTTPConnection("localhost")
                 connection.sock = unix_socket.connect(self._path, CONNECT_TIMEOUT_S)
             else:
-                scheme = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
-                connection = scheme(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
+                connection = self._tcp_connection()
                 connection.connect()
         except UnicodeError:  # of the encoding of host names, IDNA
             raise InvalidArgument(
@@ -188,7 +208,23 @@ class ControlClient:
         connection.sock.settimeout(self._timeout_s)
         return connection
 
+    def _tcp_connection(self) -> http.client.HTTPConnection:
+        host, port = self._host, self._port
+        if self._tls is None:
+            return http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+        return http.client.HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=self._tls)
+
     def _unreachable(self, error: OSError) -> NoReturn:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            raise ControlError(
+                f"the server at {self.url} is not who it should be: {error.verify_message}: give "
+                "the authority that has signed its certificate with --tls-ca"
+            ) from error
+        if isinstance(error, ssl.SSLError):
+            reason = (error.reason or str(error)).replace("_", " ").lower()
+            raise ControlError(
+                f"TLS with {self.url} failed ({reason}): does it speak TLS there?"
+            ) from error
         if isinstance(error, PermissionError):
             raise ControlError(
                 f"you may not talk to the server at {self.url}: do this as the pool's owner"
@@ -250,6 +286,14 @@ class ControlClient:
             reader.end()
 
 
+def _tls_context(ca: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror if isinstance(error, FileNotFoundError) else "it is no PEM file"
+        raise InvalidArgument(f"cannot use '{ca}' as the authority of servers: {reason}") from None
+
+
 def _split(url: str) -> tuple[Path | None, str, int, bool]:
     """Return (socket path or None, host, port, TLS)."""
     if url.startswith("unix:"):
@@ -262,7 +306,7 @@ def _split(url: str) -> tuple[Path | None, str, int, bool]:
             tls = parts.scheme == "https"
             return None, parts.hostname, parts.port or (443 if tls else 80), tls
     raise InvalidArgument(
-        f"'{url}' is not a server's address: write it as unix:PATH or http://HOST:PORT"
+        f"'{url}' is not a server's address: write it as unix:PATH, http://HOST:PORT or https://HOST:PORT"
     )
 
 

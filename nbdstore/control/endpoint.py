@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import ipaddress
+import logging
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +25,7 @@ from aiohttp import web
 from nbdstore import unix_socket
 from nbdstore.control.api import application
 from nbdstore.control.operations import Operations
+from nbdstore.control.tokens import Tokens
 from nbdstore.errors import ControlError, InvalidArgument
 
 SOCKET_NAME = "control.sock"
@@ -32,8 +37,12 @@ HEAD_TIMEOUT_S = 30.0
 before its next: who does not know the token must not hold one of the connections for longer."""
 MAX_HEAD_BYTES = 32 << 10
 """aiohttp's own bounds on a request's head are narrower; it answers what is beyond them."""
+ACCEPT_AGAIN_S = 1.0
 STOP_TIMEOUT_S = 5.0
 """Seconds that calls under way get to finish when the server stops."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Endpoint:
@@ -42,9 +51,10 @@ class Endpoint:
     Arguments:
         operations: what callers may do.
         directory: the pool's directory, whose lock the caller holds.
-        tcp: (host, port) to listen on besides; needs a token.
-        token: what callers over TCP must present.
-        sockets: listening sockets handed down by systemd; those over TCP need a token.
+        tcp: (host, port) to listen on besides; needs tokens.
+        tokens: of which callers over TCP must present one.
+        tls: for what comes over TCP; None = plain HTTP.
+        sockets: listening sockets handed down by systemd; those over TCP need tokens.
     """
 
     def __init__(
@@ -53,10 +63,11 @@ class Endpoint:
         directory: Path,
         *,
         tcp: tuple[str, int] | None = None,
-        token: str | None = None,
+        tokens: Tokens | None = None,
+        tls: ssl.SSLContext | None = None,
         sockets: Sequence[socket.socket] = (),
     ) -> None:
-        if token is None and (tcp or any(sock.family != socket.AF_UNIX for sock in sockets)):
+        if tokens is None and (tcp or any(sock.family != socket.AF_UNIX for sock in sockets)):
             raise InvalidArgument(
                 "the control API does not listen on TCP without a token: "
                 "give one with --control-token-file"
@@ -64,10 +75,11 @@ class Endpoint:
         self._operations = operations
         self._path = directory / SOCKET_NAME
         self._tcp = tcp
-        self._token = token
+        self._tokens = tokens
+        self._tls = tls
         self._sockets = list(sockets)
         self._runners: list[web.AppRunner] = []
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | _Hall] = []
         self._entrances: list[_Entrance] = []
         self.addresses: list[str] = []
 
@@ -78,11 +90,11 @@ class Endpoint:
         except OSError as error:
             raise ControlError(f"cannot make {self._path}: {error.strerror}") from error
         try:
-            await self._serve([sock, *self._family(unix=True)], token=None)
+            await self._serve([sock, *self._family(unix=True)])
             self.addresses.append(f"unix:{self._path}")
             tcp = [*self._family(unix=False), *([_bind(*self._tcp)] if self._tcp else [])]
             if tcp:
-                await self._serve(tcp, token=self._token)
+                await self._serve(tcp, tokens=self._tokens, tls=self._tls)
         except BaseException:
             await self.stop()
             raise
@@ -104,9 +116,15 @@ class Endpoint:
     def _family(self, *, unix: bool) -> list[socket.socket]:
         return [sock for sock in self._sockets if (sock.family == socket.AF_UNIX) == unix]
 
-    async def _serve(self, sockets: list[socket.socket], *, token: str | None) -> None:
+    async def _serve(
+        self,
+        sockets: list[socket.socket],
+        *,
+        tokens: Tokens | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         runner = web.AppRunner(
-            application(self._operations, token=token),
+            application(self._operations, tokens=tokens),
             access_log=None,
             shutdown_timeout=STOP_TIMEOUT_S,
             keepalive_timeout=HEAD_TIMEOUT_S,
@@ -121,12 +139,25 @@ class Endpoint:
         self._entrances.append(entrance)
         loop = asyncio.get_running_loop()
         for sock in sockets:
-            self._servers.append(await loop.create_server(lambda: _Turnstile(entrance), sock=sock))
+            if tls is not None:
+                self._servers.append(_Hall(entrance, sock, tls))
+            else:
+                accept = functools.partial(_Turnstile, entrance)
+                self._servers.append(await loop.create_server(accept, sock=sock))
             if sock.family != socket.AF_UNIX:
-                host, port = sock.getsockname()[:2]
-                self.addresses.append(
-                    f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-                )
+                self._announce(sock, "https" if tls else "http")
+
+    def _announce(self, sock: socket.socket, scheme: str) -> None:
+        """Add the address of a TCP socket; warn if it shows tokens to a network."""
+        host, port = sock.getsockname()[:2]
+        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        self.addresses.append(url)
+        if scheme == "http" and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            log.warning(
+                "tokens cross the network in the clear at %s, for all to see who are on the way: "
+                "give --control-tls-cert and --control-tls-key",
+                url,
+            )
 
 
 class _Entrance:
@@ -139,14 +170,68 @@ class _Entrance:
         self.server = server
         self.limit = limit
         self.waiting: set[asyncio.Transport] = set()
+        self.n_shaking = 0
+        """Callers that TLS has not let in yet."""
 
     def is_crowded(self) -> bool:
-        return len(self.server.connections) + len(self.waiting) >= self.limit
+        return len(self.server.connections) + len(self.waiting) + self.n_shaking >= self.limit
 
     def close(self) -> None:
         """Let nobody in who is still waiting."""
         for stream in self.waiting:
             stream.abort()
+
+
+class _Hall:
+    """Takes connections in from one listening socket to TLS, where they count as waiting, too.
+
+    The loop's own way (`create_server` with a context) shows connections when they have shaken
+    hands, which callers need not do for minutes.
+    """
+
+    def __init__(self, entrance: _Entrance, sock: socket.socket, tls: ssl.SSLContext) -> None:
+        self._entrance = entrance
+        self._sock = sock
+        self._tls = tls
+        self._tasks = {asyncio.create_task(self._accept())}
+
+    def close(self) -> None:
+        """Take nobody in any more, and leave those alone who have not shaken hands."""
+        for task in self._tasks:
+            task.cancel()
+        self._sock.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sock.setblocking(False)
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(self._sock)
+            except OSError as error:  # no descriptors, most likely: others may end
+                log.error("cannot take a caller of the control API in: %s", error)
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            if self._entrance.is_crowded():
+                sock.close()
+                continue
+            self._entrance.n_shaking += 1
+            task = loop.create_task(self._shake_hands(sock))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _shake_hands(self, sock: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: _Turnstile(self._entrance),
+                sock,
+                ssl=self._tls,
+                ssl_handshake_timeout=HEAD_TIMEOUT_S,
+            )
+        except OSError as error:  # ssl.SSLError is one
+            log.debug("a caller of the control API failed at TLS: %s", error)
+            sock.close()
+        finally:
+            self._entrance.n_shaking -= 1
 
 
 class _Turnstile(asyncio.Protocol):
@@ -171,6 +256,9 @@ class _Turnstile(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._head += data
+        if not self._head[:1].isalpha():  # TLS, by mistake: HTTP begins with a method
+            self._stream.abort()
+            return
         if b"\r\n\r\n" not in self._head and len(self._head) < MAX_HEAD_BYTES:
             return
         self._leave()

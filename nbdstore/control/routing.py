@@ -20,6 +20,7 @@ import enum
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeAlias, TypeVar
 
 from aiohttp import web
@@ -50,8 +51,8 @@ OWNER = Caller(Access.ADMIN, "the owner")
 """Who may open the unix socket in the pool's directory."""
 MAX_DIGITS = 18
 """Of a number in a path; no number of ours is as long."""
-CALLER_KEY = "nbdstore.caller"
-"""Under which the authentication leaves the Caller in a request."""
+CALLER: ContextVar[Caller] = ContextVar("caller", default=OWNER)
+"""Who makes the request that is being served; set by the authentication."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,7 @@ class Call:
     @property
     def caller(self) -> Caller:
         """Who calls."""
-        caller = self.request.get(CALLER_KEY, OWNER)
-        assert isinstance(caller, Caller)
-        return caller
+        return CALLER.get()
 
     def __getitem__(self, parameter: str) -> str:
         """Return a parameter of the path; a name may be empty."""
@@ -208,7 +207,7 @@ def _served(entry: Route, method: Callable[[Call], Awaitable[Result]]) -> Handle
 
 
 def _demand_admin(request: web.Request) -> None:
-    caller = request.get(CALLER_KEY, OWNER)
+    caller = CALLER.get()
     if caller.access is not Access.ADMIN:
         raise Forbidden(
             f"the token of {caller.name} may only look: "

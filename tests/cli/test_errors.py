@@ -55,6 +55,8 @@ USAGE = [
     ("serve --control localhost:99999", "is not HOST:PORT"),
     ("serve --control localhost:10810", "--control wants --control-token-file"),
     ("serve --control-token-file t", "which is not given"),
+    ("serve --control-tls-cert c", "--control-tls-cert and --control-tls-key belong together"),
+    ("serve --control-tls-cert c --control-tls-key k", "which is not given"),
     ("serve --max-connections 0", "0 is not in the range x>=1"),
     ("serve --client-memory 63M", "--client-memory: give at least 64M"),
     ("serve --stall-timeout -1", "-1.0 is not in the range x>=0"),

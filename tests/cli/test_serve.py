@@ -21,6 +21,8 @@ from nbdstore import unix_socket
 from nbdstore.control.client import ControlClient
 from nbdstore.store import Pool
 from nbdstore.store.local_host import LocalDisk
+from tests.clients.certificates import Authority
+from tests.clients.served_pool import free_port
 
 NBDSTORE = (sys.executable, "-m", "nbdstore")
 TIMEOUT_S = 60
@@ -213,6 +215,7 @@ class TestALife:
     def test_the_control_api_over_tcp(self, serving: Serving, tmp_path: Path) -> None:
         token_file = tmp_path / "token"
         token_file.write_text("s3cret\n")
+        token_file.chmod(0o600)
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         control = f"127.0.0.1:{port}"
@@ -223,6 +226,37 @@ class TestALife:
         client = ControlClient(f"http://{control}", token="s3cret")
         assert client.pool().directory == str(serving.pool)
         serving.end(signal.SIGTERM)
+
+    def test_the_control_api_over_tls(self, serving: Serving, tmp_path: Path) -> None:
+        """A whole life: a token that may look, one that is withdrawn, through the command line."""
+        authority = Authority(tmp_path / "ca")
+        issued = authority.issue_server()
+        tokens = tmp_path / "tokens"
+        tokens.touch(0o600)
+        tokens.write_text("admin s3cret alice\nread 0nlyl00k\n")
+        control = f"127.0.0.1:{free_port()}"
+        serving.ready(
+            *("--listen", "127.0.0.1:0", "--control", control),
+            *("--control-token-file", str(tokens)),
+            *("--control-tls-cert", str(issued.certificate)),
+            *("--control-tls-key", str(issued.key)),
+        )
+        mine = tmp_path / "mine"
+
+        def nbdstore(token: str, *words: str) -> subprocess.CompletedProcess[str]:
+            mine.write_text(token)
+            server = ["--server", f"https://{control}", "--tls-ca", str(authority.certificate)]
+            command = [*NBDSTORE, *server, "--token-file", str(mine), *words]
+            return subprocess.run(command, capture_output=True, text=True, check=False)
+
+        create = ("volume", "create", "db", "--size", "1M")
+        assert "may only look" in nbdstore("0nlyl00k", *create).stderr
+        assert nbdstore("s3cret", *create).stdout == "created volume db, 1 MiB\n"
+        assert "db" in nbdstore("0nlyl00k", "volume", "list").stdout
+        tokens.write_text("admin s3cret alice\n")
+        assert "token of this control address is wrong" in nbdstore("0nlyl00k", "ps").stderr
+        assert serving.end(signal.SIGTERM) == 0
+        assert "in the clear" not in serving.log
 
 
 class TestSystemd:
@@ -245,6 +279,7 @@ class TestSystemd:
     def test_a_control_socket_over_tcp_has_a_token(self, serving: Serving) -> None:
         token_file = serving.pool.with_name("token")
         token_file.write_text("s3cret\n")
+        token_file.chmod(0o600)
         with socket.create_server(("127.0.0.1", 0)) as api:
             serving.ready(
                 *("--listen", "127.0.0.1:0", "--control-token-file", str(token_file)),
@@ -291,11 +326,11 @@ class TestInetd:
 
 
 class TestStartsThatFail:
-    def fails(self, serving: Serving, *options: str) -> str:
-        """Start a server that must fail with status 1; return its log's last line."""
+    def fails(self, serving: Serving, *options: str, status: int = 1) -> str:
+        """Start a server that must fail with `status`; return its log's last line."""
         process = serving.start(*options)
         _, log = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 1, log
+        assert process.returncode == status, log
         assert "Traceback" not in log
         line = log.splitlines()[-1]
         assert line.startswith("nbdstore: ")
@@ -348,9 +383,22 @@ class TestStartsThatFail:
         )
         assert f"cannot use the TLS certificate {paths['cert']}" in line
 
+    def test_tokens_that_everybody_may_read(self, serving: Serving, tmp_path: Path) -> None:
+        tokens = tmp_path / "tokens"
+        tokens.touch(0o644)
+        tokens.write_text("s3cret\n")
+        line = self.fails(
+            serving,
+            *("--listen", "127.0.0.1:0", "--control", "127.0.0.1:0"),
+            *("--control-token-file", str(tokens)),
+            status=2,
+        )
+        assert f"chmod 600 {tokens}" in line
+
     def test_control_at_a_port_in_use(self, serving: Serving, tmp_path: Path) -> None:
         token_file = tmp_path / "token"
         token_file.write_text("s3cret\n")
+        token_file.chmod(0o600)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             control = f"127.0.0.1:{taken.getsockname()[1]}"
             line = self.fails(

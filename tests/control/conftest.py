@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
+from nbdstore.control.routing import Access, Caller
+from nbdstore.control.tokens import Token, Tokens
 from tests.control.memory_pool import Bench
 from tests.control.real_pool import Served
 
 TOKEN = "s3cret"
+READ_TOKEN = "0nlyl00k1ng"
+TOKENS = Tokens(
+    [
+        Token(TOKEN.encode(), Caller(Access.ADMIN, "alice")),
+        Token(READ_TOKEN.encode(), Caller(Access.READ, "prometheus")),
+    ]
+)
 
 
 class Answering:
@@ -23,11 +33,11 @@ class Answering:
 
     def __init__(self, directory: Path) -> None:
         self.bench = Bench()
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()  # as the daemon
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self.endpoint = Endpoint(
-            self.bench.operations, directory, tcp=("127.0.0.1", 0), token=TOKEN
+            self.bench.operations, directory, tcp=("127.0.0.1", 0), tokens=TOKENS
         )
         self.run(self.endpoint.start)
         self.unix_url, self.http_url = self.endpoint.addresses

@@ -17,7 +17,7 @@ from nbdstore.control import bodies, endpoint
 from nbdstore.control.endpoint import MAX_CONNECTIONS, SOCKET_NAME, Endpoint
 from nbdstore.control.stream import Piece, StreamWriter
 from nbdstore.errors import InvalidArgument
-from tests.control.conftest import TOKEN, Answering
+from tests.control.conftest import READ_TOKEN, TOKEN, TOKENS, Answering
 from tests.control.documented import DOCUMENTED
 from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
 
@@ -164,6 +164,18 @@ class TestTcp:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         assert call(answering, "GET", "/v1/pool", None, headers, tcp=True)[0] == 200
 
+    def test_a_token_that_may_only_look(self, answering: Answering) -> None:
+        headers = {"Authorization": f"Bearer {READ_TOKEN}"}
+        for method, template in DOCUMENTED.operations():
+            path = template.replace("{name}", "db").replace("{id}", "1")
+            status, problem, _ = call(answering, method, path, None, headers, tcp=True)
+            if method == "GET":
+                assert status in (200, 404), path
+            else:
+                assert (status, problem["code"]) == (403, "forbidden"), path
+                assert "the token of prometheus may only look" in problem["detail"]
+        assert call(answering, "HEAD", "/v1/pool", None, headers, tcp=True)[0] == 200
+
     def test_health_needs_none(self, answering: Answering) -> None:
         assert call(answering, "GET", "/healthz", tcp=True)[0] == 200
 
@@ -225,7 +237,7 @@ class TestTcp:
     async def test_a_port_in_use(self, tmp_path: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            second = Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", port), token="t")
+            second = Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", port), tokens=TOKENS)
             with pytest.raises(InvalidArgument, match=f"127.0.0.1:{port}: address already in use"):
                 await second.start()
         assert not (tmp_path / SOCKET_NAME).exists()
