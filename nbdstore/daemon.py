@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 class DaemonOptions:
     """What to serve and how.
 
-    demo: make the pool, and a volume, if there is none.
+    create: make the pool if there is none. demo: and a volume, if there is none.
     clients: connected sockets to serve, after whose end the process ends.
     control_tcp: (host, port) of the control API besides its unix socket; needs `control_tokens`.
     control_tls: certificate and key of the control API over TCP; None = plain HTTP.
@@ -71,6 +71,7 @@ class DaemonOptions:
     pool: Path
     pool_options: PoolOptions
     server_options: ServerOptions
+    create: bool = False
     demo: bool = False
     clients: Sequence[socket.socket] = ()
     control_tcp: tuple[str, int] | None = None
@@ -160,7 +161,7 @@ class _StopSignals:
 
 @contextlib.asynccontextmanager
 async def _open_pool(options: DaemonOptions) -> AsyncIterator[Pool]:
-    if options.demo:
+    if options.create or options.demo:
         with contextlib.suppress(AlreadyExists):
             Pool.create(options.pool)
     pool = await _locked_pool(options)

@@ -132,6 +132,9 @@ CONTROL_SOCKET_NAME = "control"
     "--control-tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its private key."
 )
 @click.option("--stdin", is_flag=True, help="Serve the one client on standard input, then end.")
+@click.option(
+    "--create", is_flag=True, help="Make the pool if there is none, as 'nbdstore pool create' does."
+)
 @click.option("--demo", is_flag=True, help="Make the pool, and a volume, if there is none.")
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 @pass_session
@@ -183,6 +186,7 @@ class Asked:
     control_tls_cert: Path | None
     control_tls_key: Path | None
     stdin: bool
+    create: bool
     demo: bool
     log_level: str
 
@@ -284,6 +288,7 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
             map_memory=asked.map_memory,
         ),
         server_options=_server_options(asked, listen, listening),
+        create=asked.create,
         demo=asked.demo,
         clients=clients,
         control_tcp=asked.control,

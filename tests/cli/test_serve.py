@@ -203,6 +203,14 @@ class TestALife:
         assert [volume.name for volume in serving.client.volumes()] == ["mine"]
         serving.end(signal.SIGTERM)
 
+    def test_create_makes_a_pool_where_there_is_none(self, serving: Serving) -> None:
+        serving.pool = serving.pool.with_name("another")
+        for _ in range(2):
+            serving.ready("--create", "--listen", "127.0.0.1:0")
+            assert serving.client.volumes() == []
+            serving.end(signal.SIGTERM)
+            serving.forget()
+
     def test_what_it_says_when_it_is_ready(self, serving: Serving) -> None:
         path = serving.unix_address()
         serving.ready("--demo", "--listen", f"unix:{path}")

@@ -1,0 +1,41 @@
+# The images of nbdstore, on Debian 12 or newer:
+#
+#   docker build -t nbdstore .        the server, as a user without rights
+#
+# BASE is any image of Debian or Ubuntu with Python 3.11 or newer in its packages.
+ARG BASE=debian:bookworm-slim
+
+FROM ${BASE} AS python
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends python3 \
+ && rm -rf /var/lib/apt/lists/*
+
+FROM python AS build
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends python3-venv
+RUN python3 -m venv --without-pip /opt/nbdstore \
+ && python3 -m venv /opt/pip
+# What nbdstore needs changes less often than nbdstore: it is installed first, and kept.
+WORKDIR /src
+COPY setup.cfg pyproject.toml ./
+COPY nbdstore/__init__.py nbdstore/
+RUN /opt/pip/bin/pip --python /opt/nbdstore/bin/python install --no-cache-dir .
+COPY nbdstore nbdstore
+RUN /opt/pip/bin/pip --python /opt/nbdstore/bin/python install --no-cache-dir \
+    --no-deps --force-reinstall . \
+ && find /opt/nbdstore -name tests -type d -prune -exec rm -rf {} +
+
+FROM python AS nbdstore
+COPY --from=build /opt/nbdstore /opt/nbdstore
+ENV PATH=/opt/nbdstore/bin:$PATH
+ENTRYPOINT ["nbdstore"]
+
+FROM nbdstore AS server
+RUN useradd --system --uid 10809 --home-dir /var/lib/nbdstore nbdstore \
+ && install --directory --owner nbdstore --group nbdstore --mode 700 /var/lib/nbdstore
+USER nbdstore
+ENV NBDSTORE_POOL=/var/lib/nbdstore
+VOLUME /var/lib/nbdstore
+EXPOSE 10809
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s CMD ["nbdstore", "pool", "show"]
+CMD ["serve", "--create", "--listen", "0.0.0.0:10809"]
