@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nbdstore.store.layout import I64
-from nbdstore.store.slots import FrozenBitmap, Slots, bits_set, clear_bits, set_bits, test_bits
+from nbdstore.store.slots import (
+    FrozenBitmap,
+    Slots,
+    bits_set,
+    clear_bits,
+    set_bits,
+    set_run,
+    test_bits,
+)
 
 BLOCK = 4096
 REGION = BLOCK * 8
@@ -47,6 +55,14 @@ def test_bits_are_set_cleared_tested_and_listed() -> None:
 
 
 # -- allocation ----------------------------------------------------------------------------------
+
+
+def test_the_bits_of_a_run_are_set_and_no_others() -> None:
+    for start in range(20):
+        for stop in range(start + 1, 40):
+            bitmap = np.zeros(5, np.uint8)
+            set_run(bitmap, start, stop)
+            assert bits_set(bitmap).tolist() == list(range(start, stop))
 
 
 @pytest.mark.parametrize("n_slots", [1000, REGION, REGION + 1, 3 * REGION - 5])

@@ -7,12 +7,15 @@ import itertools
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbdstore.errors import NotFound, StoreError
 from nbdstore.store import Pool, Volume
+from nbdstore.store.layout import I64, runs, slots_of
+from nbdstore.store.slots import Slots
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -36,6 +39,54 @@ async def both_ways(volume: Volume, offset: int, piece: bytes, content: bytearra
     content[offset : offset + len(piece)] = piece
     if not volume.write_now([(offset, piece)]):
         await volume.write(offset, piece)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        pytest.param((5 * 4096 + 100, 50), id="a part of a block again"),
+        pytest.param((5 * 4096, 4096), id="a block again"),
+        pytest.param((3 * 4096, 7 * 4096), id="blocks again"),
+        pytest.param((39 * 4096, 2 * 4096), id="the last block again, and one more"),
+        pytest.param((50 * 4096, 100), id="a part of another block"),
+        pytest.param((50 * 4096, 40 * 4096), id="other blocks"),
+    ],
+)
+async def test_long_writes_of_a_batch_take_effect_in_their_order(
+    pool: Pool, later: tuple[int, int]
+) -> None:
+    volume = await pool.create_volume("v", MIB)
+    content = bytearray(MIB)
+    batch = [(0, data(40 * 4096)), (later[0], data(later[1], seed=2))]
+    for offset, piece in batch:
+        content[offset : offset + len(piece)] = piece
+    assert volume.write_now(batch)
+    assert await read(volume, 0, MIB) == content
+
+
+async def test_a_long_write_goes_into_scattered_slots(pool: Pool) -> None:
+    volume = await pool.create_volume("v", 2 * MIB)
+    content = bytearray(data(2 * MIB))
+    assert volume.write_now([(0, bytes(content))])
+    scatter(volume.core.slots)
+    content[:MIB] = data(MIB, seed=2)
+    assert volume.write_now([(0, content[:MIB])])
+    assert len(runs(slots_of(volume.map.locations(0, MIB // 4096)))) > 10
+    assert await read(volume, 0, 2 * MIB) == content
+
+
+def scatter(slots: Slots) -> None:
+    """Let `slots` give out no multiples of 7."""
+    allocate = slots.allocate
+
+    def scattered(n: int, floor: int) -> I64 | None:
+        found = allocate(2 * n, floor)
+        assert found is not None
+        chosen = found[found % 7 != 0][:n]
+        slots.give_back(np.setdiff1d(found, chosen))
+        return chosen
+
+    slots.allocate = scattered  # type: ignore[method-assign]
 
 
 EDGES = [0, 1, 511, 512, 513, 4095]
