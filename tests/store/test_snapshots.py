@@ -54,6 +54,8 @@ async def test_a_snapshot_holds_what_the_volume_held_whatever_comes(directory: P
         )
         assert (await read_image(first))[: 5 * BLOCK] == b"1" * 4 * BLOCK + bytes(BLOCK)
         assert list(pool.snapshots) == ["v@first"]
+        await first.flush()
+        assert not first.flush_soon(print)
     await assert_clean(directory)
     async with opened(directory) as pool:
         found = await read_image(pool.snapshots["v@first"])
