@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdstore.protocol.agreement import MetaContext
+from nbdstore.protocol.agreement import CONTEXTS, DIRTY_BITMAP
 from nbdstore.protocol.constants import Command, CommandFlag, Info, Option
 from tests.children import Children
 from tests.clients.served_pool import free_port
@@ -146,7 +146,8 @@ def test_make_serve_serves_a_volume_that_it_made(children: Children) -> None:
         *(info.name for info in Info),
         *(command.name for command in Command if command.name != "RESIZE"),
         *(flag.name for flag in CommandFlag),
-        *(context.label for context in MetaContext),
+        *(context.label for context in CONTEXTS),
+        f"{DIRTY_BITMAP}NAME",
     ],
 )
 def test_the_matrix_names_all_of_the_protocol(name: str) -> None:

@@ -35,19 +35,29 @@ class ReplyMode(Enum):
     EXTENDED = "extended"
 
 
-class MetaContext(Enum):
-    """The metadata contexts that can be asked with BLOCK_STATUS.
+@dataclass(frozen=True)
+class MetaContext:
+    """A metadata context that can be asked with BLOCK_STATUS.
 
-    ``qemu:allocation-depth`` (qemu, docs/interop/nbd.rst): 0 = not allocated, 1 = in this layer,
-    2 = in the layer below, and so on.
+    Arguments:
+        id: what stands for it in requests and replies, among the contexts of its export.
+        label: namespace, colon, and name.
     """
 
-    BASE_ALLOCATION = (1, "base:allocation")
-    ALLOCATION_DEPTH = (2, "qemu:allocation-depth")
+    id: int
+    label: str
 
-    def __init__(self, context_id: int, label: str) -> None:
-        self.id = context_id
-        self.label = label
+
+BASE_ALLOCATION = MetaContext(1, "base:allocation")
+
+ALLOCATION_DEPTH = MetaContext(2, "qemu:allocation-depth")
+"""qemu, docs/interop/nbd.rst: 0 = not allocated, 1 = in this layer, 2 = in the layer below, ..."""
+
+CONTEXTS = (BASE_ALLOCATION, ALLOCATION_DEPTH)
+"""Those that every export has."""
+
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+"""Followed by a name; the same document: bit 0 = it has changed since that time."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Offer:
         flags: what the export can do; the handshake adds what depends on the client (SEND_DF,
             BLOCK_STATUS_PAYLOAD).
         description: a person's words, may be empty.
+        contexts: the metadata contexts that it has.
         minimum_block, preferred_block, maximum_payload: bytes (proto.md, "Block size
             constraints").
     """
@@ -71,6 +82,7 @@ class Offer:
     minimum_block: int = 1
     preferred_block: int = 4096
     maximum_payload: int = MAX_PAYLOAD
+    contexts: tuple[MetaContext, ...] = CONTEXTS
 
 
 class Catalog(Protocol):

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbdstore.protocol.agreement import MetaContext
+from nbdstore.protocol.agreement import DIRTY_BITMAP, MetaContext
 
-WILDCARDS = ("base:", "qemu:")
+WILDCARDS = ("base:", "qemu:", DIRTY_BITMAP)
 
 
-def list_contexts(queries: Sequence[str]) -> list[MetaContext]:
-    """Find the contexts that LIST_META_CONTEXT answers; without a query, all of them."""
+def list_contexts(there: Sequence[MetaContext], queries: Sequence[str]) -> list[MetaContext]:
+    """Find the contexts that LIST_META_CONTEXT answers; without a query, all that are there."""
     if not queries:
-        return list(MetaContext)
+        return list(there)
     namespaces = tuple(query for query in queries if query in WILDCARDS)
     return [
         context
-        for context in MetaContext
+        for context in there
         if context.label in queries or (namespaces and context.label.startswith(namespaces))
     ]
 
 
-def set_contexts(queries: Sequence[str]) -> tuple[MetaContext, ...]:
+def set_contexts(there: Sequence[MetaContext], queries: Sequence[str]) -> tuple[MetaContext, ...]:
     """Find the contexts that SET_META_CONTEXT selects; without a query, none."""
-    return tuple(context for context in MetaContext if context.label in queries)
+    return tuple(context for context in there if context.label in queries)

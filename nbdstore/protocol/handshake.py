@@ -311,8 +311,7 @@ class Handshake:
 
     def _list_meta_context(self, option: int, data: bytes) -> None:
         name, queries = parse_meta_context(data)
-        self._find(name)
-        for context in list_contexts(queries):
+        for context in list_contexts(self._find(name).contexts, queries):
             # The ids of a listing mean nothing and SHOULD be 0.
             self._reply(option, OptionReply.META_CONTEXT, build_context(0, context))
         self._reply(option, OptionReply.ACK)
@@ -322,8 +321,8 @@ class Handshake:
         if self._mode is ReplyMode.SIMPLE:
             raise invalid("Metadata contexts need structured replies or extended headers.")
         name, queries = parse_meta_context(data)
-        self._find(name)
-        self._contexts, self._contexts_export = set_contexts(queries), name
+        self._contexts = set_contexts(self._find(name).contexts, queries)
+        self._contexts_export = name
         for context in self._contexts:
             self._reply(option, OptionReply.META_CONTEXT, build_context(context.id, context))
         self._reply(option, OptionReply.ACK)

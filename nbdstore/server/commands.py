@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from nbdstore.errors import (
     Corruption,
@@ -20,7 +20,12 @@ from nbdstore.errors import (
     StoreError,
     WriteFailed,
 )
-from nbdstore.protocol.agreement import MetaContext
+from nbdstore.protocol.agreement import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    DIRTY_BITMAP,
+    MetaContext,
+)
 from nbdstore.protocol.constants import (
     EXTENDED_EXTENT,
     U32,
@@ -31,9 +36,12 @@ from nbdstore.protocol.constants import (
 )
 from nbdstore.protocol.replies import Buffer, Extents, SimpleReplies
 from nbdstore.protocol.transmission import Request
-from nbdstore.store import Extent, ExtentKind, Volume
+from nbdstore.store import Extent, ExtentKind, Image, Snapshot, changes
 
 log = logging.getLogger(__name__)
+
+DIRTY = 1
+"""Status of ``qemu:dirty-bitmap:`` (qemu, docs/interop/nbd.rst): bit 0, it has changed."""
 
 CACHE_BYTES = 32 << 20
 """A CACHE is done in steps of this much, since it may ask for the whole export."""
@@ -43,22 +51,25 @@ class Target:
     """What requests are for, and how they are answered.
 
     Arguments:
-        volume: the export's volume.
+        volume: the export's volume, or snapshot.
         replies: the family of replies that was agreed on.
         contexts: the metadata contexts that were agreed on.
+        since: the snapshots that the dirty bitmaps among these are about, by label.
         max_extents: extents in one reply, per context.
     """
 
     def __init__(
         self,
-        volume: Volume,
+        volume: Image,
         replies: SimpleReplies,
         contexts: Sequence[MetaContext],
+        since: Mapping[str, Snapshot],
         max_extents: int,
     ) -> None:
         self.volume = volume
         self.replies = replies
         self.contexts = contexts
+        self.since = since
         self.max_extents = max_extents
         self.max_status_bytes = max_extents * EXTENDED_EXTENT.size * len(contexts)
         self._reported: set[type[Exception]] = set()
@@ -144,12 +155,19 @@ async def _block_status(target: Target, request: Request, out: list[Buffer]) -> 
     _, flags, cookie, offset, length, payload, _ = request
     # REQ_ONE: one extent, not longer than the request; the first of a listing is that.
     max_extents = 1 if flags & CommandFlag.REQ_ONE else target.max_extents
-    extents = await target.volume.extents(offset, length, max_extents=max_extents)
     contexts = target.contexts
     if payload is not None:
         chosen = {context_id for (context_id,) in U32.iter_unpack(payload)}
         contexts = [context for context in contexts if context.id in chosen]
-    status = [(context, describe(context, extents)) for context in contexts]
+    status: list[tuple[MetaContext, Extents]] = []
+    extents: Sequence[Extent] = ()
+    for context in contexts:
+        if context.label.startswith(DIRTY_BITMAP):
+            since = target.since[context.label]
+            status.append((context, await dirty(target.volume, since, offset, length, max_extents)))
+            continue
+        extents = extents or await target.volume.extents(offset, length, max_extents=max_extents)
+        status.append((context, describe(context, extents)))
     return target.replies.block_status(out, cookie, offset, status)
 
 
@@ -158,12 +176,12 @@ async def _block_status(target: Target, request: Request, out: list[Buffer]) -> 
 _STATUS: dict[MetaContext, dict[ExtentKind, int]] = {
     # A hole has no space promised to it, so a write to it may fail with ENOSPC, which is just
     # what HOLE says; ZERO alone is provisioned (proto.md, "Metadata contexts").
-    MetaContext.BASE_ALLOCATION: {
+    BASE_ALLOCATION: {
         ExtentKind.HOLE: Allocation.HOLE | Allocation.ZERO,
         ExtentKind.ZERO: Allocation.ZERO,
         ExtentKind.DATA: 0,
     },
-    MetaContext.ALLOCATION_DEPTH: {ExtentKind.HOLE: 0, ExtentKind.ZERO: 1, ExtentKind.DATA: 1},
+    ALLOCATION_DEPTH: {ExtentKind.HOLE: 0, ExtentKind.ZERO: 1, ExtentKind.DATA: 1},
 }
 
 
@@ -180,9 +198,30 @@ def describe(context: MetaContext, extents: Sequence[Extent]) -> Extents:
     return merged
 
 
+async def dirty(
+    volume: Image, since: Snapshot, offset: int, length: int, max_extents: int
+) -> Extents:
+    """Tell what has changed in a range since a snapshot, in at most `max_extents` extents."""
+    found: list[tuple[int, int]] = []
+    at = offset
+    async for change in changes(since, volume, offset, length):
+        if change.offset > at:
+            found.append((change.offset - at, 0))
+        if found and found[-1][1] == DIRTY:
+            found[-1] = (found[-1][0] + change.length, DIRTY)
+        else:
+            found.append((change.length, DIRTY))
+        at = change.offset + change.length
+        if len(found) > max_extents:
+            return found[:max_extents]
+    if at < offset + length:
+        found.append((offset + length - at, 0))
+    return found[:max_extents]
+
+
 _ERRORS: tuple[tuple[type[Exception], Errno, str], ...] = (
     (NoSpace, Errno.ENOSPC, "The pool is full."),
-    (NotFound, Errno.ESHUTDOWN, "The volume was deleted."),
+    (NotFound, Errno.ESHUTDOWN, "The volume, or the snapshot, was deleted."),
     (Corruption, Errno.EIO, "A block is damaged; see the server's log."),
     (ReadFailed, Errno.EIO, "The disk under the pool failed to read; see the server's log."),
     (WriteFailed, Errno.EIO, "The disk under the pool failed to write; see the server's log."),

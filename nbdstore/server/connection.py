@@ -26,7 +26,7 @@ from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
 from nbdstore.server.tls import identify
-from nbdstore.store import Volume
+from nbdstore.store import Image
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,11 @@ class Connection:
         self._agreement: Agreement | None = None
 
     @property
-    def volume(self) -> Volume | None:
-        """The volume this client has attached: from when that was agreed, before it is told so,
-        until no request of it can be executed any more."""
+    def volume(self) -> Image | None:
+        """The volume, or snapshot, that this client has attached.
+
+        From when that was agreed, before it is told so, until no request of it can be executed.
+        """
         return self._offer.volume if self._offer else None
 
     @property

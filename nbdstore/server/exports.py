@@ -9,6 +9,10 @@ may attach it; empty means that everybody may whom the server lets in. A volume 
 allowed to a client is not listed to it. Nor is one with the property ``importing``, which nobody
 may attach: what it holds is not whole yet, and would change under its client.
 
+A snapshot is an export of its own, ``VOLUME@NAME``, read-only, for whoever may attach its volume.
+What has changed since a snapshot is told of its volume, and of its younger snapshots, as the
+metadata context ``qemu:dirty-bitmap:NAME``.
+
 A volume that is leased (`nbdstore.lease`) is attached by showing that lease in the export's name;
 without it, or with one that has ended, it is refused. It is not listed, since clients that list
 exports try each by its plain name, and nbdinfo gives up at the first that it does not get.
@@ -19,16 +23,23 @@ the next one can first end all connections of before, and knows that there are n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from nbdstore import lease
 from nbdstore.lease import Claim, Lease
-from nbdstore.protocol.agreement import Offer, OptionRefused, TlsMode
+from nbdstore.protocol.agreement import (
+    CONTEXTS,
+    DIRTY_BITMAP,
+    MetaContext,
+    Offer,
+    OptionRefused,
+    TlsMode,
+)
 from nbdstore.protocol.constants import OptionReply, TransmissionFlag
 from nbdstore.server.options import ServerOptions
-from nbdstore.store import Volume
+from nbdstore.store import Image, Snapshot, Volume
 
 READ_ONLY_FLAGS = (
     TransmissionFlag.HAS_FLAGS
@@ -74,10 +85,15 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeOffer(Offer):
-    """An offer that knows its volume, and the lease by which it is attached."""
+    """An offer that knows its volume, or snapshot, and the lease by which it is attached.
 
-    volume: Volume
+    Arguments:
+        since: the snapshots that the dirty bitmaps among its contexts are about, by label.
+    """
+
+    volume: Image
     lease: Lease | None = None
+    since: Mapping[str, Snapshot] = field(default_factory=dict)
 
 
 class HasVolumes(Protocol):
@@ -118,13 +134,18 @@ class Exports:
         return len(self._pool.volumes)
 
     def offers(self, identity: Identity) -> Iterator[Offer]:
-        """List what this client may attach, by name."""
+        """List what this client may attach, by name: each volume, and after it its snapshots."""
         for _, volume in sorted(self._pool.volumes.items()):
-            if self._refusal(volume, identity) is None and self._lease_refusal(volume) is None:
+            if self._refusal(volume, identity) is not None:
+                continue
+            if self._lease_refusal(volume) is None:
                 yield self._offer(volume)
+            yield from map(self._offer_snapshot, volume.snapshots.values())
 
     def find(self, name: str, identity: Identity) -> Offer:
         """Look up an export for a client; OptionRefused says why it cannot have it."""
+        if "@" in name:
+            return self._find_snapshot(name, identity)
         volume_name, claim = lease.split_export(name)
         volume = self._pool.volumes.get(volume_name) if name else self._default_volume()
         if volume is None:
@@ -133,6 +154,18 @@ class Exports:
         if refusal is not None:
             raise refusal
         return self._offer(volume, claim)
+
+    def _find_snapshot(self, name: str, identity: Identity) -> Offer:
+        """Look up ``VOLUME@NAME``; a lease of the volume is of what can be written, not of this."""
+        volume_name, _, snapshot_name = name.partition("@")
+        volume = self._pool.volumes.get(volume_name)
+        snapshot = volume.snapshots.get(snapshot_name) if volume else None
+        if volume is None or snapshot is None:
+            raise OptionRefused(OptionReply.ERR_UNKNOWN, self._unknown(name))
+        refusal = self._refusal(volume, identity)
+        if refusal is not None:
+            raise refusal
+        return self._offer_snapshot(snapshot)
 
     def _default_volume(self) -> Volume | None:
         volumes = self._pool.volumes
@@ -209,9 +242,35 @@ class Exports:
             flags=READ_ONLY_FLAGS if self._read_only else READ_WRITE_FLAGS,
             description=str(volume.properties.get("description", "")),
             preferred_block=max(512, volume.block_size),
+            contexts=_contexts([*volume.snapshots]),
+            since={DIRTY_BITMAP + name: found for name, found in volume.snapshots.items()},
             volume=volume,
             lease=held,
         )
+
+    def _offer_snapshot(self, snapshot: Snapshot) -> VolumeOffer:
+        older = {
+            name: other
+            for name, other in snapshot.volume.snapshots.items()
+            if other.info.epoch < snapshot.info.epoch
+        }
+        return VolumeOffer(
+            name=snapshot.name,
+            size=snapshot.size,
+            flags=READ_ONLY_FLAGS,
+            description=f"{snapshot.volume.name} as it was at {snapshot.status()['created']}",
+            preferred_block=max(512, snapshot.block_size),
+            contexts=_contexts([*older]),
+            since={DIRTY_BITMAP + name: other for name, other in older.items()},
+            volume=snapshot,
+        )
+
+
+def _contexts(snapshots: Sequence[str]) -> tuple[MetaContext, ...]:
+    """The contexts of an export: what has changed since each of `snapshots`, and what all have."""
+    first = CONTEXTS[-1].id + 1
+    bitmaps = [MetaContext(first + at, DIRTY_BITMAP + name) for at, name in enumerate(snapshots)]
+    return *CONTEXTS, *bitmaps
 
 
 class ExportsView:

@@ -18,7 +18,7 @@ from nbdstore.server.exports import Exports, HasVolumes
 from nbdstore.server.listener import Listener
 from nbdstore.server.options import ServerOptions
 from nbdstore.server.tls import make_context
-from nbdstore.store import Volume
+from nbdstore.store import Image, Volume
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Server:
         """All connections, those in their handshake included."""
         return [connection.info for connection in self._connections]
 
-    def attached(self, volume: Volume) -> int:
+    def attached(self, volume: Image) -> int:
         """Count the connections that have a volume attached."""
         return sum(connection.volume is volume for connection in self._connections)
 
@@ -119,7 +119,7 @@ class Server:
         """Let nobody attach a volume while the context lasts; not to be nested."""
         return self._settings.exports.barred(volume)
 
-    async def fence(self, volume: Volume, why: str) -> int:
+    async def fence(self, volume: Image, why: str) -> int:
         """End all connections of a volume; return how many there were.
 
         When this returns, no request of theirs is executed any more, whatever the network still

@@ -116,7 +116,10 @@ class Session:
         self._parser = RequestParser(Rules(agreement), spares=budget.spares)
         self.grow()  # it may have grown since its size was told
         self._replies = make_replies(agreement.mode)
-        self._target = Target(self.volume, self._replies, agreement.contexts, limits.max_extents)
+        since = agreement.offer.since
+        self._target = Target(
+            self.volume, self._replies, agreement.contexts, since, limits.max_extents
+        )
         self._outbox = Outbox()
         self._backlog: list[Request] = []
         self._bytes_in_flight = 0

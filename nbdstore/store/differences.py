@@ -215,12 +215,15 @@ async def changes(
         offset, length: bytes of `newer` to look at; None = up to its end.
 
     Raises:
+        NotFound: one of them was deleted.
         Corruption, ReadFailed: of a leaf or node.
     """
+    others = [] if older is None else [older]
+    for image in (newer, *others):
+        await image.open()
     end = newer.size if length is None else offset + length
     size = newer.block_size
     last: Change | None = None
-    others = [] if older is None else [older]
     leaf_bytes = newer.map.fanout * size
     async for leaves in unlike_leaves(newer, others, offset // leaf_bytes, -(-end // leaf_bytes)):
         now = await current_locations(newer, leaves)

@@ -7,16 +7,18 @@ deleted since.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from nbdstore.errors import NotFound, StoreError
+from nbdstore.errors import NotFound, StoreError, WriteFailed
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import SnapshotInfo, VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer
 from nbdstore.store.core import Core
-from nbdstore.store.durability import Committer
+from nbdstore.store.durability import Committer, OnDurable
 from nbdstore.store.extents import Extent, Extents
+from nbdstore.store.host import Buffer
 from nbdstore.store.mapmemory import MapMemory
 from nbdstore.store.reading import Reading, Segment
 
@@ -70,6 +72,11 @@ class Image:
         return self.info.size
 
     @property
+    def properties(self) -> dict[str, Any]:
+        """What others keep with the volume."""
+        raise NotImplementedError
+
+    @property
     def is_gone(self) -> bool:
         """It was deleted."""
         raise NotImplementedError
@@ -107,7 +114,40 @@ class Image:
         self.check_range(offset, length)
         await self.reading.cache(offset, length)
 
+    # -- changes, which only volumes take --------------------------------------------------
+
+    def write_now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
+        """See Volume.write_now."""
+        raise self._read_only()
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """See Volume.write."""
+        raise self._read_only()
+
+    async def trim(self, offset: int, length: int) -> None:
+        """See Volume.trim."""
+        raise self._read_only()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False
+    ) -> None:
+        """See Volume.write_zeroes."""
+        raise self._read_only()
+
+    def _read_only(self) -> StoreError:
+        return WriteFailed(f"{self.kind} {self.name} cannot be written: clone it, and write that")
+
+    async def flush(self) -> None:
+        """Return when all of it is durable: for what cannot be written, at once."""
+
+    def flush_soon(self, done: OnDurable) -> bool:
+        """See Volume.flush_soon."""
+        return False
+
     # -- for the parts of the store ---------------------------------------------------------
+
+    async def open(self) -> None:
+        """Return with the map in memory: a volume's always is."""
 
     async def load(self, start: int, stop: int) -> None:
         """Return with the map's leaves of blocks `[start, stop)` in memory."""

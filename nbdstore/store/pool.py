@@ -284,12 +284,8 @@ class Pool:
         return {
             snapshot.name: snapshot
             for volume in self._registry.by_name.values()
-            for snapshot in self._registry.snapshots_of(volume)
+            for snapshot in volume.snapshots.values()
         }
-
-    def snapshots_of(self, volume: Volume) -> list[Snapshot]:
-        """The snapshots of a volume, oldest first."""
-        return self._registry.snapshots_of(volume)
 
     def heirs(self, snapshot: Snapshot) -> list[Image]:
         """What continues from a snapshot: volumes, its clones among them, and snapshots."""

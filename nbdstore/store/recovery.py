@@ -344,7 +344,7 @@ def _load_images(services: Services, registry: Registry, listed: Catalogue) -> I
         blocks, locations = load_map_now(services.core, info.root, info.size, info.name)
         registry.add(services, info, blocks)
         nodes.append(layout.slots_of(locations))
-    for snapshot in listed.snapshots:
+    for snapshot in sorted(listed.snapshots, key=lambda info: info.epoch):
         registry.add_snapshot(services, snapshot)
     return np.concatenate(nodes)
 

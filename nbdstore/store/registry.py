@@ -51,7 +51,9 @@ class Registry:
 
     def add_snapshot(self, services: Services, info: SnapshotInfo) -> Snapshot:
         """Take up a snapshot that exists."""
-        snapshot = Snapshot(services, info, self.by_id[info.volume])
+        volume = self.by_id[info.volume]
+        snapshot = Snapshot(services, info, volume)
+        volume.snapshots[info.name] = snapshot
         snapshot.kept_epoch = self.epochs[info.parent]
         self.snapshots[info.id] = snapshot
         self.epochs[info.id] = info.epoch
@@ -63,17 +65,13 @@ class Registry:
             heir.info.parent = snapshot.info.parent
             heir.kept_epoch = snapshot.kept_epoch
         del self.snapshots[snapshot.id], self.epochs[snapshot.id]
+        del snapshot.volume.snapshots[snapshot.info.name]
         snapshot.removed()
 
     def heirs(self, snapshot: Snapshot) -> list[Image]:
         """What continues from `snapshot`: snapshots and volumes, deleted ones included."""
         images: list[Image] = [*self.snapshots.values(), *self.by_id.values()]
         return [image for image in images if image.info.parent == snapshot.id]
-
-    def snapshots_of(self, volume: Volume) -> list[Snapshot]:
-        """The snapshots of `volume`, oldest first."""
-        found = [s for s in self.snapshots.values() if s.volume is volume]
-        return sorted(found, key=lambda snapshot: snapshot.info.epoch)
 
     # -- changes ----------------------------------------------------------------------------
 

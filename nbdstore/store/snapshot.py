@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nbdstore.store.catalogue import SnapshotInfo
-from nbdstore.store.durability import OnDurable
 from nbdstore.store.extents import Extent
 from nbdstore.store.image import Image, Services
 from nbdstore.store.mapmemory import load_map, load_map_now
@@ -132,13 +131,6 @@ class Snapshot(Image):
         """As Image.cache."""
         await self.open()
         await super().cache(offset, length)
-
-    async def flush(self) -> None:
-        """Do nothing: a snapshot is durable before anybody can see it."""
-
-    def flush_soon(self, done: OnDurable) -> bool:
-        """As Volume.flush_soon: there is nothing to be made durable."""
-        return False
 
     def status(self) -> dict[str, Any]:
         """What there is to know, JSON-able; sizes in bytes."""

@@ -81,7 +81,7 @@ class Snapshots:
 
     def _check_new(self, volume: Volume, name: str) -> None:
         volume.check_there()
-        if any(found.info.name == name for found in self._registry.snapshots_of(volume)):
+        if name in volume.snapshots:
             raise AlreadyExists(
                 f"snapshot {volume.name}@{name} exists already: choose another name"
             )
@@ -103,10 +103,8 @@ class Snapshots:
             snapshot.check_there()
             heirs = self._registry.heirs(snapshot)
             self._check_deletable(snapshot, heirs)
-            await snapshot.open()
-            for heir in heirs:
-                if isinstance(heir, Snapshot):
-                    await heir.open()
+            for image in (snapshot, *heirs):
+                await image.open()
             await self._checkpointer.run_locked(
                 change=_Removal(self._services, self._registry, snapshot, heirs)
             )
@@ -129,16 +127,14 @@ class Snapshots:
     async def n_bytes_alone(self, snapshot: Snapshot) -> int:
         """See Pool.bytes_alone."""
         with snapshot.in_use():
-            await snapshot.open()
             heirs = self._registry.heirs(snapshot)
-            for heir in heirs:
-                if isinstance(heir, Snapshot):
-                    await heir.open()
+            for image in (snapshot, *heirs):
+                await image.open()
             return await n_blocks_alone(snapshot, heirs) * snapshot.block_size
 
     async def delete_volume(self, volume: Volume) -> None:
         """See Pool.delete_volume."""
-        for snapshot in self._registry.snapshots_of(volume):
+        for snapshot in volume.snapshots.values():
             clones = [h.name for h in self._registry.heirs(snapshot) if _is_clone(h, snapshot)]
             if clones:
                 raise Busy(
@@ -146,8 +142,8 @@ class Snapshots:
                     f"them before volume {volume.name}"
                 )
         # The newest first: nothing but the volume, or nothing, continues from it.
-        while own := self._registry.snapshots_of(volume):
-            await self.delete(own[-1])
+        while volume.snapshots:
+            await self.delete([*volume.snapshots.values()][-1])
         await self._administration.delete(volume)
 
     # -- volumes from snapshots -------------------------------------------------------------
@@ -221,11 +217,10 @@ class Snapshots:
 
     def _check_flattenable(self, volume: Volume) -> None:
         volume.check_there()
-        own = self._registry.snapshots_of(volume)
-        if own:
+        if volume.snapshots:
             raise Busy(
                 f"volume {volume.name} has snapshots, which share what it shares "
-                f"({', '.join(found.name for found in own[:5])}): delete them first"
+                f"({', '.join([*volume.snapshots][:5])}): delete them first"
             )
 
     async def _cut_off(self, volume: Volume) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from nbdstore.store.image import Image, Services
 from nbdstore.store.layout import I64, U64
 from nbdstore.store.ranges import Ranges
 from nbdstore.store.writing import Writing
+
+if TYPE_CHECKING:
+    from nbdstore.store.snapshot import Snapshot
 
 
 class Undecided:
@@ -54,6 +57,7 @@ class Volume(Image):
     Attributes:
         last_seq, durable_seq: its newest record, and its newest durable one.
         unsynced: its data that is in the page cache only.
+        snapshots: of it, by what follows the '@', oldest first; changed by the registry only.
         undecided: what it gives up while nobody knows yet whether a snapshot will keep it.
     """
 
@@ -67,6 +71,7 @@ class Volume(Image):
         self.last_seq = 0
         self.durable_seq = 0
         self.unsynced = Unsynced()
+        self.snapshots: dict[str, Snapshot] = {}
         self.undecided: Undecided | None = None
         self.writing = Writing(self)
         self.ranges = Ranges(self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nbdstore.errors import ProtocolError
-from nbdstore.protocol.agreement import Agreement, MetaContext, Offer, ReplyMode
+from nbdstore.protocol.agreement import CONTEXTS, Agreement, Offer, ReplyMode
 from nbdstore.protocol.constants import (
     EXTENDED_REQUEST,
     EXTENDED_REQUEST_MAGIC,
@@ -40,7 +40,7 @@ def agreements(program: Program) -> Agreement:
     """One of the agreements that a handshake can end in."""
     mode = program.choose(tuple(ReplyMode))
     bits = program.byte()
-    contexts = tuple(MetaContext) if bits & 1 and mode is not ReplyMode.SIMPLE else ()
+    contexts = CONTEXTS if bits & 1 and mode is not ReplyMode.SIMPLE else ()
     flags = FLAGS
     if bits & 2:
         flags |= TransmissionFlag.READ_ONLY

@@ -17,7 +17,7 @@ import socket
 from typing import cast
 
 from nbdstore.errors import Corruption, NoSpace
-from nbdstore.protocol.agreement import MetaContext, ReplyMode
+from nbdstore.protocol.agreement import CONTEXTS, ReplyMode
 from nbdstore.protocol.client import ClientHandshake, ClientTransmission, Reply, option_exchange
 from nbdstore.protocol.constants import Command, CommandFlag, Errno, OptionReply
 from nbdstore.server import Limits, Server, ServerOptions, connection
@@ -51,7 +51,7 @@ LOOK_EVERY_S = 0.002
 PATIENCE = 40
 """Turns of the loop after which a client takes it that the server waits for it."""
 
-QUERIES = tuple(context.label for context in MetaContext)
+QUERIES = tuple(context.label for context in CONTEXTS)
 LENGTHS = (0, 1, 511, 512, 4095, 4096, 4097, 8192, 16384, SIZE, SIZE + 1, 1 << 25, (1 << 32) - 1)
 
 

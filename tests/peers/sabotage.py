@@ -18,7 +18,7 @@ import pytest
 
 from nbdstore.errors import ProtocolError
 from nbdstore.protocol import handshake, rules
-from nbdstore.protocol.agreement import Agreement, MetaContext, OptionRefused, TlsMode
+from nbdstore.protocol.agreement import BASE_ALLOCATION, Agreement, OptionRefused, TlsMode
 from nbdstore.protocol.constants import (
     ERROR,
     EXPORT_NAME_PADDING,
@@ -386,7 +386,7 @@ def small_writes_undo_each_other(patch: Patch) -> None:
 
 @breaks(25, "status-written")
 def data_is_told_to_be_zero(patch: Patch) -> None:
-    allocation = commands._STATUS[MetaContext.BASE_ALLOCATION]
+    allocation = commands._STATUS[BASE_ALLOCATION]
     patch.setitem(allocation, ExtentKind.DATA, allocation[ExtentKind.ZERO])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nbdstore.errors import ProtocolError
-from nbdstore.protocol.agreement import MetaContext, Offer, ReplyMode, TlsMode
+from nbdstore.protocol.agreement import BASE_ALLOCATION, CONTEXTS, Offer, ReplyMode, TlsMode
 from nbdstore.protocol.client import (
     ClientHandshake,
     build_info,
@@ -218,7 +218,7 @@ def test_listing_contexts_tells_id_zero(how):
     listing = build_option(Option.LIST_META_CONTEXT, build_meta_context("disk", []))
     *contexts, ack = ask(new(), listing, how)
     assert [c.data for c in contexts] == [
-        U32.pack(0) + context.label.encode() for context in MetaContext
+        U32.pack(0) + context.label.encode() for context in CONTEXTS
     ]
     assert ack.reply == OptionReply.ACK
 
@@ -229,7 +229,7 @@ def test_selected_contexts_are_agreed_on(how):
     assert context.data == U32.pack(1) + b"base:allocation"
     assert ack.reply == OptionReply.ACK
     deliver(handshake, GO, how)
-    assert handshake.agreement.contexts == (MetaContext.BASE_ALLOCATION,)
+    assert handshake.agreement.contexts == (BASE_ALLOCATION,)
 
 
 def test_filter_payloads_are_advertised_with_contexts_and_extended_headers(how):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdstore.protocol.agreement import MetaContext, ReplyMode
+from nbdstore.protocol.agreement import CONTEXTS, ReplyMode
 from nbdstore.protocol.client import ClientTransmission, Reply
 from nbdstore.protocol.constants import U64, Chunk, Command, Errno
 from nbdstore.protocol.options import MAX_MESSAGE
@@ -142,7 +142,7 @@ def test_zeroes_are_not_allocated(exchange):
 def test_block_status_has_a_chunk_per_context(mode):
     exchange = Exchange(mode)
     cookie = exchange.ask(Command.BLOCK_STATUS, 8192)
-    base, depth = MetaContext
+    base, depth = CONTEXTS
     statuses = [(base, [(4096, 3), (4096, 0)]), (depth, [(4096, 0), (4096, 1)])]
     n_bytes = exchange.replies.block_status(exchange.out, cookie, OFFSET, statuses)
     (reply,) = exchange.get(n_bytes, step=7)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from nbdstore.protocol.agreement import Agreement, MetaContext, Offer, ReplyMode
+from nbdstore.protocol.agreement import CONTEXTS, Agreement, Offer, ReplyMode
 from nbdstore.protocol.constants import Command, CommandFlag, Errno, TransmissionFlag
 from nbdstore.protocol.rules import ALLOWED, NOTHING_TO_DO, Rules
 from tests.protocol.conversation import FLAGS
 
 SIZE = 1 << 40
 MAX = 32 << 20
-BOTH = tuple(MetaContext)
+BOTH = CONTEXTS
 READ_ONLY = (
     TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY | TransmissionFlag.SEND_FUA
 ) & ~TransmissionFlag.SEND_TRIM

@@ -3,7 +3,7 @@
 import pytest
 
 from nbdstore.errors import ProtocolError
-from nbdstore.protocol.agreement import Agreement, MetaContext, Offer, ReplyMode
+from nbdstore.protocol.agreement import CONTEXTS, Agreement, Offer, ReplyMode
 from nbdstore.protocol.client import ClientTransmission
 from nbdstore.protocol.constants import (
     EXTENDED_REQUEST,
@@ -255,7 +255,7 @@ def test_effects_have_64_bits():
     assert feed(big, request(Command.READ, 0, 1 << 40, mode=EXTENDED))[0][-1] == Errno.EINVAL
 
 
-BOTH = tuple(MetaContext)
+BOTH = CONTEXTS
 
 
 def filtered(length: int, ids, flags=0) -> bytes:

@@ -24,6 +24,7 @@ class MemoryVolume:
         self.size = size
         self.block_size = BLOCK
         self.properties: dict[str, Any] = {}
+        self.snapshots: dict[str, Any] = {}
         self.blocks: dict[int, bytearray] = {}
         self.provisioned: set[int] = set()
         self.cold = False
