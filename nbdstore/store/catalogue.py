@@ -93,6 +93,7 @@ class SnapshotInfo:
         volume: the id of the volume that it is a snapshot of.
         name: what follows the '@'.
         size: of the volume then, bytes.
+        uuid: what it is, wherever it is: a copy of it in another pool has the same.
         epoch: the volume's epoch then: nothing in it was born later.
         parent: the snapshot that the volume continued from then.
         root: entry of the map's root.
@@ -105,6 +106,7 @@ class SnapshotInfo:
     volume: int
     name: str
     size: int
+    uuid: str
     created: int
     epoch: int
     parent: int = 0
@@ -120,7 +122,8 @@ class SnapshotInfo:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> SnapshotInfo:
         """Rebuild from :meth:`to_json`, as :meth:`VolumeInfo.from_json`."""
-        return cls(**_known(cls, found))
+        # Without one, as development versions wrote it, it is like no other.
+        return cls(**{"uuid": ""} | _known(cls, found))
 
 
 def _to_json(info: VolumeInfo | SnapshotInfo) -> dict[str, Any]:

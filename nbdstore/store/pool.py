@@ -291,17 +291,22 @@ class Pool:
         """What continues from a snapshot: volumes, its clones among them, and snapshots."""
         return self._registry.heirs(snapshot)
 
-    async def create_snapshots(self, wanted: Sequence[tuple[Volume, str]]) -> list[Snapshot]:
+    async def create_snapshots(
+        self, wanted: Sequence[tuple[Volume, str]], *, uuids: Sequence[str] | None = None
+    ) -> list[Snapshot]:
         """Make a snapshot of each of some volumes, all of one moment; durable when this returns.
 
         They hold what was acknowledged before the call, and nothing acknowledged after it.
+
+        Arguments:
+            uuids: of snapshots in another pool, of which these are copies; None = new ones.
 
         Raises:
             InvalidArgument, AlreadyExists: of the names.
             NoSpace: the pool is nearly full, or holds writes for want of space.
         """
         self._check_room("snapshots")
-        return await self._snapshots.create(wanted)
+        return await self._snapshots.create(wanted, uuids)
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
         """Take a snapshot away, and free what only it holds; durable when this returns.

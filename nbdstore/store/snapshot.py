@@ -138,6 +138,7 @@ class Snapshot(Image):
         created = datetime.datetime.fromtimestamp(info.created, datetime.UTC)
         return {
             "id": info.id,
+            "uuid": info.uuid,
             "volume": self.volume.name,
             "name": info.name,
             "size": info.size,

@@ -63,19 +63,26 @@ class Snapshots:
 
     # -- snapshots --------------------------------------------------------------------------
 
-    async def create(self, wanted: Sequence[tuple[Volume, str]]) -> list[Snapshot]:
+    async def create(
+        self, wanted: Sequence[tuple[Volume, str]], uuids: Sequence[str] | None
+    ) -> list[Snapshot]:
         """See Pool.create_snapshots."""
         for _, name in wanted:
             catalogue.check_name(name, "snapshot")
+        if uuids is None:
+            uuids = [str(self._core.host.new_uuid()) for _ in wanted]
         if len({volume.id for volume, _ in wanted}) < len(wanted):
             raise InvalidArgument("the same volume is named twice: give each one once")
-        return await self._administration.alone(self._create(wanted))
+        return await self._administration.alone(self._create(wanted, uuids))
 
-    async def _create(self, wanted: Sequence[tuple[Volume, str]]) -> list[Snapshot]:
+    async def _create(
+        self, wanted: Sequence[tuple[Volume, str]], uuids: Sequence[str]
+    ) -> list[Snapshot]:
         async with self._administration.turn(), self._checkpointer.lock:
             for volume, name in wanted:
                 self._check_new(volume, name)
-            cut = _Cut(self._services, self._registry, wanted, int(self._core.host.time()))
+            now = int(self._core.host.time())
+            cut = _Cut(self._services, self._registry, wanted, uuids, now)
             await self._checkpointer.run_locked(change=cut)
             return cut.made
 
@@ -244,23 +251,26 @@ class _Cut:
         services: Services,
         registry: Registry,
         wanted: Sequence[tuple[Volume, str]],
+        uuids: Sequence[str],
         created: int,
     ) -> None:
         self._services = services
         self._registry = registry
         self._wanted = wanted
+        self._uuids = uuids
         self._created = created
         self._infos: list[SnapshotInfo] = []
         self.made: list[Snapshot] = []
 
     def begin(self, frozen: Frozen) -> None:
-        for volume, name in self._wanted:
+        for (volume, name), uuid in zip(self._wanted, self._uuids, strict=True):
             then, now = frozen.volumes[volume.id].info, volume.info
             info = SnapshotInfo(
                 self._services.checkpointer.take_id(),
                 volume.id,
                 name,
                 then.size,
+                uuid,
                 self._created,
                 then.epoch,
                 parent=then.parent,

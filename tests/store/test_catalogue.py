@@ -34,6 +34,7 @@ SNAPSHOT = SnapshotInfo(
     volume=7,
     name="nightly",
     size=512,
+    uuid="b3bd1ea2-5ee1-4e5b-bd0e-7f3d2a4f5c11",
     created=1_700_000_001,
     epoch=2,
     parent=5,
@@ -67,6 +68,13 @@ def test_of_an_older_version_without_snapshots_all_is_the_volumes_own() -> None:
         del raw["volumes"][0][later]
     (info,) = Catalogue.decode(json.dumps(raw).encode()).volumes
     assert (info.n_own, info.parent, info.written, info.trashed) == (INFO.n_mapped, 0, False, 0)
+
+
+def test_a_snapshot_without_a_uuid_is_read() -> None:
+    raw = json.loads(Catalogue(1, [], [SNAPSHOT]).encode())
+    del raw["snapshots"][0]["uuid"]
+    (info,) = Catalogue.decode(json.dumps(raw).encode()).snapshots
+    assert info.uuid == ""
 
 
 @pytest.mark.parametrize("name", ["a", "0", "v1.2-3_4", "A" * 255, "a..", "9-"])

@@ -62,6 +62,20 @@ async def test_a_snapshot_holds_what_the_volume_held_whatever_comes(directory: P
         assert found[: 5 * BLOCK] == b"1" * 4 * BLOCK + bytes(BLOCK)
 
 
+async def test_a_snapshot_keeps_a_uuid_of_its_own_or_the_one_it_is_given(directory: Path) -> None:
+    given = "b3bd1ea2-5ee1-4e5b-bd0e-7f3d2a4f5c11"
+    async with opened(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        first, second = await snap(pool, volume, "1"), await snap(pool, volume, "2")
+        await pool.create_snapshots([(volume, "copy")], uuids=[given])
+        uuids = [first.info.uuid, second.info.uuid, given]
+        assert len({*uuids, volume.info.uuid}) == 4
+        await pool.delete_snapshot(first)
+        await pool.rename_volume(volume, "w")
+    async with opened(directory) as pool:
+        assert [found.status()["uuid"] for found in pool.snapshots.values()] == uuids[1:]
+
+
 async def test_several_volumes_have_one_moment(directory: Path) -> None:
     async with opened(directory) as pool:
         one, two = [await pool.create_volume(name, MIB) for name in ("one", "two")]
