@@ -62,6 +62,8 @@ class PoolOptions:
         checkpoint_slice_nodes: nodes that a checkpoint writes between two turns of the event
             loop; 128 take about 1 ms.
         n_quick_syncs: after so many quick ones in a row, small syncs are done on the event loop.
+        trash_keep_s: how long a volume rests in the trash before it is deleted; it is deleted
+            earlier when the pool needs the space.
         slots: makes the map of free slots, which decides where things are written.
     """
 
@@ -72,6 +74,7 @@ class PoolOptions:
     checkpoint_interval_s: float = 60.0
     checkpoint_slice_nodes: int = 128
     n_quick_syncs: int = 16
+    trash_keep_s: float = 86400.0
     slots: type[Slots] = Slots
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class PoolOptions:
             raise InvalidArgument(f"map memory {self.map_memory}: give at least 16M")
         if self.full_timeout_s < 0:
             raise InvalidArgument(f"full timeout {self.full_timeout_s}: give 0 (for ever) or more")
+        if self.trash_keep_s < 0:
+            raise InvalidArgument(f"time in the trash {self.trash_keep_s}: give 0 or more")
 
 
 class Core:
@@ -92,6 +97,8 @@ class Core:
             then, and unless the pool is being repaired, nothing may be written.  It may be called
             in a thread.  None = raise.
         failed: why the pool stopped acknowledging, or None.
+        reclaim: begins to delete what is kept only as long as there is space, and tells whether
+            there is any, or some is being deleted; None = there never is.
         n_held: writes that wait for space now.
         n_corruptions: damaged blocks met by reads so far.
         reserve: slots that only overwriting, checkpoints and freeing may use.
@@ -116,6 +123,7 @@ class Core:
         self.options = options
         self.map_counts = MapCounts()
         self.on_damage: OnDamage | None = None
+        self.reclaim: Callable[[], bool] | None = None
         self.failed: str | None = None
         self.n_held = 0
         self.n_corruptions = 0

@@ -24,6 +24,7 @@ from nbdstore.store.local_host import LOCAL
 from nbdstore.store.punching import Puncher
 from nbdstore.store.snapshot import Snapshot
 from nbdstore.store.snapshots import Snapshots
+from nbdstore.store.trash import Trash
 from nbdstore.store.volume import Volume
 
 log = logging.getLogger("nbdstore.store")
@@ -50,6 +51,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._administration = Administration(opened.services, opened.registry, self._spawn)
         self._snapshots = Snapshots(opened.services, opened.registry, self._administration)
+        self._trash = Trash(self._core, opened.registry, self._snapshots, self._spawn)
         self._warned_at = 0.0
         self._closed = False
 
@@ -207,16 +209,18 @@ class Pool:
             InvalidArgument, AlreadyExists: of name, size and properties.
             NoSpace: the pool is nearly full, or holds writes for want of space.
         """
-        self._check_room("volumes")
+        await self._require_room("volumes")
         return await self._administration.create(name, size, properties or {})
 
-    def _check_room(self, what: str) -> None:
-        """Raise NoSpace if there may be no new ones."""
-        if self.fill >= _REFUSE_NEW_AT or self._core.n_held:
-            raise NoSpace(
-                f"the pool is {self.fill:.0%} full: trim, delete or enlarge it "
-                f"before making new {what}"
-            )
+    async def _require_room(self, what: str) -> None:
+        """Raise NoSpace if there may be no new ones, even when the trash is empty."""
+        while self.fill >= _REFUSE_NEW_AT or self._core.n_held:
+            if not self._trash.reclaim():
+                raise NoSpace(
+                    f"the pool is {self.fill:.0%} full: trim, delete or enlarge it "
+                    f"before making new {what}"
+                )
+            await self._core.wait_for_change(_TICK_S)
 
     async def resize_volume(self, volume: Volume, size: int, *, force: bool = False) -> None:
         """Change a volume's size; durable when this returns.  Connected clients see it later.
@@ -258,13 +262,13 @@ class Pool:
     @property
     def trash(self) -> list[Volume]:
         """The volumes in the trash, those that came first first."""
-        found = [v for v in self._registry.by_id.values() if v.info.trashed and not v.info.deleted]
-        return sorted(found, key=lambda volume: (volume.info.trashed, volume.id))
+        return self._trash.volumes
 
     async def trash_volume(self, volume: Volume) -> None:
         """Put a volume, with its snapshots, into the trash; durable when this returns.
 
-        It loses its name, holds what it held, and can be restored until it is deleted.
+        It loses its name, holds what it held, and can be restored until it is deleted: by
+        :meth:`delete_volume`, after a time (PoolOptions), or when the pool needs its space.
         """
         await self._administration.trash(volume)
 
@@ -305,7 +309,7 @@ class Pool:
             InvalidArgument, AlreadyExists: of the names.
             NoSpace: the pool is nearly full, or holds writes for want of space.
         """
-        self._check_room("snapshots")
+        await self._require_room("snapshots")
         return await self._snapshots.create(wanted, uuids)
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
@@ -333,7 +337,7 @@ class Pool:
             InvalidArgument, AlreadyExists: of name and properties.
             NoSpace: the pool is nearly full, or has not left what the snapshot had set aside.
         """
-        self._check_room("clones")
+        await self._require_room("clones")
         return await self._snapshots.clone(snapshot, name, properties or {})
 
     async def rollback(self, volume: Volume, snapshot: Snapshot) -> None:
@@ -443,6 +447,7 @@ class Pool:
                 with contextlib.suppress(NoSpace):  # logged; tried again at the next tick
                     await self._checkpointer.join()
                 self._services.memory.balance()
+            self._trash.empty_in_time()
             await self._puncher.work()
 
     def _wants_checkpoint(self, now: float) -> bool:

@@ -139,15 +139,22 @@ class Snapshots:
                 await image.open()
             return await n_blocks_alone(snapshot, heirs) * snapshot.block_size
 
+    def clones_of(self, volume: Volume) -> list[str]:
+        """The names of what was cloned from snapshots of `volume`."""
+        return [
+            heir.name
+            for snapshot in volume.snapshots.values()
+            for heir in self._registry.heirs(snapshot)
+            if _is_clone(heir, snapshot)
+        ]
+
     async def delete_volume(self, volume: Volume) -> None:
         """See Pool.delete_volume."""
-        for snapshot in volume.snapshots.values():
-            clones = [h.name for h in self._registry.heirs(snapshot) if _is_clone(h, snapshot)]
-            if clones:
-                raise Busy(
-                    f"snapshot {snapshot.name} has clones: {', '.join(clones)}: flatten or delete "
-                    f"them before volume {volume.name}"
-                )
+        if clones := self.clones_of(volume):
+            raise Busy(
+                f"snapshots of volume {volume.name} have clones: {', '.join(clones)}: flatten or "
+                "delete those first (and empty the trash)"
+            )
         # The newest first: nothing but the volume, or nothing, continues from it.
         while volume.snapshots:
             await self.delete([*volume.snapshots.values()][-1])

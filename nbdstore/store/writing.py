@@ -359,8 +359,11 @@ class Hold:
     async def _pause(self) -> None:
         core = self._core
         core.check_alive()
+        reclaiming = core.reclaim is not None and core.reclaim()
         limit = core.options.full_timeout_s
-        if core.options.on_full == "error" or (limit and self._waited_s >= limit):
+        if (core.options.on_full == "error" and not reclaiming) or (
+            limit and self._waited_s >= limit
+        ):
             raise core.no_space()
         if not self._counted:
             self._counted = True
