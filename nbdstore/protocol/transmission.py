@@ -146,7 +146,8 @@ class RequestParser:
 
         self._direct: memoryview | None = None
         self._direct_buffer: mmap | None = None
-        self._direct_request: Request | None = None
+        self.direct_request: Request | None = None
+        """The request whose large payload is being received, still without it."""
         self._filled = 0
         self._lent: mmap | None = None
         self._spares = spares if spares is not None else Spares()
@@ -208,7 +209,7 @@ class RequestParser:
         """
         self.finished = True
         self._view = memoryview(b"")
-        self._direct = self._direct_buffer = self._direct_request = self._lent = None
+        self._direct = self._direct_buffer = self.direct_request = self._lent = None
         self.direct_bytes = 0
 
     def grow(self, size: int) -> None:
@@ -345,19 +346,19 @@ class RequestParser:
         self.direct_bytes = len(buffer)
         self._direct = memoryview(buffer)[:length]
         self._direct[:available] = self._view[self._start : self._end]
-        self._direct_request = request
+        self.direct_request = request
         self._filled = available
         self._start = self._end = 0
         self._missing = 0
 
     def _received_directly(self, n_bytes: int) -> list[Request]:
-        assert self._direct is not None and self._direct_request is not None
+        assert self._direct is not None and self.direct_request is not None
         self._filled += n_bytes
         if self._filled < len(self._direct):
             return []
-        request = self._complete(self._direct_request, self._direct)
+        request = self._complete(self.direct_request, self._direct)
         self._lent = self._direct_buffer
-        self._direct = self._direct_request = self._direct_buffer = None
+        self._direct = self.direct_request = self._direct_buffer = None
         self.direct_bytes = 0
         return [request]
 

@@ -5,6 +5,8 @@ server       the whole: start, drain, who is connected
 listener     addresses and accepting
 connection   one connection's life
 session      one client's transmission phase; the hot path
+limiter      requests wait for the limits of their volume
+stall        what a client is that does not get on
 meter        how fast a connection's counters grow
 commands     the commands that may have to wait
 channel      sockets, plain and under TLS

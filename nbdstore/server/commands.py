@@ -43,6 +43,22 @@ log = logging.getLogger(__name__)
 DIRTY = 1
 """Status of ``qemu:dirty-bitmap:`` (qemu, docs/interop/nbd.rst): bit 0, it has changed."""
 
+VERDICTS: dict[int, str] = {
+    Errno.EPERM: "The export is read-only.",
+    Errno.EINVAL: "The request makes no sense here: its command, its flags or its range.",
+    Errno.ENOSPC: "The range ends beyond the export.",
+    Errno.EOVERFLOW: "The read is longer than the maximum payload.",
+}
+"""What the rules say of a request that is refused without asking the store."""
+
+_ROUND_SHARES: dict[int, int] = {
+    Command.BLOCK_STATUS: 1,  # 20 ms for 4096 extents
+    Command.CACHE: 1,  # 3 ms for a step of 32 MiB in pieces
+    Command.TRIM: 32,
+    Command.WRITE_ZEROES: 32,
+}
+"""How many of these commands make up a round; they send little, but keep the loop busy."""
+
 CACHE_BYTES = 32 << 20
 """A CACHE is done in steps of this much, since it may ask for the whole export."""
 
@@ -83,6 +99,12 @@ class Target:
         log.log(level, "%s: %s of %d at %d: %s", self.volume.name, name, length, offset, error)
         number, text = translate(error)
         return self.replies.error(out, cookie, offset, number, text)
+
+
+def round_cost(command: int, weight: int, max_round_bytes: int) -> int:
+    """Bytes that a request counts as in the bound of a round; `weight` if it is by its bytes."""
+    share = _ROUND_SHARES.get(command)
+    return weight if share is None else max_round_bytes // share
 
 
 async def perform(target: Target, request: Request, out: list[Buffer]) -> int:

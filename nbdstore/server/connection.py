@@ -22,6 +22,7 @@ from nbdstore.protocol.handshake import Handshake, HandshakeLimits, Phase
 from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel
 from nbdstore.server.exports import Exports, ExportsView, VolumeOffer
+from nbdstore.server.limiter import Limiters
 from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
@@ -79,6 +80,7 @@ class Settings:
 
     exports: Exports
     limits: Limits
+    limiters: Limiters
     budget: Budget
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None
@@ -247,8 +249,11 @@ class Connection:
 
     async def _serve(self, agreement: Agreement, first_bytes: bytes) -> None:
         settings = self._settings
-        session = Session(self._channel, agreement, settings.limits, settings.budget)
+        # Connections from one host, or from one process, are one client.
+        client = self.peer if self.peer.startswith("unix:") else self.peer.rpartition(":")[0]
+        session = Session(self._channel, agreement, settings.limits, settings.budget, client)
         self.session = session
+        session.limit(settings.limiters.of(session.volume))
         name = session.volume.name
         log.info(
             "%s attached %s (%s%s)",

@@ -15,6 +15,7 @@ from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server.budget import Budget
 from nbdstore.server.connection import Connection, ConnectionInfo, Settings
 from nbdstore.server.exports import Exports, HasVolumes
+from nbdstore.server.limiter import Limiters, volume_of
 from nbdstore.server.listener import Listener
 from nbdstore.server.options import ServerOptions
 from nbdstore.server.tls import make_context
@@ -43,6 +44,7 @@ class Server:
         self._settings = Settings(
             exports=Exports(pool, options),
             limits=options.limits,
+            limiters=Limiters(),
             budget=Budget(options.limits.max_client_bytes, options.limits.max_connections),
             tls_mode=tls.mode if tls else TlsMode.OFF,
             tls_context=make_context(tls) if tls else None,
@@ -112,6 +114,14 @@ class Server:
         for connection in self._connections:
             if connection.volume is volume and connection.session is not None:
                 connection.session.grow()
+
+    def limits_changed(self, volume: Volume) -> None:
+        """Hold the clients of a volume to the limits that it has now."""
+        limiter = self._settings.limiters.of(volume)
+        for connection in list(self._connections):
+            image = connection.volume
+            if image and volume_of(image) is volume and connection.session is not None:
+                connection.session.limit(limiter)
 
     # --- Ending connections ------------------------------------------------------------------
 

@@ -34,19 +34,20 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from nbdstore.errors import NotFound, ProtocolError, StoreError
 from nbdstore.protocol.agreement import Agreement
-from nbdstore.protocol.constants import Command, CommandFlag, Errno
+from nbdstore.protocol.constants import Command, CommandFlag
 from nbdstore.protocol.replies import Buffer, make_replies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
 from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel, Outbox
-from nbdstore.server.commands import Target, perform
+from nbdstore.server.commands import VERDICTS, Target, perform, round_cost
 from nbdstore.server.exports import VolumeOffer
+from nbdstore.server.limiter import Gate, Limiter
 from nbdstore.server.options import Limits
+from nbdstore.server.stall import Stall
 
 log = logging.getLogger(__name__)
 
@@ -55,34 +56,8 @@ _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
 _FLUSH = int(Command.FLUSH)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
-_ROUND_SHARES: dict[int, int] = {
-    _BLOCK_STATUS: 1,  # 20 ms for 4096 extents
-    Command.CACHE: 1,  # 3 ms for a step of 32 MiB in pieces
-    Command.TRIM: 32,
-    Command.WRITE_ZEROES: 32,
-}
-"""How many of these commands make up a round; they send little, but keep the loop busy."""
 _DF = int(CommandFlag.DF)
 _FUA = int(CommandFlag.FUA)
-
-_TEXTS: dict[int, str] = {
-    Errno.EPERM: "The export is read-only.",
-    Errno.EINVAL: "The request makes no sense here: its command, its flags or its range.",
-    Errno.ENOSPC: "The range ends beyond the export.",
-    Errno.EOVERFLOW: "The read is longer than the maximum payload.",
-}
-
-
-PROGRESS_BYTES = 160 << 10
-"""What a client must take, or send, within the timeout if it is not done then: 16 KB/s by the
-default, so that even a slow network is no stall."""
-
-
-class Stall(NamedTuple):
-    """A client that we wait for: since when, and how far it was then."""
-
-    since_s: float
-    n_bytes: int
 
 
 class Session:
@@ -93,10 +68,16 @@ class Session:
         agreement: what the handshake ended in; its offer is a VolumeOffer.
         limits: see Limits.
         budget: of the server.
+        client: who it is, for the fairness of its volume's limits.
     """
 
     def __init__(
-        self, channel: Channel, agreement: Agreement, limits: Limits, budget: Budget
+        self,
+        channel: Channel,
+        agreement: Agreement,
+        limits: Limits,
+        budget: Budget,
+        client: str = "",
     ) -> None:
         assert isinstance(agreement.offer, VolumeOffer)
         self.volume = agreement.offer.volume
@@ -107,6 +88,8 @@ class Session:
         self.n_requests = 0
         self.bytes_read = 0
         self.bytes_written = 0
+        self.gate = Gate(client, partial(self._guard, self._let_through))
+        """Holds back what the volume's limits do not allow yet."""
 
         self._loop = asyncio.get_running_loop()
         self._channel = channel
@@ -167,7 +150,7 @@ class Session:
     @property
     def n_pending(self) -> int:
         """Requests that have come and are not answered yet."""
-        return self.in_flight + len(self._backlog)
+        return self.in_flight + len(self._backlog) + len(self.gate.held)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -183,14 +166,21 @@ class Session:
         """Let the client use all of its volume, which has become larger since it attached."""
         self._parser.grow(self.volume.size)
 
+    def limit(self, limiter: Limiter | None) -> None:
+        """Have the limits of the volume be those of `limiter`, or none."""
+        if not self._ending:
+            self.gate.switch(limiter)
+
     def drain(self) -> None:
         """Answer what has been received, then end.
 
         New requests are left unread, rather than answered with ESHUTDOWN: Linux turns every
         error into EIO for the filesystem above, but repeats requests that got no reply as soon
         as it is connected again. proto.md, "Terminating the transmission phase", allows both.
+        What waits for the volume's limits does so no longer: the server would be long in ending.
         """
         self._ending = True
+        self.gate.switch(None)
         self._settle()
 
     def lose(self, fault: Exception) -> None:
@@ -209,6 +199,7 @@ class Session:
         # In the next turn, since a task that has not begun could not account for its end.
         self._loop.call_soon(self._cancel_tasks)
         self._backlog = []
+        self.gate.close()
         self.in_flight -= self._n_syncing
         self._n_syncing = 0
         self._outbox.clear()
@@ -246,6 +237,8 @@ class Session:
                 # Not at once: other connections come first.
                 self._run_scheduled = True
                 self._loop.call_soon(self._guard, self._run_backlog)
+        elif self.gate.held:
+            self._watch(False)
         elif not self._ending:
             if self._is_short:
                 self._ask_for_room()
@@ -285,11 +278,6 @@ class Session:
             return request[4]
         return self._target.max_status_bytes if request[0] == _BLOCK_STATUS else 0
 
-    def _cost(self, request: Request, weight: int) -> int:
-        """Bytes that a request counts as in the bound of a round."""
-        share = _ROUND_SHARES.get(request[0])
-        return weight if share is None else self._limits.max_round_bytes // share
-
     def _fits(self, request: Request) -> bool:
         """Whether there is room for a request; if that is up to others only, wait for it.
 
@@ -308,7 +296,10 @@ class Session:
 
     def _ask_for_room(self) -> None:
         """See whether there is room for the large payload that is on its way; else wait for it."""
-        wanted = self._parser.direct_bytes
+        wanted, request = self._parser.direct_bytes, self._parser.direct_request
+        if request is not None and not self.gate.begins(request):
+            self._account.stop_waiting()
+            return
         self._is_short = not self._account.fits(wanted)
         if self._is_short:
             self._account.wait()
@@ -341,8 +332,7 @@ class Session:
         else:
             self._stall = None
             return None
-        if self._stall is None or n_bytes - self._stall.n_bytes >= PROGRESS_BYTES:
-            self._stall = Stall(now_s, n_bytes)
+        self._stall = Stall.seen(self._stall, now_s, n_bytes)
         stalled_s = now_s - self._stall.since_s
         return f"{what}: for {stalled_s:.0f} s" if stalled_s >= timeout_s else None
 
@@ -352,12 +342,12 @@ class Session:
         A session that has no room does not read, and so does not learn of the end; what it has
         begun would go on, see `lose`. To be asked every few seconds.
         """
-        waits = self.in_flight and not (self._reading or self._ending)
+        waits = self.n_pending and not (self._reading or self._ending or self._parser.finished)
         if waits and self._channel.has_hung_up():
             self.lose(self._left_unanswered())
 
     def _left_unanswered(self) -> ConnectionResetError:
-        return ConnectionResetError(f"the client left {self.in_flight} requests unanswered")
+        return ConnectionResetError(f"the client left {self.n_pending} requests unanswered")
 
     # --- Rounds ------------------------------------------------------------------------------
 
@@ -390,7 +380,7 @@ class Session:
                 self._run(requests)
                 self._release()
             else:
-                self._run(requests)
+                self._run(requests if self.gate.limiter is None else self.gate.take(requests))
         else:
             self._n_partial += n_bytes
         if self._parser.direct_bytes != self._receiving:
@@ -402,6 +392,13 @@ class Session:
         """Let go of a large payload that has been served."""
         if not self._backlog:
             self._parser.release()
+
+    def _let_through(self, requests: list[Request]) -> None:
+        """Go on with requests that the gate has held, unless their client has gone: see `lose`."""
+        if not self._parser.finished and self._channel.has_hung_up():
+            raise self._left_unanswered()
+        self._backlog += requests
+        self._settle()
 
     def _run_backlog(self) -> None:
         self._run_scheduled = False
@@ -449,7 +446,11 @@ class Session:
                     self._backlog = requests[position:]
                     break
                 room -= weight
-                left_in_round -= weight if command == _READ else self._cost(request, weight)
+                left_in_round -= (
+                    weight
+                    if command == _READ
+                    else round_cost(command, weight, self._limits.max_round_bytes)
+                )
                 segments = None
                 if command == _READ:
                     try:
@@ -482,7 +483,7 @@ class Session:
         """Answer a request that the rules have settled: an error, or nothing to do."""
         command, _, cookie, offset, _, _, verdict = request
         if verdict > 0:
-            return self._replies.error(out, cookie, offset, verdict, _TEXTS[verdict])
+            return self._replies.error(out, cookie, offset, verdict, VERDICTS[verdict])
         if command == _READ:
             return self._replies.read(out, cookie, offset, 0, ())
         return self._replies.done(out, cookie, offset)

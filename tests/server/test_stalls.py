@@ -13,7 +13,7 @@ import pytest
 from nbdstore.protocol.constants import REQUEST, REQUEST_MAGIC, Command
 from nbdstore.server import Limits
 from nbdstore.server import server as server_module
-from nbdstore.server.session import PROGRESS_BYTES
+from nbdstore.server.stall import PROGRESS_BYTES
 from tests.server.loop import until
 from tests.server.test_hostile import read_request
 
