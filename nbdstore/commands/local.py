@@ -94,11 +94,21 @@ class LocalService:
         size: int | None = None,
         new_name: str | None = None,
         allow: Sequence[str] | None = None,
+        iops: int | None = None,
+        bandwidth: int | None = None,
+        burst_s: float | None = None,
         force: bool = False,
     ) -> VolumeInfo:
         return self._run(
             self._operations.update_volume(
-                name, size=size, new_name=new_name, allow=allow, force=force
+                name,
+                size=size,
+                new_name=new_name,
+                allow=allow,
+                iops=iops,
+                bandwidth=bandwidth,
+                burst_s=burst_s,
+                force=force,
             )
         )
 

@@ -19,6 +19,20 @@ def size(text: str) -> int:
         raise click.BadParameter(str(error)) from error
 
 
+def limit(text: str) -> int:
+    """Read a whole number, or ``none``, which is 0."""
+    if text == "none":
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise click.BadParameter(f"'{text}' is neither a whole number nor 'none'")
+    return int(text)
+
+
+def size_limit(text: str) -> int:
+    """Read a size as `size` does, or ``none``, which is 0."""
+    return 0 if text == "none" else size(text)
+
+
 def host_port(text: str) -> tuple[str, int]:
     """Read ``HOST:PORT``, with ``[...]`` around an IPv6 address."""
     host, colon, port = text.rpartition(":")

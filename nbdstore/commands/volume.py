@@ -1,4 +1,4 @@
-"""``nbdstore volume``: create, list, show, resize, rename, delete, allow."""
+"""``nbdstore volume``: create, list, show, resize, rename, set, delete, allow."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ def list_(session: Session, as_json: bool) -> None:
 
 def _row(info: VolumeInfo, attachments: Sequence[AttachmentInfo]) -> tuple[str, ...]:
     notes = ["import not finished"] if info.importing else []
+    if limits := _limits(info):
+        notes.append(limits)
     if info.allow:
         notes.append(f"for {', '.join(info.allow)}")
     return (
@@ -119,6 +121,7 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ("written", "yes" if info.written else "never"),
         ("created", info.created),
         ("allowed", ", ".join(info.allow) or "anyone the server lets in"),
+        ("limits", _limits(info) or "none"),
         (
             "leased",
             f"to {info.lease_holder} since {info.lease_since}" if info.lease_holder else "no",
@@ -176,6 +179,59 @@ def rename(session: Session, name: str, new_name: str, as_json: bool) -> None:
     with session.service() as service:
         info = service.update_volume(name, new_name=new_name)
     _print_done(info, as_json, f"volume {name} is called {info.name} now")
+
+
+@volume.command("set")
+@name_argument
+@click.option(
+    "--iops", type=parameters.limit, metavar="N", help="Requests per second; 0 or none: any number."
+)
+@click.option(
+    "--bandwidth",
+    type=parameters.size_limit,
+    metavar="SIZE",
+    help="Bytes per second, as in 100M; 0 or none: any number.",
+)
+@click.option(
+    "--burst",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How many seconds' worth may be saved up while it is idle; 1 at first.",
+)
+@json_option
+@pass_session
+def set_(
+    session: Session,
+    name: str,
+    iops: int | None,
+    bandwidth: int | None,
+    burst: float | None,
+    as_json: bool,
+) -> None:
+    """Limit how fast volume NAME is, for all its clients together.
+
+    It holds at once, and is shared evenly by the clients. Reads and writes count as one request and
+    their bytes, flushes as nothing, other requests as one without bytes. What is beyond a limit
+    waits, it does not fail; mind that a client may give up on what waits for long.
+
+    \b
+    Examples:
+      nbdstore volume set db --iops 2000 --bandwidth 100M
+      nbdstore volume set db --iops none
+    """
+    if iops is bandwidth is burst is None:
+        raise click.UsageError("say what to set: --iops, --bandwidth or --burst")
+    with session.service() as service:
+        info = service.update_volume(name, iops=iops, bandwidth=bandwidth, burst_s=burst)
+    _print_done(info, as_json, f"limits of volume {name}: {_limits(info) or 'none'}")
+
+
+def _limits(info: VolumeInfo) -> str:
+    """Write the limits of a volume; empty if there are none."""
+    limits = [f"{info.iops} requests/s"] if info.iops else []
+    if info.bandwidth:
+        limits.append(f"{format_size(info.bandwidth)}/s")
+    return f"{', '.join(limits)}, bursts of {info.burst_s:g} s" if limits else ""
 
 
 @volume.command()

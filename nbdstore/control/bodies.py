@@ -48,10 +48,15 @@ def _flag(text: str) -> bool:
     return {"1": True, "true": True, "0": False, "false": False}[text]
 
 
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
 KINDS: dict[str, Kind] = {
     "text": Kind("a string", {"type": "string"}, lambda value: isinstance(value, str), str),
     "bytes": Kind("a number of bytes", {"type": "integer", "minimum": 0}, _is_number, _number),
     "number": Kind("a whole number", {"type": "integer", "minimum": 0}, _is_number, _number),
+    "seconds": Kind("a number of seconds", {"type": "number", "minimum": 0}, _is_seconds, float),
     "flag": Kind(
         "true or false", {"type": "boolean"}, lambda value: isinstance(value, bool), _flag
     ),

@@ -119,12 +119,18 @@ class ControlClient:
         size: int | None = None,
         new_name: str | None = None,
         allow: Sequence[str] | None = None,
+        iops: int | None = None,
+        bandwidth: int | None = None,
+        burst_s: float | None = None,
         force: bool = False,
     ) -> VolumeInfo:
         changes = {
             "size": size,
             "name": new_name,
             "allow": None if allow is None else list(allow),
+            "iops": iops,
+            "bandwidth": bandwidth,
+            "burst_s": burst_s,
             "force": force or None,
         }
         body = {key: value for key, value in changes.items() if value is not None}

@@ -118,6 +118,8 @@ class VolumeInfo(Record):
     written: whether blocks hold data or set-aside space, or ever did as far as the pool remembers;
     what was never written is safe to format.
     allow: names of client certificates that may attach it; empty = anyone the server lets in.
+    iops, bandwidth: requests and bytes per second that all clients together get; 0 = any number.
+    burst_s: seconds' worth of them that may be saved up.
     attached: live NBD connections. importing: an import has not finished (or never did).
     lease_holder, lease_since: who alone may attach it now, and since when; None = it is not leased.
     """
@@ -135,6 +137,9 @@ class VolumeInfo(Record):
     allow: list[str] = dataclasses.field(default_factory=list)
     attached: int = 0
     importing: bool = False
+    iops: int = 0
+    bandwidth: int = 0
+    burst_s: float = 1.0
     lease_holder: str | None = None
     lease_since: str | None = None
 

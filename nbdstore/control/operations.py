@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from nbdstore import lease
+from nbdstore import lease, qos
 from nbdstore.control import capacity, content
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
@@ -113,9 +113,12 @@ class Operations:
         size: int | None = None,
         new_name: str | None = None,
         allow: Sequence[str] | None = None,
+        iops: int | None = None,
+        bandwidth: int | None = None,
+        burst_s: float | None = None,
         force: bool = False,
     ) -> VolumeInfo:
-        """Resize, rename, or change who may attach; what is None stays.
+        """Resize, rename, change who may attach or how fast; what is None stays.
 
         Each change is durable by itself; when one fails those before it, in the order of the
         arguments, stay done.
@@ -123,6 +126,7 @@ class Operations:
         names = None if allow is None else checked_names(allow)
         async with self._usage.turn:
             volume = self._usage.find(name)
+            limits = qos.current(volume.properties).changed(iops, bandwidth, burst_s)
             if size is not None and size != volume.size:
                 if size < volume.size:
                     self._usage.require_free(volume, "shrinking it")
@@ -134,6 +138,9 @@ class Operations:
                 await self._pool.rename_volume(volume, new_name)
             if names is not None:
                 await self._usage.set(volume, allow=names)
+            if limits != qos.current(volume.properties):
+                await self._usage.set(volume, **qos.recorded(limits))
+                self._usage.limits_changed(volume)
             return self._describe(volume)
 
     async def delete_volume(self, name: str, *, fence: bool = False) -> None:
@@ -219,13 +226,16 @@ class Operations:
     def _describe(self, volume: VolumeLike) -> VolumeInfo:
         status = volume.status()
         properties = status.pop("properties", None) or {}
-        held = lease.current(properties)
+        held, limits = lease.current(properties), qos.current(properties)
         return VolumeInfo.from_json(
             status
             | {
                 "written": bool(status.get("written") or status["mapped"] or status["reserved"]),
                 "allow": list(properties.get("allow", ())),
                 "importing": bool(properties.get("importing")),
+                "iops": limits.iops,
+                "bandwidth": limits.bandwidth,
+                "burst_s": limits.burst_s,
                 "attached": self._usage.attached(volume),
                 "lease_holder": held.holder if held else None,
                 "lease_since": held.since if held else None,

@@ -88,9 +88,15 @@ class VolumeService(Protocol):
         size: int | None = None,
         new_name: str | None = None,
         allow: Sequence[str] | None = None,
+        iops: int | None = None,
+        bandwidth: int | None = None,
+        burst_s: float | None = None,
         force: bool = False,
     ) -> VolumeInfo:
-        """Resize, rename or change who may attach; None leaves a property as it is.
+        """Resize, rename, change who may attach or how fast; None leaves a property as it is.
+
+        `iops` and `bandwidth` (bytes per second) limit all clients together from now on, 0 is no
+        limit; `burst_s` is how many seconds' worth they may save up.
 
         Shrinking is Busy while leased or attached; `force` shrinks below mapped data, which is
         lost. Renaming is Busy while leased.

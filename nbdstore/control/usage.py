@@ -118,6 +118,11 @@ class Usage:
         if self._server is not None:
             self._server.grown(volume)
 
+    def limits_changed(self, volume: VolumeLike) -> None:
+        """Hold those who have a volume attached to its limits of now."""
+        if self._server is not None:
+            self._server.limits_changed(volume)
+
     # Clearing the way
 
     def barred(self, volume: VolumeLike) -> AbstractContextManager[None]:

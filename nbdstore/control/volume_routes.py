@@ -60,15 +60,25 @@ class VolumeRoutes:
     @route(
         "PATCH",
         "/v1/volumes/{name}",
-        body={"size": "bytes?", "name": "text?", "allow": "names?", "force": "flag?"},
+        body={
+            "size": "bytes?",
+            "name": "text?",
+            "allow": "names?",
+            "iops": "number?",
+            "bandwidth": "bytes?",
+            "burst_s": "seconds?",
+            "force": "flag?",
+        },
         answer=VolumeInfo,
     )
     async def update_volume(self, call: Call) -> VolumeInfo:
-        """Resize or rename a volume, or change who may attach it.
+        """Resize or rename a volume, or change who may attach it, or how fast it is.
 
         What is left away stays. Shrinking is busy while the volume is attached; force shrinks
-        below mapped data, which is lost then. Each change is durable by itself; when one fails,
-        those before it, in the order size, name, allow, stay done.
+        below mapped data, which is lost then. iops and bandwidth limit all clients of the volume
+        together, at once; 0 is no limit; burst_s is how many seconds' worth they may save up. Each
+        change is durable by itself; when one fails, those before it, in the order size, name,
+        allow, limits, stay done.
         """
         name, body = call["name"], call.body
         info = await self._operations.update_volume(
@@ -76,6 +86,9 @@ class VolumeRoutes:
             size=body.get("size"),
             new_name=body.get("name"),
             allow=body.get("allow"),
+            iops=body.get("iops"),
+            bandwidth=body.get("bandwidth"),
+            burst_s=body.get("burst_s"),
             force=body.get("force", False),
         )
         changes = ", ".join(f"{key} {value}" for key, value in body.items())

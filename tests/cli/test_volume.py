@@ -62,6 +62,17 @@ class TestALife:
         assert either.json("volume", "allow", "db")["allow"] == ["alice", "bob"]
         assert either.json("volume", "allow", "db", "--anyone")["allow"] == []
 
+    def test_limits(self, either: CommandLine) -> None:
+        either.run("volume", "create", "db", "--size", "1G")
+        assert "limits    none\n" in either.run("volume", "show", "db")
+        said = either.run("volume", "set", "db", "--iops", "100", "--bandwidth", "1.5M")
+        assert said == "limits of volume db: 100 requests/s, 1.5 MiB/s, bursts of 1 s\n"
+        info = either.json("volume", "set", "db", "--iops", "none", "--burst", "0.5")
+        assert (info["iops"], info["bandwidth"], info["burst_s"]) == (0, 3 << 19, 0.5)
+        assert "limits    1.5 MiB/s, bursts of 0.5 s\n" in either.run("volume", "show", "db")
+        assert "1.5 MiB/s, bursts" in either.run("volume", "list")
+        assert "volume db: none" in either.run("volume", "set", "db", "--bandwidth", "0")
+
 
 class TestRefusals:
     def test_a_name_that_is_taken(self, either: CommandLine) -> None:
@@ -73,6 +84,19 @@ class TestRefusals:
     def test_a_size_that_makes_no_sense(self, either: CommandLine) -> None:
         message = either.fail("volume", "create", "db", "--size", "0", status=2)
         assert "volume size 0: must be above 0" in message
+
+    def test_limits_that_make_no_sense(self, either: CommandLine) -> None:
+        either.run("volume", "create", "db", "--size", "1G")
+        for words, said in (
+            ((), "say what to set"),
+            (("--iops", "many"), "'many' is neither a whole number nor 'none'"),
+            (("--iops", "-1"), "'-1' is neither"),
+            (("--bandwidth", "1K"), "1024 bytes per second: give at least 65536"),
+            (("--bandwidth", "x"), "x"),
+            (("--burst", "-1"), "-1"),
+            (("--burst", "4000"), "a burst of 4000 seconds"),
+        ):
+            assert said in either.fail("volume", "set", "db", *words, status=2)
 
     def test_shrinking_below_data(self, either: CommandLine) -> None:
         image = either.directory.with_name("image")

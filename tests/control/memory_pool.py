@@ -197,6 +197,7 @@ class MemoryServer:
 
     connections: list[MemoryConnection] = field(default_factory=list)
     grown_to: list[tuple[str, int]] = field(default_factory=list)
+    limited: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     barred_volumes: list[str] = field(default_factory=list)
     fenced: list[tuple[str, str]] = field(default_factory=list)
     """(peer, why) of the connections that were ended."""
@@ -206,6 +207,9 @@ class MemoryServer:
 
     def grown(self, volume: Any) -> None:
         self.grown_to.append((volume.name, volume.size))
+
+    def limits_changed(self, volume: Any) -> None:
+        self.limited.append((volume.name, volume.properties["qos"]))
 
     @contextmanager
     def barred(self, volume: Any) -> Iterator[None]:

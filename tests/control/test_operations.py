@@ -129,6 +129,50 @@ class TestChanges:
             await bench.operations.update_volume("db", size=SIZE)
 
 
+class TestLimits:
+    async def test_are_kept_and_felt(self, bench: Bench) -> None:
+        info = await bench.operations.create_volume("db", SIZE)
+        assert (info.iops, info.bandwidth, info.burst_s) == (0, 0, 1)
+        await bench.operations.update_volume("db", iops=100, burst_s=2)
+        info = await bench.operations.update_volume("db", bandwidth=1 << 20)
+        assert (info.iops, info.bandwidth, info.burst_s) == (100, 1 << 20, 2)
+        recorded = {"iops": 100, "bandwidth": 1 << 20, "burst_s": 2}
+        assert bench.pool.volumes["db"].properties == {"qos": recorded}
+        assert bench.server.limited[-1] == ("db", recorded)
+
+    async def test_are_taken_away(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        await bench.operations.update_volume("db", iops=100, bandwidth=1 << 20)
+        info = await bench.operations.update_volume("db", iops=0)
+        assert (info.iops, info.bandwidth) == (0, 1 << 20)
+
+    async def test_that_stay_the_same_are_not_recorded_again(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        for _ in range(2):
+            await bench.operations.update_volume("db", iops=100)
+        await bench.operations.update_volume("db", size=2 * SIZE)
+        assert len(bench.server.limited) == 1
+
+    @pytest.mark.parametrize(
+        ("limits", "words"),
+        [
+            ({"iops": 10**9 + 1}, "1000000001 requests per second: give 1 to"),
+            ({"bandwidth": 1}, "1 bytes per second: give at least 65536"),
+            ({"bandwidth": 1 << 51}, "and at most"),
+            ({"burst_s": 3601}, "a burst of 3601 seconds: give 0 to 3600"),
+            ({"burst_s": float("nan")}, "a burst of nan seconds"),
+            ({"burst_s": float("inf")}, "a burst of inf seconds"),
+        ],
+    )
+    async def test_that_make_no_sense_change_nothing(
+        self, bench: Bench, limits: dict[str, Any], words: str
+    ) -> None:
+        before = await bench.operations.create_volume("db", SIZE)
+        with pytest.raises(InvalidArgument, match=words):
+            await bench.operations.update_volume("db", size=2 * SIZE, **limits)
+        assert bench.operations.volume("db") == before
+
+
 class TestImport:
     async def test_into_a_new_volume(self, bench: Bench) -> None:
         data = b"x" * BLOCK
