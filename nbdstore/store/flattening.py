@@ -69,16 +69,17 @@ async def _rewrite(volume: Volume, blocks: I64) -> Wait | None:
     """Write `blocks` as they are, those that somebody changes meanwhile left out."""
     before = volume.map.entries[blocks, 0]
     size, contents = volume.block_size, list[memoryview]()
+    end = volume.size
     for start, stop in layout.runs(blocks):
         offset = int(blocks[start]) * size
-        length = min((stop - start) * size, volume.size - offset)
+        length = min((stop - start) * size, end - offset)
         data = memoryview(b"".join(map(bytes, await volume.read(offset, length))))
+        if volume.size < end:  # it was shrunk: the caller looks again at what is there
+            return None
         contents += [data[at : at + size] for at in range(0, length, size)]
     volume.check_there()
-    # It may have become smaller; what lies where it lay, no one else has written.
-    inside = blocks < volume.map.n_blocks
-    same = np.zeros(len(blocks), np.bool_)
-    same[inside] = volume.map.entries[blocks[inside], 0] == before[inside]
+    # What lies where it lay, no one else has written: a snapshot keeps that.
+    same = volume.map.entries[blocks, 0] == before
     writes = [
         (block * size, data)
         for block, data, is_same in zip(blocks.tolist(), contents, same.tolist(), strict=True)
