@@ -111,7 +111,8 @@ class Registry:
         elif op == "rename":
             self._take_name(volume)
             info.name = change["name"]
-            self.by_name[info.name] = volume
+            if not info.trashed:
+                self.by_name[info.name] = volume
         elif op == "properties":
             info.properties = change["properties"]
         elif op == "trash":
