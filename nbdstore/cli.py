@@ -19,7 +19,6 @@ import click
 
 from nbdstore import __version__
 from nbdstore.commands import (
-    app,
     capacity,
     check,
     completion,
@@ -143,7 +142,7 @@ def _default_pool() -> Path:
 @click.option(
     "--server",
     metavar="URL",
-    envvar=["NBDSTORE_SERVER", "BLOCK_STORAGE"],
+    envvar="NBDSTORE_SERVER",
     show_envvar=True,
     help="A server elsewhere: https://HOST:PORT, http://HOST:PORT or unix:PATH. Wins over --pool.",
 )
@@ -202,7 +201,6 @@ cli.add_command(lease.lease)
 cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)
 cli.add_command(capacity.capacity)
-cli.add_command(app.app)
 cli.add_command(check.check)
 cli.add_command(salvage.salvage)
 cli.add_command(completion.completion)

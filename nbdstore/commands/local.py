@@ -97,7 +97,6 @@ class LocalService:
         iops: int | None = None,
         bandwidth: int | None = None,
         burst_s: float | None = None,
-        shrink: bool = False,
         force: bool = False,
     ) -> VolumeInfo:
         return self._run(
@@ -109,7 +108,6 @@ class LocalService:
                 iops=iops,
                 bandwidth=bandwidth,
                 burst_s=burst_s,
-                shrink=shrink,
                 force=force,
             )
         )

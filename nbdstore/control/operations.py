@@ -116,7 +116,6 @@ class Operations:
         iops: int | None = None,
         bandwidth: int | None = None,
         burst_s: float | None = None,
-        shrink: bool = False,
         force: bool = False,
     ) -> VolumeInfo:
         """Resize, rename, change who may attach or how fast; what is None stays.
@@ -129,7 +128,10 @@ class Operations:
             volume = self._usage.find(name)
             limits = qos.current(volume.properties).changed(iops, bandwidth, burst_s)
             if size is not None and size != volume.size:
-                await self._resize(volume, size, shrink, force)
+                if size < volume.size:
+                    self._usage.require_free(volume, "shrinking it")
+                await self._pool.resize_volume(volume, size, force=force)
+                self._usage.grown(volume)
             if new_name is not None and new_name != name:
                 # Its holder could not come back: it knows the volume by its name.
                 self._usage.require_unleased(volume, "renaming it")
@@ -140,20 +142,6 @@ class Operations:
                 await self._usage.set(volume, **qos.recorded(limits))
                 self._usage.limits_changed(volume)
             return self._describe(volume)
-
-    async def _resize(self, volume: VolumeLike, size: int, shrink: bool, force: bool) -> None:
-        if size > volume.size:
-            await self._pool.resize_volume(volume, size)
-            self._usage.grown(volume)
-            return
-        if not shrink:
-            raise InvalidArgument(
-                f"volume '{volume.name}' has {format_size(volume.size)} ({volume.size} bytes), "
-                f"more than {size}: if its end shall be cut off, say so with --shrink"
-            )
-        with self._usage.barred(volume):  # or a client might attach while it is being shrunk
-            self._usage.require_free(volume, "shrinking it")
-            await self._pool.resize_volume(volume, size, force=force)
 
     async def delete_volume(self, name: str, *, fence: bool = False) -> None:
         """Delete a volume that nobody uses; with `fence`, end its lease and connections first."""

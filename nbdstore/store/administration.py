@@ -144,16 +144,19 @@ class Administration:
             await volume.flush()
             await self.change(volume.id, {"op": "properties", "properties": properties})
 
-    async def delete(self, volume: Volume) -> None:
-        """See Pool.delete_volume."""
-        await self.alone(self._delete(volume))
+    async def delete(self, volume: Volume) -> bool:
+        """See Pool.delete_volume; False, having done nothing, if the volume has snapshots."""
+        return await self.alone(self._delete(volume))
 
-    async def _delete(self, volume: Volume) -> None:
+    async def _delete(self, volume: Volume) -> bool:
         async with self.turn():
             volume.check_there()
+            if volume.snapshots:  # nothing could say any more whose they are
+                return False
             await volume.flush()
             await self.change(volume.id, {"op": "delete"})
         self.empty(volume)
+        return True
 
     async def trash(self, volume: Volume) -> None:
         """See Pool.trash_volume."""
@@ -175,6 +178,7 @@ class Administration:
     async def _restore(self, volume: Volume, name: str) -> None:
         async with self.turn():
             volume.check_there()
+            check_staying(volume)
             if volume.info.trashed:
                 self.check_new(name)
                 await self.change(volume.id, {"op": "restore", "name": name})
@@ -192,11 +196,11 @@ class Administration:
             await asyncio.wait([task])
 
     async def _empty(self, volume: Volume) -> None:
-        await volume.ranges.clear(0, volume.map.n_blocks, emptying=True)
         while True:
             try:
+                await volume.ranges.clear(0, volume.map.n_blocks, emptying=True)
                 return await self._remove(volume)
-            except NoSpace:
+            except NoSpace:  # for a checkpoint: others have to give some back
                 await self._core.wait_for_change(_RETRY_S)
 
     async def _remove(self, volume: Volume) -> None:
@@ -256,6 +260,12 @@ class Administration:
         self._core.host.reached(Failpoint.CHANGE_MADE)
         await self._services.committer.commit_all()
         self._core.check_alive()
+
+
+def check_staying(volume: Volume) -> None:
+    """Raise Busy if the deletion of `volume` has begun: it may have lost snapshots already."""
+    if volume.is_going:
+        raise Busy(f"volume {volume.name} is being deleted")
 
 
 def check_properties(name: str, properties: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nbdstore.store")
 
-_DEAD_SLICE: Final = 1 << 20  # slots: 8 MiB of memory until they can be used again
+_DEAD_SLICE: Final = 1 << 18  # slots: freeing them all takes 10 ms
 
 
 @dataclass
@@ -334,6 +334,9 @@ class Checkpointer:
                 await change.complete(frozen)
             except Exception as error:
                 raise _ChangeFailed from error
+        for slots in frozen.dead:
+            frozen.bitmap.clear(slots)
+            await self._core.host.sleep(0)
         raw = Catalogue(
             self.next_id,
             [part.info for part in frozen.volumes.values()],
@@ -502,8 +505,6 @@ class Checkpointer:
         entries[: len(self._roots.free_map)] = self._roots.free_map
         doomed = [*self._replaced, self._roots.catalogue_slots, self._roots.free_map_nodes]
         bitmap.clear(np.concatenate(doomed))
-        for slots in frozen.dead:
-            bitmap.clear(slots)
         nodes = self._take_own(_n_above(len(entries), core.block_size), frozen)
         places: dict[int, int] = {}
         while missing := [region for region in bitmap.blocks if region not in places]:

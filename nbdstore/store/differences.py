@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from nbdstore.store import layout
-from nbdstore.store.blockmap import DIRTY, HOLE, BlockMap, Leaves
+from nbdstore.store.blockmap import DIRTY, HOLE, KIND, RESIDENT, STORED, BlockMap, Leaves
 from nbdstore.store.layout import I64, U64, Bools
 from nbdstore.store.slotset import SlotSet
 
@@ -42,21 +42,37 @@ class Change:
 
 
 async def unlike_leaves(
-    image: Image, others: Sequence[Image], first: int = 0, stop: int | None = None
+    image: Image,
+    others: Sequence[Image],
+    first: int = 0,
+    stop: int | None = None,
+    *,
+    born_after: int | None = None,
 ) -> AsyncIterator[Leaves]:
     """Yield the leaves in `[first, stop)` that `image` has alone, in slices, ascending.
 
     A leaf that changed in the memory of one of `others` since its last checkpoint counts as
     unlike there.  When a slice is yielded, the pointers to its leaves are in memory, in all.
+
+    Arguments:
+        born_after: leave out what a checkpoint has written up to that epoch, and holes: no block
+            that was born later is there.  The image has to be one that does not change.
     """
     at, end = first, image.map.n_leaves if stop is None else min(stop, image.map.n_leaves)
     shift = image.map.nodes.shift
     while at < end:
         node_stop = min(-(-end >> shift), (at >> shift) + _SLICE_NODES)
-        for node in _nodes_alone(image, others, at >> shift, node_stop).tolist():
+        nodes = _nodes_alone(image, others, at >> shift, node_stop)
+        if born_after is not None and image.map.nodes.depth > 1:
+            born = image.map.nodes.locations(1, nodes)
+            nodes = nodes[layout.holds_slot_of_after(born, born_after)]
+        for node in nodes.tolist():
             low, high = max(node << shift, at), min((node + 1) << shift, end)
             await _load_nodes([image, *others], np.arange(low, high))
             found = _leaves_alone(image, others, low, high)
+            if born_after is not None:
+                born = image.map.nodes.locations(0, found)
+                found = found[layout.holds_slot_of_after(born, born_after)]
             for part in range(0, len(found), _SLICE_LEAVES):
                 chosen = found[part : part + _SLICE_LEAVES]
                 await _load_nodes([image, *others], chosen)
@@ -73,7 +89,7 @@ async def _load_nodes(images: Sequence[Image], leaves: Leaves) -> None:
 
 
 async def _load_nodes_of(image: Image, leaves: Leaves) -> None:
-    await image.services.memory.load_nodes(lambda: image.map, leaves, image.name)
+    await image.services.memory.load_nodes(image.current_map, leaves, image.name)
 
 
 def _missing_nodes(blocks: BlockMap, leaves: Leaves) -> I64:
@@ -132,38 +148,52 @@ def _leaves_unlike(blocks: BlockMap, other: BlockMap, leaves: Leaves) -> Bools:
 # -- what a snapshot holds alone --------------------------------------------------------------
 
 
-async def find_dead(snapshot: Snapshot, heirs: Sequence[Image], dead: SlotSet) -> int:
-    """Add to `dead` the slots, of blocks and nodes, that only `snapshot` holds.
+async def blocks_alone(snapshot: Snapshot, heirs: Sequence[Image]) -> AsyncIterator[I64]:
+    """Yield the slots of the blocks that only `snapshot` holds: what deleting it would free.
+
+    A block that an heir did not hold when it was looked at, it will never hold again, unless it is
+    rolled back.  So what its heirs give up meanwhile, and this may have yielded or not, is all that
+    there is beside.
+
+    Arguments:
+        heirs: what continues from it.
+
+    Raises:
+        Corruption, ReadFailed: of a leaf or node.
+    """
+    core, memory, floor = snapshot.core, snapshot.services.memory, snapshot.kept_epoch
+    async for leaves in unlike_leaves(snapshot, heirs, born_after=floor):
+        # All is looked at without an await, then read; until then no leaf is overwritten.
+        mine = _pointers(snapshot.map, leaves)
+        looked = [_look(heir.map, leaves) for heir in heirs]
+        with core.slots.pinned(core.journal.seq):
+            held = await memory.read_leaves(mine, f"map of {snapshot.name}, leaf")
+            alone = layout.holds_slot_of_after(held, floor)
+            for heir, (theirs, stored) in zip(heirs, looked, strict=True):
+                on_disk = await memory.read_leaves(stored, f"map of {heir.name}, leaf")
+                alone &= (held != theirs) & (held != on_disk)
+        yield layout.slots_of(held[alone])
+        await core.host.sleep(0)
+
+
+async def find_dead_nodes(snapshot: Snapshot, heirs: Sequence[Image], dead: SlotSet) -> None:
+    """Add to `dead` the slots of the nodes that only `snapshot` has.
 
     Arguments:
         heirs: what continues from it.  Their trees are looked at as they are on disk, where no
             node may change meanwhile.
 
-    Returns how many of them are slots of blocks.
-
     Raises:
-        Corruption, ReadFailed: of a leaf or node.
+        Corruption, ReadFailed: of a node.
     """
-    n_blocks, floor = 0, snapshot.kept_epoch
-    memory = snapshot.services.memory
-    async for leaves in unlike_leaves(snapshot, heirs):
-        mine = _pointers(snapshot.map, leaves)
-        theirs = [_pointers(heir.map, leaves) for heir in heirs]
-        # From here on the nodes may be evicted again; what they say does not change.
-        alone = layout.holds_slot_of_after(mine[:, 0], floor)
-        for pointers in theirs:
-            alone &= mine[:, 0] != pointers[:, 0]
-        dead.add(layout.slots_of(mine[alone, 0]))
-        held = await memory.read_leaves(mine, f"map of {snapshot.name}, leaf")
-        alone_blocks = layout.holds_slot_of_after(held, floor)
-        for heir, pointers in zip(heirs, theirs, strict=True):
-            alone_blocks &= held != await memory.read_leaves(pointers, f"map of {heir.name}, leaf")
-        found = layout.slots_of(held[alone_blocks])
-        dead.add(found)
-        n_blocks += len(found)
-        await snapshot.core.host.sleep(0)
+    floor = snapshot.kept_epoch
+    async for leaves in unlike_leaves(snapshot, heirs, born_after=floor):
+        mine = _pointers(snapshot.map, leaves)[:, 0]
+        alone = layout.holds_slot_of_after(mine, floor)
+        for heir in heirs:
+            alone &= mine != _pointers(heir.map, leaves)[:, 0]
+        dead.add(layout.slots_of(mine[alone]))
     dead.add(snapshot.map.nodes.slots_unlike([heir.map.nodes for heir in heirs], floor))
-    return n_blocks
 
 
 def _pointers(blocks: BlockMap, leaves: Leaves) -> U64:
@@ -174,17 +204,22 @@ def _pointers(blocks: BlockMap, leaves: Leaves) -> U64:
     return found
 
 
-async def n_blocks_alone(snapshot: Snapshot, heirs: Sequence[Image]) -> int:
-    """How many blocks only `snapshot` holds now: what deleting it would free."""
-    n_blocks = 0
-    async for leaves in unlike_leaves(snapshot, heirs):
-        held = await current_locations(snapshot, leaves)
-        alone = layout.holds_slot_of_after(held, snapshot.kept_epoch)
-        for heir in heirs:
-            alone &= held != await current_locations(heir, leaves)
-        n_blocks += int(np.count_nonzero(alone))
-        await snapshot.core.host.sleep(0)
-    return n_blocks
+def _look(blocks: BlockMap, leaves: Leaves) -> tuple[U64, U64]:
+    """What `leaves` hold now, whose nodes are in memory.
+
+    Returns the locations in those that are in memory, uint64, shape (n, fanout), and the entries
+    of those that are not, shape (n, 2); 0 for what is in the other one, or nowhere.
+    """
+    locations = np.zeros((len(leaves), blocks.fanout), np.uint64)
+    kinds = np.zeros(len(leaves), np.uint8)
+    inside = leaves < blocks.n_leaves
+    kinds[inside] = blocks.states[leaves[inside]] & KIND
+    resident = kinds == RESIDENT
+    entries = blocks.entries.reshape(-1, blocks.fanout, 2)
+    locations[resident] = entries[leaves[resident], :, 0]
+    pointers = _pointers(blocks, leaves)
+    pointers[kinds != STORED] = 0
+    return locations, pointers
 
 
 async def current_locations(image: Image, leaves: Leaves) -> U64:

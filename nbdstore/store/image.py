@@ -151,7 +151,11 @@ class Image:
 
     async def load(self, start: int, stop: int) -> None:
         """Return with the map's leaves of blocks `[start, stop)` in memory."""
-        await self.services.memory.load(lambda: self.map, start, stop, self.name)
+        await self.services.memory.load(self.current_map, start, stop, self.name)
+
+    def current_map(self) -> BlockMap:
+        """The map as long as its leaves and nodes are kept; raises NotFound after that."""
+        return self.map
 
     def check_there(self) -> None:
         """Raise NotFound if the image was deleted."""

@@ -176,7 +176,11 @@ async def load_map(
         Corruption, ReadFailed: of a node.
     """
     blocks, load = _unloaded(core, root, size, name, read_only=read_only)
-    await core.disk.offload(load)
+    try:
+        await core.disk.offload(load)
+    except BaseException:
+        blocks.retire()
+        raise
     return blocks
 
 

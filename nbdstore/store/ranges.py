@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nbdstore.store.volume import Volume
 
 _RECORD_BYTES: Final = 64
+_MANY_FREED: Final = (
+    1 << 18
+)  # slots: what holds up the event loop for 20 ms when it is usable again
 
 
 class Ranges:
@@ -80,6 +83,8 @@ class Ranges:
             await self._wait_for_journal()
             while not self._change(part.start, part.stop, Op.CLEAR, emptying=emptying):
                 await self._volume.load(part.start, part.stop)
+            if self._core.slots.n_quarantined > _MANY_FREED:
+                await self._volume.services.committer.settle()
 
     async def _provision(self, start: int, stop: int) -> None:
         """Make blocks `[start, stop)` read as zeros, with space set aside."""

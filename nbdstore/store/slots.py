@@ -442,8 +442,9 @@ class FrozenBitmap:
         return self.blocks[region]
 
     def _split(self, slots: I64) -> list[tuple[int, I64]]:
+        """The slots by region, each counted from the region's first."""
+        slots = np.sort(slots)
         regions = slots // self._region_slots
-        return [
-            (region, slots[regions == region] % self._region_slots)
-            for region in np.unique(regions).tolist()
-        ]
+        firsts = np.flatnonzero(np.diff(regions, prepend=-1))
+        parts = np.split(slots % self._region_slots, firsts[1:])
+        return list(zip(regions[firsts].tolist(), parts, strict=True)) if len(slots) else []

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nbdstore.store.layout import I64, U8
+from nbdstore.store.layout import I64, U8, Bools
 from nbdstore.store.lazyarray import LazyArray
 from nbdstore.store.slots import Slots, bits_set, set_bits
 
@@ -21,16 +21,22 @@ class SlotSet:
     def __init__(self, slots: Slots) -> None:
         self._region_slots = slots.region_slots
         self._bitmap: U8 = LazyArray((slots.n_regions * slots.region_slots // 8,), np.uint8).array
-        self._regions: set[int] = set()
+        self._is_used: Bools = LazyArray((slots.n_regions,), np.bool_).array
 
     def add(self, slots: I64) -> None:
         """Add `slots`, int64; those that are in the set stay."""
-        if len(slots):
-            set_bits(self._bitmap, slots)
-            self._regions.update(np.unique(slots // self._region_slots).tolist())
+        set_bits(self._bitmap, slots)
+        self._is_used[slots // self._region_slots] = True
+
+    def __len__(self) -> int:
+        return sum(int(np.bitwise_count(bits).sum()) for _, bits in self._regions())
 
     def __iter__(self) -> Iterator[I64]:
         """The slots of one region of the free map after another, ascending."""
-        for region in sorted(self._regions):
-            start, stop = (n * self._region_slots // 8 for n in (region, region + 1))
-            yield bits_set(self._bitmap[start:stop]) + region * self._region_slots
+        for region, bits in self._regions():
+            yield bits_set(bits) + region * self._region_slots
+
+    def _regions(self) -> Iterator[tuple[int, U8]]:
+        n_bytes = self._region_slots // 8
+        for region in np.flatnonzero(self._is_used).tolist():
+            yield region, self._bitmap[region * n_bytes : (region + 1) * n_bytes]

@@ -12,6 +12,8 @@ import datetime
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from nbdstore.errors import NotFound
+from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import SnapshotInfo
 from nbdstore.store.extents import Extent
 from nbdstore.store.image import Image, Services
@@ -39,6 +41,7 @@ class Snapshot(Image):
         self.volume = volume
         self.n_users = 0
         self._is_gone = False
+        self._is_going = False
         self._loading = asyncio.Lock()
 
     @property
@@ -61,14 +64,25 @@ class Snapshot(Image):
         """While this lasts, it cannot be deleted.
 
         Raises:
-            NotFound: it was.
+            NotFound: it was, or is about to be.
         """
         self.check_there()
+        if self._is_going:
+            raise NotFound(f"snapshot {self.name!r} is being deleted")
         self.n_users += 1
         try:
             yield
         finally:
             self.n_users -= 1
+
+    @contextlib.contextmanager
+    def going(self) -> Iterator[None]:
+        """While this lasts, nobody can begin to use it: it is being deleted."""
+        self._is_going = True
+        try:
+            yield
+        finally:
+            self._is_going = False
 
     # -- the map in memory ------------------------------------------------------------------
 
@@ -104,6 +118,11 @@ class Snapshot(Image):
         if self.is_open:
             self.map.retire()
             self.services.memory.unregister(self.id)
+
+    def current_map(self) -> BlockMap:
+        """As Image.current_map: what was deleted is overwritten."""
+        self.check_there()
+        return self.map
 
     async def load(self, start: int, stop: int) -> None:
         """As Image.load; a deleted snapshot's map tells nothing any more."""

@@ -31,20 +31,24 @@ flatten       a clone that holds more of its own        called again, it goes on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
 from nbdstore.store import catalogue, layout
-from nbdstore.store.administration import Administration, check_properties
+from nbdstore.store.administration import Administration, check_properties, check_staying
+from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import SnapshotInfo, VolumeInfo
 from nbdstore.store.checkpoint import Frozen
 from nbdstore.store.core import Core
-from nbdstore.store.differences import find_dead, n_blocks_alone
+from nbdstore.store.differences import blocks_alone, find_dead_nodes
 from nbdstore.store.flattening import own_everything
 from nbdstore.store.image import Image, Services
+from nbdstore.store.layout import U64
 from nbdstore.store.mapmemory import load_map
 from nbdstore.store.registry import Registry
+from nbdstore.store.slotset import SlotSet
 from nbdstore.store.snapshot import Snapshot
 from nbdstore.store.volume import Undecided, Volume
 
@@ -88,6 +92,7 @@ class Snapshots:
 
     def _check_new(self, volume: Volume, name: str) -> None:
         volume.check_there()
+        check_staying(volume)
         if name in volume.snapshots:
             raise AlreadyExists(
                 f"snapshot {volume.name}@{name} exists already: choose another name"
@@ -100,23 +105,40 @@ class Snapshots:
 
     async def delete(self, snapshot: Snapshot) -> None:
         """See Pool.delete_snapshot."""
+        await self._discarded(snapshot)
         await self._administration.alone(self._delete(snapshot))
 
+    async def _discarded(self, snapshot: Snapshot) -> None:
+        """Wait until no deleted volume continues from `snapshot`, such as a rollback leaves.
+
+        This may take long, and more space than there is: so whoever waits can go away.
+        """
+        for heir in self._registry.heirs(snapshot):
+            if isinstance(heir, Volume) and heir.is_gone:
+                await self._administration.emptied(heir)
+
     async def _delete(self, snapshot: Snapshot) -> None:
-        for volume in self._registry.heirs(snapshot):
-            if isinstance(volume, Volume) and volume.is_gone:  # what a rollback has discarded
-                await self._administration.emptied(volume)
-        async with self._administration.turn(), self._checkpointer.lock:
-            snapshot.check_there()
+        async with self._administration.turn():
             heirs = self._registry.heirs(snapshot)
             self._check_deletable(snapshot, heirs)
-            for image in (snapshot, *heirs):
-                await image.open()
-            await self._checkpointer.run_locked(
-                change=_Removal(self._services, self._registry, snapshot, heirs)
-            )
+            removal = _Removal(self._services, self._registry, snapshot, heirs)
+            with snapshot.going():
+                await _open([snapshot, *heirs])
+                try:
+                    # This may take long, and no checkpoint has to wait for it.
+                    await removal.find_dead()
+                    async with self._checkpointer.lock:
+                        await self._checkpointer.run_locked(change=removal)
+                finally:
+                    removal.forget()
 
     def _check_deletable(self, snapshot: Snapshot, heirs: list[Image]) -> None:
+        snapshot.check_there()
+        if any(isinstance(heir, Volume) and heir.is_gone for heir in heirs):
+            raise Busy(
+                f"snapshot {snapshot.name}: what continued from it was deleted, and is not freed "
+                "yet: try again in a moment"
+            )
         clones = [heir.name for heir in heirs if _is_clone(heir, snapshot)]
         if clones:
             raise Busy(
@@ -128,16 +150,20 @@ class Snapshots:
                 f"snapshot {snapshot.name}: {' and '.join(heir.name for heir in heirs)} both "
                 "continue from it: delete snapshots among those first"
             )
-        if snapshot.n_users:
-            raise Busy(f"snapshot {snapshot.name} is being read: try again when that is done")
+        _check_unused(snapshot)
 
     async def n_bytes_alone(self, snapshot: Snapshot) -> int:
         """See Pool.bytes_alone."""
         with snapshot.in_use():
-            heirs = self._registry.heirs(snapshot)
-            for image in (snapshot, *heirs):
-                await image.open()
-            return await n_blocks_alone(snapshot, heirs) * snapshot.block_size
+            while True:
+                heirs = self._registry.heirs(snapshot)
+                try:
+                    await _open([snapshot, *heirs])
+                    found = [len(slots) async for slots in blocks_alone(snapshot, heirs)]
+                    return sum(found) * snapshot.block_size
+                except NotFound:
+                    if heirs == self._registry.heirs(snapshot):
+                        raise
 
     def clones_of(self, volume: Volume) -> list[str]:
         """The names of what was cloned from snapshots of `volume`."""
@@ -145,7 +171,7 @@ class Snapshots:
             heir.name
             for snapshot in volume.snapshots.values()
             for heir in self._registry.heirs(snapshot)
-            if _is_clone(heir, snapshot)
+            if _is_clone(heir, snapshot) and not heir.is_gone
         ]
 
     async def delete_volume(self, volume: Volume) -> None:
@@ -155,10 +181,16 @@ class Snapshots:
                 f"snapshots of volume {volume.name} have clones: {', '.join(clones)}: flatten or "
                 "delete those first (and empty the trash)"
             )
-        # The newest first: nothing but the volume, or nothing, continues from it.
-        while volume.snapshots:
-            await self.delete([*volume.snapshots.values()][-1])
-        await self._administration.delete(volume)
+        for snapshot in volume.snapshots.values():
+            _check_unused(snapshot)
+        # The newest first: nothing but the volume, or nothing, continues from it.  One may have
+        # been on its way.
+        volume.is_going = True
+        try:
+            while not await self._administration.delete(volume):
+                await self.delete([*volume.snapshots.values()][-1])
+        finally:
+            volume.is_going = False
 
     # -- volumes from snapshots -------------------------------------------------------------
 
@@ -171,6 +203,7 @@ class Snapshots:
     async def _clone(self, snapshot: Snapshot, name: str, properties: dict[str, Any]) -> Volume:
         async with self._administration.turn():
             snapshot.check_there()
+            check_staying(snapshot.volume)
             self._administration.check_new(name)
             host, source = self._core.host, snapshot.info
             self._check_space(source)
@@ -188,8 +221,20 @@ class Snapshots:
                 written=source.n_mapped > 0,
                 properties=dict(properties),
             )
-            blocks = await load_map(self._core, source.root, source.size, name)
-            return await self._administration.add(info, blocks)
+            async with self._map_of(snapshot, name) as blocks:
+                return await self._administration.add(info, blocks)
+
+    @contextlib.asynccontextmanager
+    async def _map_of(self, snapshot: Snapshot, name: str) -> AsyncIterator[BlockMap]:
+        """A map for volume `name` that begins as `snapshot`; if it is not to be, not counted."""
+        source = snapshot.info
+        blocks = await load_map(self._core, source.root, source.size, name)
+        try:
+            yield blocks
+        except BaseException:
+            if not any(volume.map is blocks for volume in self._registry.by_id.values()):
+                blocks.retire()
+            raise
 
     def _check_space(self, source: SnapshotInfo) -> None:
         """Refuse what would have more space set aside than there is."""
@@ -206,6 +251,7 @@ class Snapshots:
     async def _rollback(self, volume: Volume, snapshot: Snapshot) -> None:
         async with self._administration.turn():
             volume.check_there()
+            check_staying(volume)
             snapshot.check_there()
             if snapshot.volume is not volume:
                 raise InvalidArgument(
@@ -215,9 +261,9 @@ class Snapshots:
             source, discard = snapshot.info, self._checkpointer.next_id
             async with self._checkpointer.lock:  # no checkpoint may be writing its map
                 self._check_space(source)
-                blocks = await load_map(self._core, source.root, source.size, volume.name)
                 change = {"op": "rollback", "snapshot": source.id, "discard": discard}
-                await self._administration.change(volume.id, change, blocks)
+                async with self._map_of(snapshot, volume.name) as blocks:
+                    await self._administration.change(volume.id, change, blocks)
         self._administration.empty(self._registry.by_id[discard])
 
     # -- flatten ----------------------------------------------------------------------------
@@ -244,6 +290,11 @@ class Snapshots:
             await self._administration.change(volume.id, {"op": "flatten"})
 
 
+def _check_unused(snapshot: Snapshot) -> None:
+    if snapshot.n_users:
+        raise Busy(f"snapshot {snapshot.name} is being read: try again when that is done")
+
+
 def _is_clone(heir: Image, snapshot: Snapshot) -> bool:
     """Tell whether `heir` of `snapshot` is a volume that was cloned from it, or its snapshot."""
     volume = heir.volume if isinstance(heir, Snapshot) else heir
@@ -267,6 +318,7 @@ class _Cut:
         self._uuids = uuids
         self._created = created
         self._infos: list[SnapshotInfo] = []
+        self._undecided: list[Undecided] = []
         self.made: list[Snapshot] = []
 
     def begin(self, frozen: Frozen) -> None:
@@ -287,7 +339,9 @@ class _Cut:
             )
             self._infos.append(info)
             frozen.snapshots[info.id] = info
-            volume.undecided = Undecided(volume.kept_epoch)
+            undecided = Undecided(volume.kept_epoch)
+            self._undecided.append(undecided)
+            volume.on_given_up = undecided.add
             volume.kept_epoch = info.epoch
             for changed in (then, now):
                 changed.parent, changed.epoch, changed.n_own = info.id, info.epoch + 1, 0
@@ -297,9 +351,9 @@ class _Cut:
             info.root = frozen.volumes[info.volume].info.root
 
     def end(self, *, made: bool) -> None:
-        for (volume, _), info in zip(self._wanted, self._infos, strict=True):
-            undecided, volume.undecided = volume.undecided, None
-            assert undecided is not None
+        parts = zip(self._wanted, self._infos, self._undecided, strict=True)
+        for (volume, _), info, undecided in parts:
+            volume.on_given_up = None
             if made:
                 self.made.append(self._registry.add_snapshot(self._services, info))
                 continue
@@ -313,6 +367,9 @@ class _Cut:
 class _Removal:
     """A snapshot that goes; a Change of a checkpoint.
 
+    What only the snapshot holds is found beforehand.  It becomes more when its heir gives up what
+    it shares, and never less, so that what the heir has given up since the search began is added.
+
     Arguments:
         heirs: what continues from it, one or none.
     """
@@ -324,33 +381,64 @@ class _Removal:
         self._registry = registry
         self._snapshot = snapshot
         self._heirs = heirs
+        self._volumes = [heir for heir in heirs if isinstance(heir, Volume)]
+        self._floor = snapshot.kept_epoch
+        self._dead = SlotSet(services.core.slots)
+        self._undecided: list[Undecided] = []
         self._n_kept = 0
 
+    async def find_dead(self) -> None:
+        """Find the blocks that only the snapshot holds.
+
+        Raises:
+            Corruption, ReadFailed: of a leaf or node.
+        """
+        for volume in self._volumes:
+            volume.on_given_up = self._given_up
+        async for slots in blocks_alone(self._snapshot, self._heirs):
+            self._dead.add(slots)
+
+    def _given_up(self, locations: U64) -> None:
+        own = layout.holds_slot_of_after(locations, self._floor)
+        self._dead.add(layout.slots_of(locations[own]))
+
+    def forget(self) -> None:
+        """It is over, however it went."""
+        for volume in self._volumes:
+            volume.on_given_up = None
+
     def begin(self, frozen: Frozen) -> None:
+        frozen.dead = self._dead
         del frozen.snapshots[self._snapshot.id]
         for heir in self._heirs:
             _frozen_info(frozen, heir).parent = self._snapshot.info.parent
-            if isinstance(heir, Volume):
-                heir.undecided = Undecided(self._snapshot.kept_epoch)
+        for volume in self._volumes:
+            undecided = Undecided(self._floor)
+            self._undecided.append(undecided)
+            volume.on_given_up = undecided.add
 
     async def complete(self, frozen: Frozen) -> None:
-        n_dead = await find_dead(self._snapshot, self._heirs, frozen.dead)
-        self._n_kept = self._snapshot.info.n_own - n_dead
+        self._n_kept = self._snapshot.info.n_own - len(self._dead)
+        await find_dead_nodes(self._snapshot, self._heirs, self._dead)
         for heir in self._heirs:
             _frozen_info(frozen, heir).n_own += self._n_kept
 
     def end(self, *, made: bool) -> None:
-        if made:
-            self._registry.remove_snapshot(self._snapshot)
+        self.forget()
+        if not made:
+            return
+        self._registry.remove_snapshot(self._snapshot)
         for heir in self._heirs:
-            if made:
-                heir.info.n_own += self._n_kept
-            if isinstance(heir, Volume):
-                undecided, heir.undecided = heir.undecided, None
-                assert undecided is not None
-                if made:
-                    heir.info.n_own -= len(undecided.slots)
-                    _free(self._services.core, undecided)
+            heir.info.n_own += self._n_kept
+        for volume, undecided in zip(self._volumes, self._undecided, strict=True):
+            volume.info.n_own -= len(undecided.slots)
+            _free(self._services.core, undecided)
+
+
+async def _open(images: Sequence[Image]) -> None:
+    """Return with the maps of all in memory."""
+    for image in images:
+        await image.open()
 
 
 def _frozen_info(frozen: Frozen, image: Image) -> VolumeInfo | SnapshotInfo:

@@ -67,6 +67,8 @@ class Trash:
         self._deleting.add_done_callback(self._deleted)
 
     async def _work(self, volume: Volume, why: str) -> None:
+        if not volume.info.trashed:
+            return  # it was restored just now
         try:
             await self._snapshots.delete_volume(volume)
             log.info("volume %s was deleted for good: %s", volume.name, why)

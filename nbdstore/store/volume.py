@@ -7,7 +7,7 @@ path, range operations and sync.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,10 @@ from nbdstore.store.writing import Writing
 
 if TYPE_CHECKING:
     from nbdstore.store.snapshot import Snapshot
+
+
+OnGivenUp = Callable[[U64], None]
+"""Called with locations, each of which names a slot, that a volume gives up and are not its own."""
 
 
 class Undecided:
@@ -58,7 +62,8 @@ class Volume(Image):
         last_seq, durable_seq: its newest record, and its newest durable one.
         unsynced: its data that is in the page cache only.
         snapshots: of it, by what follows the '@', oldest first; changed by the registry only.
-        undecided: what it gives up while nobody knows yet whether a snapshot will keep it.
+        on_given_up: who wants to know what it gives up that a snapshot keeps, or perhaps does not.
+        is_going: its deletion has begun, with that of its snapshots.
     """
 
     info: VolumeInfo
@@ -72,7 +77,8 @@ class Volume(Image):
         self.durable_seq = 0
         self.unsynced = Unsynced()
         self.snapshots: dict[str, Snapshot] = {}
-        self.undecided: Undecided | None = None
+        self.on_given_up: OnGivenUp | None = None
+        self.is_going = False
         self.writing = Writing(self)
         self.ranges = Ranges(self)
 
@@ -159,8 +165,8 @@ class Volume(Image):
         if self.kept_epoch and len(held):
             is_own = held >> layout.NP_SLOT_BITS > np.uint64(self.kept_epoch)
             own = held[is_own]
-            if self.undecided is not None:
-                self.undecided.add(held[~is_own])
+            if self.on_given_up is not None:
+                self.on_given_up(held[~is_own])
         n_promised = int(np.count_nonzero(layout.is_provisioned(old)))
         if len(own):
             self.core.slots.free_later(layout.slots_of(own), seq)

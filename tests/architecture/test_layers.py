@@ -28,11 +28,9 @@ LAYERS: dict[str, set[str]] = {
     "nbdstore.store": set(),
     "nbdstore.server": {"protocol", "store", "lease", "qos", "unix_socket"},
     "nbdstore.control": {"store", "server", "lease", "qos", "sizes", "unix_socket"},
-    "nbdstore.orchestration": {"sizes"},
     "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
     "nbdstore.commands": {
         *("protocol", "store", "server", "control", "daemon", "systemd", "sizes"),
-        "orchestration",
     },
     "nbdstore.cli": {"commands", "sizes"},
     "nbdstore.__main__": {"cli"},
@@ -45,7 +43,6 @@ FORBIDDEN = {
     "nbdstore.store": {"socket", "ssl", "aiohttp", "click", "uvloop"},
     "nbdstore.server": {"aiohttp", "click"},
     "nbdstore.control": {"click"},
-    "nbdstore.orchestration": {"asyncio", "click", "numpy", "os"},
 }
 # What a pool gets from outside comes through its host, which tests replace by a simulated one.
 FORBIDDEN |= {
@@ -121,7 +118,6 @@ def test_every_module_belongs_to_a_layer() -> None:
     [
         ("nbdstore.protocol", {"asyncio", "numpy", "socket"}),
         # It runs on other hosts, and starts fast.
-        ("nbdstore.orchestration", {"docker", "kubernetes", "yaml", "requests"}),
         ("nbdstore.control.client", {"nbdstore.store", "nbdstore.server", "numpy", "aiohttp"}),
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from nbdstore.errors import NoSpace
+from nbdstore.errors import Busy, NoSpace, NotFound
 from tests.store.pools import MIB, assert_clean, make_pool, opened, read, until
 
 BLOCK = 4096
@@ -80,3 +81,38 @@ async def test_a_new_volume_gets_the_space_of_the_trash(directory: Path) -> None
             await pool.create_volume("w", MIB)
         assert not pool.trash
     await assert_clean(directory)
+
+
+async def test_a_volume_whose_deletion_has_begun_is_not_restored(tmp_path: Path) -> None:
+    """Nor cloned, nor rolled back: it may have lost a snapshot already."""
+    async with opened(make_pool(tmp_path / "pool")) as pool:
+        volume = await pool.create_volume("v", MIB)
+        older, newer = [
+            (await pool.create_snapshots([(volume, name)]))[0] for name in ("older", "newer")
+        ]
+        await pool.trash_volume(volume)
+        async with pool._administration.turn():
+            deleting = asyncio.ensure_future(pool.delete_volume(volume))
+            await asyncio.sleep(0)
+        await until(lambda: newer.is_gone)
+        for change in (
+            pool.restore_volume(volume, "v"),
+            pool.clone(older, "c"),
+            pool.rollback(volume, older),
+            pool.create_snapshots([(volume, "another")]),
+        ):
+            with pytest.raises((Busy, NotFound)):
+                await change
+        await deleting
+
+
+async def test_a_volume_that_was_restored_just_now_is_not_deleted(tmp_path: Path) -> None:
+    async with opened(make_pool(tmp_path / "pool"), trash_keep_s=0) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await pool.trash_volume(volume)
+        pool._trash.empty_in_time()  # the task that does it comes later
+        pool._registry.apply(
+            pool._services, volume.id, {"op": "restore", "name": "v"}, volume.last_seq
+        )
+        await asyncio.sleep(0.01)
+        assert not volume.is_gone
