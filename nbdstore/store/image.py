@@ -20,7 +20,7 @@ from nbdstore.store.durability import Committer, OnDurable
 from nbdstore.store.extents import Extent, Extents
 from nbdstore.store.host import Buffer
 from nbdstore.store.mapmemory import MapMemory
-from nbdstore.store.reading import Reading, Segment
+from nbdstore.store.reading import Reading, Segment, Verified
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,18 @@ class Image:
         """Start reading `[offset, offset + length)` into the page cache."""
         self.check_range(offset, length)
         await self.reading.cache(offset, length)
+
+    async def verify(self, offset: int, length: int) -> Verified:
+        """Read what `[offset, offset + length)` maps from the disk itself and compare checksums.
+
+        Blocks that are damaged are in the answer, not raised.  `length` is at least 1, and memory
+        for as much is taken.
+
+        Raises:
+            Corruption, ReadFailed: of the map.
+        """
+        self.check_range(offset, length)
+        return await self.reading.verify(offset, length)
 
     # -- changes, which only volumes take --------------------------------------------------
 

@@ -8,11 +8,13 @@ and returns None otherwise; `read` waits.  What each step of `now` costs for one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from nbdstore.errors import Corruption, ReadFailed
 from nbdstore.store import layout
 from nbdstore.store.blockmap import KIND, STORED
 from nbdstore.store.layout import I64
@@ -28,6 +30,19 @@ _PROVISIONED: Final = layout.PROVISIONED
 
 Run = tuple[int, int, int]
 """Blocks `[start, stop)` relative to the plan's first, and the slot of the first; 0 = zeros."""
+
+
+@dataclass
+class Verified:
+    """What a verification looked at, and what is wrong with it.
+
+    Attributes:
+        n_bytes: read and compared, whole blocks.
+        faults: (byte in the image, error) of each block that is damaged or cannot be read.
+    """
+
+    n_bytes: int = 0
+    faults: list[tuple[int, Corruption | ReadFailed]] = field(default_factory=list)
 
 
 def _plan(slots: I64) -> list[Run]:
@@ -196,6 +211,43 @@ class Reading:
                         block[:] = self._core.reread_block(at, expected, what)
             segments.append(buffer)
         return segments
+
+    async def verify(self, offset: int, length: int) -> Verified:
+        """Verify what bytes `[offset, offset + length)` map, on the disk: past the page cache.
+
+        Whole blocks are read, and what the page cache holds is neither believed nor pushed out.
+        """
+        first = offset >> self._shift
+        stop = ((offset + length - 1) >> self._shift) + 1
+        await self._image.load(first, stop)
+        slots, checksums = self._lookup(first, stop)
+        runs = [run for run in _plan(slots) if run[2]]
+        if not runs:
+            return Verified()
+        with self._core.slots.pinned(self._core.journal.seq):
+            return await self._core.disk.offload(self._verify_runs, runs, checksums, first)
+
+    def _verify_runs(self, runs: Sequence[Run], checksums: list[int], first: int) -> Verified:
+        """In a thread."""
+        size, found = self._size, Verified()
+        for start, stop, slot in runs:
+            found.n_bytes += (stop - start) * size
+            try:
+                raw = memoryview(self._core.data.pread_direct((stop - start) * size, slot * size))
+            except ReadFailed:
+                raw = memoryview(b"")  # which of its blocks cannot be read is seen below
+            for index in range(stop - start):
+                block = raw[index * size : (index + 1) * size]
+                expected = checksums[start + index]
+                if len(block) == size and xxh3_64_intdigest(block) == expected:
+                    continue
+                at_byte = (first + start + index) * size
+                what = f"{self._image.kind} {self._image.name} at byte {at_byte}"
+                try:
+                    self._core.reread_block(slot + index, expected, what)
+                except (Corruption, ReadFailed) as fault:
+                    found.faults.append((at_byte, fault))
+        return found
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring bytes `[offset, offset + length)` closer: load the map, start reading the data."""

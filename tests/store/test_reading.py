@@ -292,3 +292,71 @@ async def test_a_read_from_the_page_cache_takes_one_call_per_run(directory: Path
             calls.clear()
             assert read_now(volume, 0, 100 * BLOCK) == b"x" * 100 * BLOCK
             assert calls == [("cached", "data")]
+
+
+# -- verifying -----------------------------------------------------------------------------------
+
+
+async def test_all_that_is_mapped_is_verified_and_nothing_else(tmp_path: Path) -> None:
+    make_pool(tmp_path)
+    async with opened(tmp_path) as pool:
+        volume = await pool.create_volume("v", 64 * MIB)
+        await volume.write(5 * BLOCK, bytes(range(256)) * 16 * 7)
+        await volume.write(9 * MIB + 100, b"x")
+        await volume.write_zeroes(20 * MIB, MIB, no_hole=True)
+        verified = await volume.verify(0, volume.size)
+        assert (verified.n_bytes, verified.faults) == (8 * BLOCK, [])
+        assert (await volume.verify(6 * BLOCK + 1, BLOCK)).n_bytes == 2 * BLOCK
+        assert (await volume.verify(30 * MIB, MIB)).n_bytes == 0
+        with pytest.raises(StoreError, match="beyond its end"):
+            await volume.verify(0, volume.size + 1)
+        await pool.delete_volume(volume)
+        with pytest.raises(NotFound):
+            await volume.verify(0, BLOCK)
+
+
+async def test_verifying_finds_each_damaged_block_and_goes_on(tmp_path: Path) -> None:
+    make_pool(tmp_path)
+    async with opened(tmp_path) as pool:
+        volume = await pool.create_volume("v", 64 * MIB)
+        await volume.write(0, random.Random(0).randbytes(20 * BLOCK))
+        await volume.flush()
+        slots = slots_of(volume.map.locations(0, 20)).tolist()
+        for block in (3, 4, 19):
+            damage(tmp_path, slots[block] * BLOCK)
+        verified = await volume.verify(0, volume.size)
+        assert verified.n_bytes == 20 * BLOCK
+        assert [at for at, _ in verified.faults] == [3 * BLOCK, 4 * BLOCK, 19 * BLOCK]
+        assert all(isinstance(fault, Corruption) for _, fault in verified.faults)
+        assert "volume v at byte 12288" in str(verified.faults[0][1])
+        assert pool.status()["corruptions"] == 3
+
+
+async def test_a_snapshot_is_verified_as_it_was(tmp_path: Path) -> None:
+    make_pool(tmp_path)
+    async with opened(tmp_path) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, b"a" * 2 * BLOCK)
+        (snapshot,) = await pool.create_snapshots([(volume, "s")])
+        await volume.trim(0, MIB)
+        assert (await volume.verify(0, MIB)).n_bytes == 0
+        assert (await snapshot.verify(0, MIB)).n_bytes == 2 * BLOCK
+
+
+async def test_a_run_that_cannot_be_read_is_looked_at_block_by_block(tmp_path: Path) -> None:
+    make_pool(tmp_path)
+    async with opened(tmp_path) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, b"a" * 4 * BLOCK)
+        first = int(slots_of(volume.map.locations(0, 1))[0])
+        real = pool._core.data.pread_direct
+
+        def failing(length: int, offset: int) -> bytes:
+            if offset <= (first + 2) * BLOCK < offset + length:
+                raise ReadFailed("data: Input/output error")
+            return real(length, offset)
+
+        pool._core.data.pread_direct = failing  # type: ignore[method-assign]
+        verified = await volume.verify(0, MIB)
+        assert verified.n_bytes == 4 * BLOCK
+        assert [(at, type(fault)) for at, fault in verified.faults] == [(2 * BLOCK, ReadFailed)]
