@@ -25,8 +25,10 @@ from nbdstore.commands import (
     connections,
     lease,
     logs,
+    operation,
     pool,
     salvage,
+    scrub,
     serve,
     transfer,
     volume,
@@ -201,6 +203,9 @@ cli.add_command(lease.lease)
 cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)
 cli.add_command(capacity.capacity)
+cli.add_command(scrub.scrub)
+cli.add_command(operation.operation)
+cli.add_command(operation.events)
 cli.add_command(check.check)
 cli.add_command(salvage.salvage)
 cli.add_command(completion.completion)

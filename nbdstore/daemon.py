@@ -23,7 +23,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
+from nbdstore.control.scrub import DEFAULT_RATE, Scrubber
 from nbdstore.control.tokens import Tokens
-from nbdstore.errors import AlreadyExists, PoolFailed, PoolLocked
+from nbdstore.control.watch import PoolWatch
+from nbdstore.errors import AlreadyExists, Busy, PoolFailed, PoolLocked
 from nbdstore.server import HasVolumes, Server, ServerOptions, TlsOptions
 from nbdstore.server.tls import make_context
 from nbdstore.store import Pool, PoolOptions
@@ -49,6 +51,9 @@ KEPT_BLOCK_BYTES = 4 << 20
 KEPT_FREE_BYTES = 8 << 20
 """Free memory that each thread keeps."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+SCRUB_LOOK_S = 60.0
+SCRUB_LOOK_MOST_S = 3600.0
+"""Between two looks for volumes that are due; new ones may come meanwhile."""
 LOCK_PATIENCE_S = 5.0
 LOCK_RETRY_S = 0.2
 DEMO_VOLUME = "demo"
@@ -65,6 +70,8 @@ class DaemonOptions:
     clients: connected sockets to serve, after whose end the process ends.
     control_tcp: (host, port) of the control API besides its unix socket; needs `control_tokens`.
     control_tls: certificate and key of the control API over TCP; None = plain HTTP.
+    scrub_every_s: scrub each volume when its last scrub is as old as this; None = never unasked.
+    scrub_rate: bytes per second that these scrubs read at most.
     environ: for the service manager's variables.
     """
 
@@ -78,6 +85,8 @@ class DaemonOptions:
     control_tokens: Tokens | None = None
     control_tls: TlsOptions | None = None
     control_sockets: Sequence[socket.socket] = ()
+    scrub_every_s: float | None = None
+    scrub_rate: int = DEFAULT_RATE
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -201,18 +210,29 @@ async def _serve(
         stack.push_async_callback(_drain, server, stop)
         await server.start()
         growth = GrowthMeter()
-        endpoint = _endpoint(pool, server, options, growth)
+        operations = _operations(pool, server, options, growth)
+        stack.push_async_callback(operations.close)
+        endpoint = Endpoint(
+            operations,
+            options.pool,
+            tcp=options.control_tcp,
+            tokens=options.control_tokens,
+            tls=make_context(options.control_tls) if options.control_tls else None,
+            sockets=options.control_sockets,
+        )
         await endpoint.start()
         stack.push_async_callback(endpoint.stop)
-        sampling = asyncio.create_task(_sample(pool, growth))
-        stack.callback(sampling.cancel)
+        for work in _housekeeping(pool, operations, options, growth):
+            stack.callback(asyncio.create_task(work).cancel)
         systemd.notify(options.environ, "READY=1")
         announce(pool, server)
         await _until_done(server, options.clients, stop)
         systemd.notify(options.environ, "STOPPING=1")
 
 
-def _endpoint(pool: Pool, server: Server, options: DaemonOptions, growth: GrowthMeter) -> Endpoint:
+def _operations(
+    pool: Pool, server: Server, options: DaemonOptions, growth: GrowthMeter
+) -> Operations:
     info = ServerInfo(
         version=__version__,
         pid=os.getpid(),
@@ -220,14 +240,28 @@ def _endpoint(pool: Pool, server: Server, options: DaemonOptions, growth: Growth
         addresses=list(server.addresses),
         read_only=options.server_options.read_only,
     )
-    return Endpoint(
-        Operations(pool, server, server_info=info, growth=growth),
-        options.pool,
-        tcp=options.control_tcp,
-        tokens=options.control_tokens,
-        tls=make_context(options.control_tls) if options.control_tls else None,
-        sockets=options.control_sockets,
-    )
+    operations = Operations(pool, server, server_info=info, growth=growth)
+    server.observer.tell = operations.events.tell
+    return operations
+
+
+def _housekeeping(
+    pool: Pool, operations: Operations, options: DaemonOptions, growth: GrowthMeter
+) -> Iterator[Coroutine[Any, Any, None]]:
+    """Yield what goes on by itself until the server stops."""
+    yield _sample(pool, growth)
+    yield PoolWatch(pool, operations.events).run()
+    if options.scrub_every_s is not None:
+        yield _scrub_now_and_then(operations.scrubs, options.scrub_every_s, options.scrub_rate)
+
+
+async def _scrub_now_and_then(scrubs: Scrubber, every_s: float, rate: int) -> None:
+    """Scrub what is due, for ever."""
+    while True:
+        with contextlib.suppress(Busy):  # somebody else's scrub runs: later, then
+            scrubs.start_due(every_s, rate)
+        wait_s = scrubs.next_due(every_s) - time.time()
+        await asyncio.sleep(min(max(wait_s, SCRUB_LOOK_S), SCRUB_LOOK_MOST_S))
 
 
 async def _until_done(server: Server, clients: Sequence[socket.socket], stop: _StopSignals) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, LeaseInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import AttachmentInfo, LeaseInfo, OperationInfo, PoolInfo, VolumeInfo
 from nbdstore.control.operations import Operations
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
@@ -44,9 +44,13 @@ class LocalService:
     def close(self) -> None:
         """Write what is left and unlock the pool."""
         try:
-            self._run(self._pool.close())
+            self._run(self._close())
         finally:
             self._runner.close()
+
+    async def _close(self) -> None:
+        await self._operations.close()
+        await self._pool.close()
 
     def pool(self) -> PoolInfo:
         return self._operations.pool()
@@ -125,6 +129,31 @@ class LocalService:
         return self._run(
             self._operations.write_content(name, size, _as_async(pieces), overwrite=overwrite)
         )
+
+    def start_scrub(
+        self,
+        volume: str | None = None,
+        *,
+        rate: int | None = None,
+        restart: bool = False,
+        operation_id: str | None = None,
+    ) -> OperationInfo:
+        async def start() -> OperationInfo:
+            info, _ = self._operations.scrubs.start(
+                volume, rate=rate, restart=restart, operation_id=operation_id
+            )
+            return info
+
+        return self._run(start())
+
+    def operations(self) -> list[OperationInfo]:
+        return []  # none outlives the command that started it
+
+    def operation(self, operation_id: str, *, wait_s: int = 0) -> OperationInfo:
+        return self._run(self._operations.running.wait(operation_id, wait_s))
+
+    def cancel_operation(self, operation_id: str) -> OperationInfo:
+        return self._run(self._operations.running.cancel(operation_id))
 
     def _stepped(self, pieces: AsyncIterator[Piece]) -> Iterator[Piece]:
         async def step() -> Piece | None:

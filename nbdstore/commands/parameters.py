@@ -1,4 +1,4 @@
-"""Kinds of command line values that click does not know: sizes and addresses.
+"""Kinds of command line values that click does not know: sizes, durations and addresses.
 
 Each is a function from the text to the value, given to click as ``type=``.
 """
@@ -9,6 +9,9 @@ import click
 
 from nbdstore.errors import InvalidArgument
 from nbdstore.sizes import parse_size
+
+DURATIONS_S = {"s": 1, "m": 60, "h": 60 * 60, "d": 24 * 60 * 60}
+MAX_AMOUNT = 1e6
 
 
 def size(text: str) -> int:
@@ -31,6 +34,18 @@ def limit(text: str) -> int:
 def size_limit(text: str) -> int:
     """Read a size as `size` does, or ``none``, which is 0."""
     return 0 if text == "none" else size(text)
+
+
+def duration_s(text: str) -> float:
+    """Read ``7d``, ``12h``, ``30m`` or ``90s``, in seconds; more than nothing."""
+    unit_s = DURATIONS_S.get(text[-1:].lower())
+    try:
+        amount = float(text[:-1]) if unit_s else 0.0
+    except ValueError:
+        amount = 0.0
+    if unit_s is None or not 0 < amount < MAX_AMOUNT:
+        raise click.BadParameter(f"'{text}' is no duration: write it as 7d, 12h, 30m or 90s")
+    return amount * unit_s
 
 
 def host_port(text: str) -> tuple[str, int]:

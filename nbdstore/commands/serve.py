@@ -110,6 +110,20 @@ CONTROL_SOCKET_NAME = "control"
     help="Memory for the maps of volumes.",
 )
 @click.option(
+    "--scrub-every",
+    type=parameters.duration_s,
+    metavar="TIME",
+    help="Scrub each volume when its last scrub is as old as this, as in 7d or 12h.",
+)
+@click.option(
+    "--scrub-rate",
+    type=parameters.size,
+    metavar="SIZE",
+    default="100M",
+    show_default=True,
+    help="Bytes per second that these scrubs read at most.",
+)
+@click.option(
     "--control",
     type=parameters.host_port,
     metavar="HOST:PORT",
@@ -181,6 +195,8 @@ class Asked:
     on_full: Literal["wait", "error"]
     full_timeout: float
     map_memory: int
+    scrub_every: float | None
+    scrub_rate: int
     control: tuple[str, int] | None
     control_token_file: Path | None
     control_tls_cert: Path | None
@@ -289,6 +305,8 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
         ),
         server_options=_server_options(asked, listen, listening),
         create=asked.create,
+        scrub_every_s=asked.scrub_every,
+        scrub_rate=asked.scrub_rate,
         demo=asked.demo,
         clients=clients,
         control_tcp=asked.control,

@@ -128,9 +128,15 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ),
         ("attached", counted(info.attached, "connection") if info.attached else "no"),
     ]
+    facts.append(("scrubbed", _scrub_text(info)))
     if info.importing:
         facts.append(("import", "not finished: wait for it, import again, or delete the volume"))
     return facts
+
+
+def _scrub_text(info: VolumeInfo) -> str:
+    damaged = counted(info.scrub_damaged, "damaged block") + ": see 'nbdstore scrub'"
+    return (info.scrubbed or "never") + (f", {damaged}" if info.scrub_damaged else "")
 
 
 def _attachment_row(item: AttachmentInfo) -> tuple[str, ...]:

@@ -4,10 +4,11 @@ Joins the classes of routes, decides who is let in, and owns how errors look on 
 (`problems`). What a call does is in `operations`; each route is specified where it is written, and
 ``GET /v1/openapi.json`` tells all of them::
 
-    pool_routes     /healthz, /v1/pool, /v1/capacity, /v1/connections
-    volume_routes   /v1/volumes, and the content of volumes
-    lease_routes    /v1/leases, and the lease of a volume
-    openapi         /v1/openapi.json
+    pool_routes        /healthz, /v1/pool, /v1/capacity, /v1/connections
+    volume_routes      /v1/volumes, and the content of volumes
+    lease_routes       /v1/leases, and the lease of a volume
+    operation_routes   /v1/operations, what starts them (/v1/scrub), and /v1/events
+    openapi            /v1/openapi.json
 
 Over its unix socket whoever may open the socket (mode 0600) may call everything; over TCP a bearer
 token (`tokens`) is demanded on all but /healthz. Sizes are bytes in every body.
@@ -24,6 +25,7 @@ from nbdstore import __version__
 from nbdstore.control import bodies, problems
 from nbdstore.control.lease_routes import LeaseRoutes
 from nbdstore.control.openapi import OpenApiRoutes
+from nbdstore.control.operation_routes import OperationRoutes
 from nbdstore.control.operations import Operations
 from nbdstore.control.pool_routes import PoolRoutes
 from nbdstore.control.routing import CALLER, Handler, resources
@@ -51,6 +53,11 @@ def application(operations: Operations, *, tokens: Tokens | None = None) -> web.
     )
     app.add_routes(resources(route_objects(operations)))
     app.on_response_prepare.append(_sign)
+
+    async def end_streams(_app: web.Application) -> None:
+        operations.events.close()
+
+    app.on_shutdown.append(end_streams)
     return app
 
 
@@ -60,6 +67,7 @@ def route_objects(operations: Operations) -> list[object]:
         PoolRoutes(operations),
         VolumeRoutes(operations),
         LeaseRoutes(operations),
+        OperationRoutes(operations),
     ]
     return [*served, OpenApiRoutes(served)]
 

@@ -13,6 +13,7 @@ import ipaddress
 import json
 import socket
 import ssl
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from nbdstore import unix_socket
 from nbdstore.control import problems, stream
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, LeaseInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import AttachmentInfo, LeaseInfo, OperationInfo, PoolInfo, VolumeInfo
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Buffer, Piece, StreamReader, StreamWriter
 from nbdstore.errors import ControlError, InvalidArgument
@@ -161,6 +162,47 @@ class ControlClient:
             response = self._send(connection, "PUT", path, _frames(size, pieces))
             return VolumeInfo.from_json(_decode(response.read()))
 
+    def start_scrub(
+        self,
+        volume: str | None = None,
+        *,
+        rate: int | None = None,
+        restart: bool = False,
+        operation_id: str | None = None,
+    ) -> OperationInfo:
+        asked = {
+            "volume": volume,
+            "rate": rate,
+            "restart": restart or None,
+            # An answer that is lost must not leave the caller without the operation.
+            "id": operation_id or uuid.uuid4().hex,
+        }
+        body = {key: value for key, value in asked.items() if value is not None}
+        return OperationInfo.from_json(self._call("POST", "/v1/scrub", body))
+
+    def operations(self) -> list[OperationInfo]:
+        listing = self._list("/v1/operations", "operations")
+        return [OperationInfo.from_json(item) for item in listing]
+
+    def operation(self, operation_id: str, *, wait_s: int = 0) -> OperationInfo:
+        path = _operation_path(operation_id) + f"?wait={wait_s}"
+        return OperationInfo.from_json(self._call("GET", path))
+
+    def cancel_operation(self, operation_id: str) -> OperationInfo:
+        return OperationInfo.from_json(self._call("DELETE", _operation_path(operation_id)))
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield what happens from now on, until the server stops; see `control/events.py`.
+
+        Raises:
+            ControlError: the server went away, or has dropped this listener, which was too slow.
+        """
+        with contextlib.closing(self._connect()) as connection:
+            response = self._send(connection, "GET", "/v1/events")
+            while line := self._read_line(response):
+                if line.strip():
+                    yield _decode(line)
+
     def close(self) -> None:
         """Nothing is kept open between calls."""
 
@@ -270,6 +312,12 @@ class ControlClient:
         except (OSError, http.client.HTTPException) as error:
             self._broken(error)
 
+    def _read_line(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.readline()
+        except (OSError, http.client.HTTPException) as error:
+            self._broken(error)
+
     def _broken(self, error: Exception) -> NoReturn:
         if isinstance(error, TimeoutError):
             raise ControlError(
@@ -318,6 +366,10 @@ def _split(url: str) -> tuple[Path | None, str, int, bool]:
 
 def _volume_path(name: str) -> str:
     return "/v1/volumes/" + quote(name, safe="")
+
+
+def _operation_path(operation_id: str) -> str:
+    return "/v1/operations/" + quote(operation_id, safe="")
 
 
 def _decode(content: bytes) -> Any:

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 
 from nbdstore import lease
 from nbdstore.control.contracts import PoolLike, VolumeLike
+from nbdstore.control.events import Events
 from nbdstore.control.model import LeaseInfo
 from nbdstore.control.usage import Usage
 from nbdstore.lease import Lease
@@ -32,11 +33,13 @@ class Leases:
     Arguments:
         usage: who uses them.
         pool: its ``volumes`` is read anew for each question.
+        events: are told of what becomes of leases.
     """
 
-    def __init__(self, usage: Usage, pool: PoolLike) -> None:
+    def __init__(self, usage: Usage, pool: PoolLike, events: Events) -> None:
         self._usage = usage
         self._pool = pool
+        self._events = events
 
     def list(self) -> list[LeaseInfo]:
         """List the leases that are held, by volume, without their tokens."""
@@ -73,6 +76,7 @@ class Leases:
             since = datetime.now(UTC).isoformat(timespec="seconds")
             granted, properties = lease.grant(volume.properties, holder, since)
             await self._usage.set(volume, **properties)
+        self._events.tell("lease.granted", volume.name, holder=holder, epoch=granted.epoch)
         return granted
 
     async def release(self, name: str, holder: str, epoch: int | None = None) -> None:
@@ -97,8 +101,11 @@ class Leases:
         """End the connections of a volume and its lease; to be called by who holds the turn."""
         with self._usage.barred(volume):
             await self._usage.fence(volume, why)
-            if lease.current(volume.properties) is not None:
+            held = lease.current(volume.properties)
+            if held is not None:
                 await self._usage.set(volume, **lease.ended())
+                about = {"holder": held.holder, "epoch": held.epoch, "why": why}
+                self._events.tell("lease.ended", volume.name, **about)
 
     def _describe(self, volume: VolumeLike, held: Lease, *, with_token: bool = False) -> LeaseInfo:
         connections = [

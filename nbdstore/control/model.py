@@ -122,6 +122,8 @@ class VolumeInfo(Record):
     burst_s: seconds' worth of them that may be saved up.
     attached: live NBD connections. importing: an import has not finished (or never did).
     lease_holder, lease_since: who alone may attach it now, and since when; None = it is not leased.
+    scrubbed: when a scrub last got through it, None = never; scrub_damaged: the damaged blocks that
+    the last scrub found, in it and its snapshots.
     """
 
     id: int
@@ -142,6 +144,8 @@ class VolumeInfo(Record):
     burst_s: float = 1.0
     lease_holder: str | None = None
     lease_since: str | None = None
+    scrubbed: str | None = None
+    scrub_damaged: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,3 +189,31 @@ class LeaseInfo(Record):
     connections: int
     token: str | None = None
     export: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OperationInfo(Record):
+    """An operation that takes long, while it runs and for an hour after.
+
+    kind: "scrub". state: "running", "done", "failed" or "cancelled". progress: 0..1; done, total:
+    the same in bytes, where total is an estimate. request: as it was asked. result: what it found
+    so far, by kind; of a scrub: volumes, bytes, damaged (blocks), and damage, a list of the first
+    of them (volume, offset, detail). error: of what failed, as a problem.
+    """
+
+    id: str
+    kind: str
+    state: str
+    progress: float
+    done: int
+    total: int
+    request: dict[str, Any]
+    result: dict[str, Any]
+    error: dict[str, Any] | None = None
+    started: str
+    ended: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.state == "running"

@@ -137,7 +137,11 @@ def _parameters(entry: Route) -> list[dict[str, Any]]:
         }
         for name, kind in entry.query.items()
     ]
-    return in_path + in_query
+    in_header: list[dict[str, Any]] = [
+        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}}
+        for name in entry.headers
+    ]
+    return in_path + in_query + in_header
 
 
 def _query_schema(kind: str) -> dict[str, Any]:

@@ -21,8 +21,11 @@ from nbdstore import lease, qos
 from nbdstore.control import capacity, content
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
+from nbdstore.control.events import Events
 from nbdstore.control.leases import Leases
+from nbdstore.control.long_operations import LongOperations
 from nbdstore.control.model import AttachmentInfo, PoolInfo, ServerInfo, VolumeInfo
+from nbdstore.control.scrub import Progress, Scrubber
 from nbdstore.control.stream import Piece
 from nbdstore.control.usage import Usage
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreError
@@ -51,8 +54,17 @@ class Operations:
         self._server_info = server_info
         self._growth = growth
         self._usage = Usage(pool, server)
-        self.leases = Leases(self._usage, pool)
+        self.events = Events()
+        """What happens to it."""
+        self.leases = Leases(self._usage, pool, self.events)
         """The leases of its volumes."""
+        self.running = LongOperations(self.events)
+        """Its operations that take long."""
+        self.scrubs = Scrubber(pool, self._usage, self.running)
+
+    async def close(self) -> None:
+        """Stop what takes long, where it can go on later; before the pool is closed."""
+        await self.running.close()
 
     # The pool
 
@@ -104,7 +116,9 @@ class Operations:
     async def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
         """Create a thin volume of `size` bytes, durably; `allow` as in `VolumeInfo`."""
         properties = {"allow": checked_names(allow)} if allow else {}
-        return self._describe(await self._pool.create_volume(name, size, properties))
+        volume = await self._pool.create_volume(name, size, properties)
+        self.events.tell("volume.created", name, size=size)
+        return self._describe(volume)
 
     async def update_volume(
         self,
@@ -141,7 +155,16 @@ class Operations:
             if limits != qos.current(volume.properties):
                 await self._usage.set(volume, **qos.recorded(limits))
                 self._usage.limits_changed(volume)
+            self._tell_changed(
+                name,
+                {"size": size, "name": new_name, "allow": names}
+                | {"iops": iops, "bandwidth": bandwidth, "burst_s": burst_s},
+            )
             return self._describe(volume)
+
+    def _tell_changed(self, name: str, changes: dict[str, object]) -> None:
+        told = {key: value for key, value in changes.items() if value is not None}
+        self.events.tell("volume.changed", name, **told)
 
     async def delete_volume(self, name: str, *, fence: bool = False) -> None:
         """Delete a volume that nobody uses; with `fence`, end its lease and connections first."""
@@ -152,6 +175,7 @@ class Operations:
                 await self.leases.end(volume, "the volume is deleted")
             self._usage.require_free(volume, "deleting it")
             await self._pool.delete_volume(volume)
+            self.events.tell("volume.deleted", name)
 
     # Content
 
@@ -185,7 +209,9 @@ class Operations:
             raise
         finally:
             self._usage.imports.discard(volume.id)
-        return self._describe(volume)
+        info = self._describe(volume)
+        self.events.tell("volume.imported", name, size=info.size, mapped=info.mapped)
+        return info
 
     async def _marked(self, volume: VolumeLike) -> VolumeLike:
         """Mark a volume as `importing`, after which nobody can attach it; Busy if one just did."""
@@ -227,6 +253,7 @@ class Operations:
         status = volume.status()
         properties = status.pop("properties", None) or {}
         held, limits = lease.current(properties), qos.current(properties)
+        scrub = Progress.of(volume)
         return VolumeInfo.from_json(
             status
             | {
@@ -239,6 +266,8 @@ class Operations:
                 "attached": self._usage.attached(volume),
                 "lease_holder": held.holder if held else None,
                 "lease_since": held.since if held else None,
+                "scrubbed": scrub.done if scrub else None,
+                "scrub_damaged": scrub.damaged if scrub else 0,
             }
         )
 

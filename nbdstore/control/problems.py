@@ -24,7 +24,7 @@ CLASSES = {cls.code: cls for cls in _tree(NbdstoreError)}
 """Every code there is, and what it means."""
 
 
-def to_json(error: Exception) -> dict[str, Any]:
+def to_json(error: BaseException) -> dict[str, Any]:
     """Describe an error; anything not from nbdstore's tree is told as a bug without details."""
     if not isinstance(error, NbdstoreError):
         error = Bug(f"the server has a bug ({type(error).__name__}); its log says more")

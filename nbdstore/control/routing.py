@@ -116,8 +116,8 @@ class Call:
 class Route:
     """What a caller must know of a route.
 
-    body: a shape (JSON), Media, or None. statuses: of success; the first is the usual one.
-    operation: its name in the OpenAPI document. subject: what it belongs to there.
+    body: a shape (JSON), Media, or None. headers: those that mean something beside the usual.
+    statuses: of success; the first is the usual one. operation: its name in the OpenAPI document.
     """
 
     method: str
@@ -125,6 +125,7 @@ class Route:
     access: Access
     body: Shape | Media | None
     query: Shape
+    headers: tuple[str, ...]
     answer: Answer
     statuses: tuple[int, ...]
     operation: str
@@ -148,6 +149,7 @@ def route(
     answer: Answer,
     body: Shape | Media | None = None,
     query: Shape | None = None,
+    headers: tuple[str, ...] = (),
     statuses: tuple[int, ...] | None = None,
     access: Access | None = None,
 ) -> Callable[[Method], Method]:
@@ -161,6 +163,7 @@ def route(
             access=access or (Access.READ if method == "GET" else Access.ADMIN),
             body=body,
             query=query or {},
+            headers=headers,
             answer=answer,
             statuses=statuses or ((200,) if answer else (204,)),
             operation=function.__name__,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, LeaseInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import AttachmentInfo, LeaseInfo, OperationInfo, PoolInfo, VolumeInfo
 from nbdstore.control.stream import Piece
 
 
@@ -120,6 +120,29 @@ class VolumeService(Protocol):
         fails. One that is there must be at least `size` long, unattached, and empty unless
         `overwrite`; what no piece covers reads as zeros afterwards.
         """
+
+    def start_scrub(
+        self,
+        volume: str | None = None,
+        *,
+        rate: int | None = None,
+        restart: bool = False,
+        operation_id: str | None = None,
+    ) -> OperationInfo:
+        """Begin to scrub a volume, or all of them, at `rate` bytes/s; Busy while another runs.
+
+        One that was stopped goes on, unless `restart`. With the `operation_id` of an operation that
+        was started by the same call, that one is returned.
+        """
+
+    def operations(self) -> list[OperationInfo]:
+        """List the long operations that run, and those that ended within the hour."""
+
+    def operation(self, operation_id: str, *, wait_s: int = 0) -> OperationInfo:
+        """Describe a long operation, at its end or after `wait_s` seconds; NotFound if unknown."""
+
+    def cancel_operation(self, operation_id: str) -> OperationInfo:
+        """End a long operation; NotFound if unknown."""
 
     def close(self) -> None:
         """Let go of the connection or the pool."""

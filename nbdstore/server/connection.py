@@ -14,6 +14,7 @@ import ssl
 import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any, Protocol
 
 from nbdstore.errors import ProtocolError
 from nbdstore.protocol.agreement import Agreement, TlsMode
@@ -74,10 +75,28 @@ class ConnectionInfo:
     written_per_s: float
 
 
+class Tell(Protocol):
+    """Takes an event: its kind, the export, and what there is to know."""
+
+    def __call__(self, kind: str, export: str, /, **facts: Any) -> None: ...
+
+
+def _tell_nobody(_kind: str, _export: str, /, **_facts: Any) -> None:
+    """Do nothing."""
+
+
+@dataclass
+class Observer:
+    """Who is told of clients that attach and detach."""
+
+    tell: Tell = _tell_nobody
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all connections of a server share."""
 
+    observer: Observer
     exports: Exports
     limits: Limits
     limiters: Limiters
@@ -262,9 +281,13 @@ class Connection:
             "read-only" if agreement.flags & TransmissionFlag.READ_ONLY else "read-write",
             f", TLS name {self._view.identity.name}" if self._view.identity.name else "",
         )
+        tell, about = settings.observer.tell, {"connection": self.id, "peer": self.peer}
+        tell("client.attached", name, read_only=self.info.read_only, **about)
         try:
             await session.serve(first_bytes)
         finally:
+            _, n_read, n_written = session.counts
+            tell("client.detached", name, bytes_read=n_read, bytes_written=n_written, **about)
             log.info(
                 "%s detached %s: read %d bytes, wrote %d bytes%s",
                 self.peer,

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server.budget import Budget
-from nbdstore.server.connection import Connection, ConnectionInfo, Settings
+from nbdstore.server.connection import Connection, ConnectionInfo, Observer, Settings
 from nbdstore.server.exports import Exports, HasVolumes
 from nbdstore.server.limiter import Limiters, volume_of
 from nbdstore.server.listener import Listener
@@ -41,7 +41,10 @@ class Server:
     def __init__(self, pool: HasVolumes, options: ServerOptions) -> None:
         self._options = options
         tls = options.tls if options.tls and options.tls.mode is not TlsMode.OFF else None
+        self.observer = Observer()
+        """Is told what clients do."""
         self._settings = Settings(
+            observer=self.observer,
             exports=Exports(pool, options),
             limits=options.limits,
             limiters=Limiters(),

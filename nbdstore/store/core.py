@@ -101,6 +101,7 @@ class Core:
             there is any, or some is being deleted; None = there never is.
         n_held: writes that wait for space now.
         n_corruptions: damaged blocks met by reads so far.
+        newest_corruption: what was wrong with the last of them, or None.
         reserve: slots that only overwriting, checkpoints and freeing may use.
     """
 
@@ -127,6 +128,7 @@ class Core:
         self.failed: str | None = None
         self.n_held = 0
         self.n_corruptions = 0
+        self.newest_corruption: str | None = None
         self.host_full = False
         self._space = asyncio.Event()
 
@@ -285,6 +287,7 @@ class Core:
             shown,
             _ADVICE,
         )
+        self.newest_corruption = error.fault
         log.error("%s", error)
         raise error
 

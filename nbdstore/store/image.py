@@ -114,17 +114,20 @@ class Image:
         self.check_range(offset, length)
         await self.reading.cache(offset, length)
 
-    async def verify(self, offset: int, length: int) -> Verified:
+    async def verify(self, offset: int, length: int, *, unlike: Image | None = None) -> Verified:
         """Read what `[offset, offset + length)` maps from the disk itself and compare checksums.
 
         Blocks that are damaged are in the answer, not raised.  `length` is at least 1, and memory
         for as much is taken.
 
+        Arguments:
+            unlike: leave out what this one maps to the same place.
+
         Raises:
             Corruption, ReadFailed: of the map.
         """
         self.check_range(offset, length)
-        return await self.reading.verify(offset, length)
+        return await self.reading.verify(offset, length, unlike)
 
     # -- changes, which only volumes take --------------------------------------------------
 

@@ -401,6 +401,7 @@ class Pool:
             "shortage": core.shortage,
             "held_writes": core.n_held,
             "corruptions": core.n_corruptions,
+            "newest_corruption": core.newest_corruption,
             "volumes": len(volumes),
             "provisioned": sum(v.size for v in volumes),
             "mapped": sum(v.info.n_mapped for v in volumes) * size,

@@ -212,7 +212,7 @@ class Reading:
             segments.append(buffer)
         return segments
 
-    async def verify(self, offset: int, length: int) -> Verified:
+    async def verify(self, offset: int, length: int, unlike: Image | None = None) -> Verified:
         """Verify what bytes `[offset, offset + length)` map, on the disk: past the page cache.
 
         Whole blocks are read, and what the page cache holds is neither believed nor pushed out.
@@ -220,12 +220,27 @@ class Reading:
         first = offset >> self._shift
         stop = ((offset + length - 1) >> self._shift) + 1
         await self._image.load(first, stop)
+        if unlike is not None:
+            await self._load_both(unlike, first, stop)
         slots, checksums = self._lookup(first, stop)
+        if unlike is not None:
+            n_shared = min(stop, unlike.map.n_blocks) - first
+            if n_shared > 0:
+                theirs, _ = unlike.reading._lookup(first, first + n_shared)
+                ours = slots[:n_shared]
+                ours[ours == theirs] = 0
         runs = [run for run in _plan(slots) if run[2]]
         if not runs:
             return Verified()
         with self._core.slots.pinned(self._core.journal.seq):
             return await self._core.disk.offload(self._verify_runs, runs, checksums, first)
+
+    async def _load_both(self, other: Image, first: int, stop: int) -> None:
+        """Return with these leaves of both maps in memory: loading one may evict the other's."""
+        await other.load(first, first)  # its map, if that is not in memory
+        while (end := min(stop, other.map.n_blocks)) > first and len(other.map.missing(first, end)):
+            await other.load(first, end)
+            await self._image.load(first, stop)
 
     def _verify_runs(self, runs: Sequence[Run], checksums: list[int], first: int) -> Verified:
         """In a thread."""

@@ -74,13 +74,15 @@ class HeldPool:
 
     async def _open(self, directory: Path, server: MemoryServer) -> None:
         self.pool = await Pool.open(directory)
-        self.endpoint = Endpoint(Operations(self.pool, server), directory)
+        self.operations = Operations(self.pool, server)
+        self.endpoint = Endpoint(self.operations, directory)
         await self.endpoint.start()
 
     def close(self) -> None:
         # Once this was answered, connections of before have been accepted, and seen to be closed.
         ControlClient(self.endpoint.addresses[0]).pool()
         self.run(self.endpoint.stop())
+        self.run(self.operations.close())
         self.run(self.pool.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()

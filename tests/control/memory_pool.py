@@ -29,6 +29,12 @@ class MemoryExtent:
 
 
 @dataclass
+class MemoryVerified:
+    n_bytes: int
+    faults: list[tuple[int, Exception]] = field(default_factory=list)
+
+
+@dataclass
 class MemoryVolume:
     """A volume as a dict of blocks."""
 
@@ -84,6 +90,10 @@ class MemoryVolume:
     async def flush(self) -> None:
         self.n_flushes += 1
 
+    async def verify(self, offset: int, length: int, *, unlike: Any = None) -> MemoryVerified:
+        indexes = range(offset // BLOCK, -(-(offset + length) // BLOCK))
+        return MemoryVerified(sum(index in self.blocks for index in indexes) * BLOCK)
+
     async def extents(self, offset: int, length: int, *, max_extents: int) -> list[MemoryExtent]:
         found: list[MemoryExtent] = []
         for start in range(offset, offset + length, BLOCK):
@@ -106,6 +116,8 @@ class MemoryPool:
         self.capacity = capacity
         self.state = "ok"
         self.n_checkpoints = 0
+        self.corruptions = 0
+        self.held_writes = 0
 
     def status(self) -> dict[str, Any]:
         used = sum(len(volume.blocks) for volume in self.volumes.values()) * BLOCK
@@ -123,8 +135,9 @@ class MemoryPool:
             "state": self.state,
             "failure": None,
             "shortage": None,
-            "held_writes": 0,
-            "corruptions": 0,
+            "held_writes": self.held_writes,
+            "corruptions": self.corruptions,
+            "newest_corruption": "block 7",
             "mapped": used,
             "allocated_on_host": used,
             "free_on_host": 0,

@@ -57,6 +57,7 @@ class Served:
         self.server = Server(self.pool, ServerOptions(listen=[f"unix:{self.nbd_path}"]))
         await self.server.start()
         self.operations = Operations(self.pool, self.server)
+        self.server.observer.tell = self.operations.events.tell
         self.endpoint = Endpoint(self.operations, self.directory)
         await self.endpoint.start()
 
@@ -94,5 +95,6 @@ class Served:
 
     async def _stop(self) -> None:
         await self.endpoint.stop()
+        await self.operations.close()
         await self.server.drain(5)
         await self.pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from nbdstore.control.api import application
+from nbdstore.control.events import Event
 from nbdstore.control.problems import CLASSES
 from nbdstore.control.stream import Piece, StreamWriter
 from tests.control.documented import DOCUMENTED
@@ -44,6 +46,11 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("DELETE", "/v1/volumes/db/lease?holder=node-1&epoch=1", None, 204),
     ("POST", "/v1/volumes/db/lease/break", None, 204),
     ("DELETE", "/v1/connections/4711", None, 204),
+    ("POST", "/v1/scrub", {"volume": "db", "id": "mine"}, 202),
+    ("POST", "/v1/scrub", {"volume": "db", "id": "mine"}, 200),
+    ("GET", "/v1/operations/mine?wait=60", None, 200),
+    ("GET", "/v1/operations", None, 200),
+    ("DELETE", "/v1/operations/mine", None, 200),
     ("DELETE", "/v1/volumes/db?fence=1", None, 204),
 ]
 
@@ -77,7 +84,7 @@ def test_every_code_is_listed_with_its_meaning() -> None:
 @pytest.mark.parametrize("template", sorted(DOCUMENTED.operations()), ids=" ".join)
 def test_every_route_is_called_here(template: tuple[str, str]) -> None:
     called = [DOCUMENTED.find(method, path) for method, path, _, _ in CALLS]
-    called_templates = {
+    called_templates = {("GET", "/v1/events")} | {
         (method, found[0]) for (method, *_), found in zip(CALLS, called, strict=True) if found
     }
     assert template in called_templates
@@ -89,6 +96,18 @@ def test_a_served_pool_answers_as_documented(served: Served) -> None:
         assert response.status == status, (method, path, response.content)
         DOCUMENTED.check(method, path, status, response.headers, response.value)
         assert status == 204 or response.content, (method, path)
+
+
+def test_the_events_of_a_served_pool_are_as_documented(served: Served) -> None:
+    connection = served.connect()
+    connection.request("GET", "/v1/events")
+    response = connection.getresponse()
+    assert response.readline() == b"\n"
+    served.call("POST", "/v1/volumes", VOLUME)
+    event = json.loads(response.readline())
+    connection.close()
+    assert set(event) == {field.name for field in dataclasses.fields(Event)}
+    DOCUMENTED.check("GET", "/v1/events", 200, response.headers, None)
 
 
 def test_the_served_document_is_this_one(served: Served) -> None:
