@@ -16,6 +16,7 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- PoolFailed         a sync failed; nothing is acknowledged until a restart
      |   +- ReadFailed         the disk returned an error for a read     NBD EIO
      |   +- WriteFailed        the disk returned an error for a write    NBD EIO
+     +- DeviceError            a device cannot be attached, formatted, mounted or detached
      +- ProtocolError          the peer broke NBD's rules: the connection is dropped
      +- ControlError           the control API cannot be reached, or answered nonsense
      |   +- Unauthorized       the token is missing or wrong             exit 1, HTTP 401
@@ -140,6 +141,12 @@ class WriteFailed(StoreError):
     """The disk under the pool returned an error for a write or a sync."""
 
     code = "write-failed"
+
+
+class DeviceError(NbdstoreError):
+    """A device or filesystem of this machine is not as it should be, or cannot be made so."""
+
+    code = "device-error"
 
 
 class ProtocolError(NbdstoreError):

@@ -1,0 +1,156 @@
+"""Filesystems on volumes: made once, checked when unclean, grown when the volume has grown.
+
+Owns what ext4 and xfs need. Whether a volume may be formatted is not decided here, and never by
+what stands on the device: a damaged filesystem looks like none. What is read from superblocks is
+used to choose between checking, mounting and growing, all of which keep the data.
+
+Superblock fields (the kernel's Documentation/filesystems/ext4/super.rst; XFS Algorithms & Data
+Structures, "Superblocks"; offsets from the start of the device)::
+
+    ext4, little-endian, at 1024:  +0x04 blocks (low 32 bits)   +0x18 log2(block size) - 10
+          +0x38 magic 0xEF53       +0x3A state: 1 clean, 2 errors   +0x60 features: 4 = needs replay
+          +0x150 blocks (high 32 bits, with feature 0x80)
+    xfs, big-endian, at 0:         "XFSB"   +4 block size   +8 blocks (64 bits)
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from nbdstore.agent import programs
+from nbdstore.errors import DeviceError, InvalidArgument
+
+HEAD_BYTES: Final = 4096
+EXT4_START: Final = 1024
+EXT4_MAGIC: Final = 0xEF53
+EXT4_CLEAN: Final = 0x1
+EXT4_ERRORS: Final = 0x2
+EXT4_RECOVER: Final = 0x4
+EXT4_64BIT: Final = 0x80
+CHECK_TIMEOUT_S: Final = 24 * 3600.0
+"""Large filesystems take hours to check; whoever started it can see it run."""
+FSCK_MODES: Final = ("auto", "never", "repair")
+
+E2FSCK_REPAIRED: Final = (0, 1, 2)
+"""Exit status (e2fsck(8)): nothing wrong, errors corrected, corrected and a reboot advised, which
+is meant for the root filesystem."""
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """What a superblock says. type: "ext4" or "xfs". size: bytes of the filesystem."""
+
+    type: str
+    size: int
+    clean: bool
+
+
+class Filesystem(Protocol):
+    """One kind of filesystem; `path` is a device's node, `mountpoint` where it is mounted."""
+
+    @property
+    def mount_options(self) -> tuple[str, ...]:
+        """What it is mounted with unless a person says otherwise."""
+
+    def make(self, path: str) -> None:
+        """Format a device that holds nothing."""
+
+    def check(self, path: str, mode: str) -> None:
+        """Bring one that is unclean into order; DeviceError if that cannot be done safely."""
+
+    def grow(self, path: str, mountpoint: str) -> None:
+        """Let a mounted filesystem fill its device. Nothing if it does."""
+
+
+class Ext4:
+    """ext2, ext3 and ext4 alike; new ones are ext4."""
+
+    mount_options = ("discard",)
+
+    def make(self, path: str) -> None:
+        # A new volume reads as zeros, so there is nothing to discard and no table to clear.
+        extended = "nodiscard,assume_storage_prezeroed=1"
+        if programs.run("mkfs.ext4", "-q", "-E", extended, path, accept=(0, 1)).status == 1:
+            # Before e2fsprogs 1.47 the option is unknown, which is refused before any write.
+            programs.run("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=1", path)
+
+    def check(self, path: str, mode: str) -> None:
+        how = "-y" if mode == "repair" else "-p"
+        done = programs.run("e2fsck", how, path, accept=range(256), timeout_s=CHECK_TIMEOUT_S)
+        if done.status not in E2FSCK_REPAIRED:
+            raise DeviceError(
+                f"the filesystem on {path} needs repair that may lose data (e2fsck status "
+                f"{done.status}): export a copy of the volume, then mount it with --fsck repair; "
+                f"e2fsck said: {' '.join(done.output.split())[-programs.MAX_SHOWN :]}"
+            )
+
+    def grow(self, path: str, mountpoint: str) -> None:
+        programs.run("resize2fs", path)
+
+
+class Xfs:
+    """xfs: replays its journal when mounted, and is repaired only when a person asks for it."""
+
+    mount_options = ("discard",)
+
+    def make(self, path: str) -> None:
+        programs.run("mkfs.xfs", "-q", "-K", path)
+
+    def check(self, path: str, mode: str) -> None:
+        if mode == "repair":
+            programs.run("xfs_repair", path, timeout_s=CHECK_TIMEOUT_S)
+
+    def grow(self, path: str, mountpoint: str) -> None:
+        programs.run("xfs_growfs", mountpoint)
+
+
+FILESYSTEMS: Final[dict[str, Filesystem]] = {"ext4": Ext4(), "xfs": Xfs()}
+
+
+def filesystem(kind: str) -> Filesystem:
+    """Return the filesystem of a name; InvalidArgument if it is none that can be made."""
+    try:
+        return FILESYSTEMS[kind]
+    except KeyError:
+        names = " and ".join(FILESYSTEMS)
+        raise InvalidArgument(
+            f"'{kind}' is no filesystem that volumes are formatted with: {names} are"
+        ) from None
+
+
+def parse_superblock(head: bytes) -> Superblock | None:
+    """Read a superblock from the first HEAD_BYTES of a device; None if there is none known."""
+    if head[:4] == b"XFSB":
+        block_size, n_blocks = struct.unpack_from(">IQ", head, 4)
+        # Whether the journal is empty cannot be told from here; mounting replays it in any case.
+        return Superblock("xfs", block_size * n_blocks, True)
+    if len(head) >= EXT4_START + 1024:
+        (magic, state) = struct.unpack_from("<HH", head, EXT4_START + 0x38)
+        if magic == EXT4_MAGIC:
+            return _ext4(head, state)
+    return None
+
+
+def _ext4(head: bytes, state: int) -> Superblock:
+    (low,) = struct.unpack_from("<I", head, EXT4_START + 0x04)
+    (log_size,) = struct.unpack_from("<I", head, EXT4_START + 0x18)
+    (features,) = struct.unpack_from("<I", head, EXT4_START + 0x60)
+    (high,) = struct.unpack_from("<I", head, EXT4_START + 0x150)
+    n_blocks = low | (high << 32 if features & EXT4_64BIT else 0)
+    clean = bool(state & EXT4_CLEAN) and not state & EXT4_ERRORS and not features & EXT4_RECOVER
+    return Superblock("ext4", n_blocks << (10 + min(log_size, 6)), clean)
+
+
+def read_superblock(path: str) -> Superblock | None:
+    """Read the superblock of a device; DeviceError if the device cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return parse_superblock(os.pread(descriptor, HEAD_BYTES, 0))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DeviceError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,77 @@
+"""Superblocks of real filesystems, clean and not; formatting without force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbdstore.agent.filesystems import FILESYSTEMS, filesystem, parse_superblock, read_superblock
+from nbdstore.errors import DeviceError, InvalidArgument
+from tests.children import Children
+
+SIZE = 320 << 20
+
+pytestmark = pytest.mark.requires("mkfs.ext4", "mkfs.xfs", "e2fsck", "debugfs")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    return path
+
+
+@pytest.mark.parametrize("kind", FILESYSTEMS)
+def test_a_filesystem_is_recognised_with_its_size(image: Path, kind: str) -> None:
+    assert read_superblock(str(image)) is None
+    filesystem(kind).make(str(image))
+    found = read_superblock(str(image))
+    assert found is not None
+    assert (found.type, found.size, found.clean) == (kind, SIZE, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["ssv state 3", "ssv state 0", "feature needs_recovery"],
+    ids=["errors", "not unmounted", "journal not empty"],
+)
+def test_an_ext4_that_is_unclean(image: Path, children: Children, change: str) -> None:
+    filesystem("ext4").make(str(image))
+    children.run("debugfs", "-w", "-R", change, image)
+    found = read_superblock(str(image))
+    assert found is not None
+    assert not found.clean
+    filesystem("ext4").check(str(image), "auto")
+    found = read_superblock(str(image))
+    assert found is not None
+    assert found.clean
+
+
+def test_what_only_a_person_may_decide_is_not_repaired(image: Path, children: Children) -> None:
+    filesystem("ext4").make(str(image))
+    children.run("debugfs", "-w", "-R", "clri <2>", image)
+    children.run("debugfs", "-w", "-R", "ssv state 2", image)
+    with pytest.raises(DeviceError, match="--fsck repair"):
+        filesystem("ext4").check(str(image), "auto")
+    filesystem("ext4").check(str(image), "repair")
+    children.run("e2fsck", "-f", "-n", image)
+
+
+def test_mkfs_is_not_forced(image: Path) -> None:
+    """The decision to format is made before; this is what still stands behind it."""
+    filesystem("xfs").make(str(image))
+    with pytest.raises(DeviceError, match="appears to contain an existing filesystem"):
+        filesystem("xfs").make(str(image))
+
+
+def test_other_bytes_are_no_superblock() -> None:
+    assert parse_superblock(b"") is None
+    assert parse_superblock(bytes(4096)) is None
+    assert parse_superblock(b"x" * 4096) is None
+
+
+def test_other_kinds_cannot_be_made() -> None:
+    with pytest.raises(InvalidArgument, match=r"'ntfs' is no filesystem.*ext4 and xfs"):
+        filesystem("ntfs")
