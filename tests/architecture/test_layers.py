@@ -28,9 +28,10 @@ LAYERS: dict[str, set[str]] = {
     "nbdstore.store": set(),
     "nbdstore.server": {"protocol", "store", "lease", "qos", "unix_socket"},
     "nbdstore.control": {"store", "server", "lease", "qos", "sizes", "unix_socket"},
+    "nbdstore.agent": {"protocol", "control", "sizes", "systemd", "unix_socket"},
     "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
     "nbdstore.commands": {
-        *("protocol", "store", "server", "control", "daemon", "systemd", "sizes"),
+        *("protocol", "store", "server", "control", "agent", "daemon", "systemd", "sizes"),
     },
     "nbdstore.cli": {"commands", "sizes"},
     "nbdstore.__main__": {"cli"},
@@ -43,6 +44,8 @@ FORBIDDEN = {
     "nbdstore.store": {"socket", "ssl", "aiohttp", "click", "uvloop"},
     "nbdstore.server": {"aiohttp", "click"},
     "nbdstore.control": {"click"},
+    # It runs on other hosts, beside what they are for: small, and quick to start.
+    "nbdstore.agent": {"click", "asyncio", "aiohttp", "uvloop", "numpy"},
 }
 # What a pool gets from outside comes through its host, which tests replace by a simulated one.
 FORBIDDEN |= {

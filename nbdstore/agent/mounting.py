@@ -1,0 +1,195 @@
+"""From a device to a mounted filesystem, and back: format once, check, mount, own, grow.
+
+Owns the decision to format, the one act of the agent that destroys data. A volume is formatted if
+
+- the *store* says that no block of it was ever written, or
+- the record says that this very attachment, under the lease that it still holds, began to format it
+  when the store said so, and was killed before mkfs had ended: then what is on it is half of that.
+
+Nothing that is or is not found on the device is a reason; mkfs is never forced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Final
+
+from nbdstore.agent import filesystems, mounts
+from nbdstore.agent.attachments import Attachment, Attachments
+from nbdstore.agent.devices import BlockDevice
+from nbdstore.agent.filesystems import Superblock, filesystem
+from nbdstore.agent.mounts import Mount
+from nbdstore.agent.records import FilesystemRecord, MountRecord
+from nbdstore.agent.requests import MountRequest, parse_mode, parse_owner
+from nbdstore.control.model import VolumeInfo
+from nbdstore.errors import Busy, DeviceError, InvalidArgument
+
+DEFAULT_FILESYSTEM: Final = "ext4"
+FOUND, BEGUN, MADE, OWNED = "found", "begun", "made", "owned"
+HEAD_BYTES: Final = 1 << 20
+"""Where mkfs begins to write; cleared before it begins again."""
+FORCED_TIMEOUT_S: Final = 5.0
+SLACK_BYTES: Final = 1 << 20
+"""A filesystem leaves less than this of its device unused."""
+
+log = logging.getLogger(__name__)
+
+
+class Mounting:
+    """What an agent does with filesystems; each call is made by whoever has the volume's turn."""
+
+    def __init__(self, attachments: Attachments) -> None:
+        self._attachments = attachments
+
+    def prepare(
+        self, attachment: Attachment, device: BlockDevice, request: MountRequest, info: VolumeInfo
+    ) -> None:
+        """Bring the filesystem of a device that is not mounted into order; format a new volume.
+
+        Raises:
+            DeviceError: there is none, and the volume holds data, so it is not made, either.
+            InvalidArgument: another kind was asked for than there is.
+        """
+        known = attachment.record.filesystem
+        if known is not None and known.made == BEGUN:
+            log.warning("mkfs of volume %s was interrupted: beginning again", info.name)
+            _clear_head(device)
+            self._make(attachment, device, known)
+        elif known is None and not info.written and not request.read_only:
+            kind = request.filesystem or DEFAULT_FILESYSTEM
+            made = FilesystemRecord(
+                type=kind, made=BEGUN, owner=request.owner, mode=request.mode, fsck=request.fsck
+            )
+            self._make(attachment, device, made)
+        else:
+            self._look_at(attachment, device, request)
+        self.require_kind(attachment, request)
+
+    def _make(self, attachment: Attachment, device: BlockDevice, wanted: FilesystemRecord) -> None:
+        record = dataclasses.replace(attachment.record, filesystem=wanted)
+        self._attachments.save(record)
+        log.info("formatting volume %s with %s", record.volume, wanted.type)
+        filesystem(wanted.type).make(device.path)
+        made = dataclasses.replace(wanted, made=MADE)
+        self._attachments.save(dataclasses.replace(record, filesystem=made))
+
+    def _look_at(self, attachment: Attachment, device: BlockDevice, request: MountRequest) -> None:
+        record = attachment.record
+        superblock = filesystems.read_superblock(device.path)
+        if superblock is None:
+            raise DeviceError(
+                f"volume {record.volume} was written before, but holds neither ext4 nor xfs that "
+                f"can be recognised; it is not formatted, since that would destroy what it holds: "
+                f"look at {device.path}, or mount a new volume"
+            )
+        if record.filesystem is None or record.filesystem.type != superblock.type:
+            found = FilesystemRecord(type=superblock.type, made=FOUND)
+            record = dataclasses.replace(record, filesystem=found)
+            self._attachments.save(record)
+        self._check(record.volume, device, request.fsck, superblock, record.read_only)
+
+    def _check(
+        self, volume: str, device: BlockDevice, mode: str, superblock: Superblock, read_only: bool
+    ) -> None:
+        if mode == "never" or read_only or (superblock.clean and mode != "repair"):
+            return
+        log.info("checking the filesystem of volume %s", volume)
+        filesystem(superblock.type).check(device.path, mode)
+
+    def require_kind(self, attachment: Attachment, request: MountRequest) -> None:
+        """Raise InvalidArgument if another kind of filesystem is asked for than there is."""
+        found = attachment.record.filesystem
+        if found is not None and request.filesystem not in ("", found.type):
+            raise InvalidArgument(
+                f"volume {request.volume} holds {found.type}, not {request.filesystem}: "
+                "mount it as that"
+            )
+
+    def mount(self, attachment: Attachment, device: BlockDevice, wanted: MountRecord) -> None:
+        """Mount a device whose filesystem is in order, where it is wanted."""
+        record = attachment.record
+        assert record.filesystem
+        kind = filesystem(record.filesystem.type)
+        read_only = wanted.read_only or record.read_only
+        options = [option for option in wanted.options.split(",") if option]
+        if not options and not read_only:
+            options = list(kind.mount_options)
+        options += ["ro"] if read_only else []
+        mounts.mount(
+            device.make_node(), wanted.path, record.filesystem.type, options, wanted.propagation
+        )
+        if not read_only:
+            self._own(attachment, wanted.path)
+            self.grow(attachment, device, wanted.path)
+
+    def _own(self, attachment: Attachment, path: str) -> None:
+        """Give a new filesystem's root directory its owner and mode, once: the files of one that
+        is in use are their owners' business."""
+        record = attachment.record
+        assert record.filesystem
+        if record.filesystem.made != MADE:
+            return
+        if (owner := parse_owner(record.filesystem.owner)) is not None:
+            os.chown(path, *owner)
+        if (mode := parse_mode(record.filesystem.mode)) is not None:
+            os.chmod(path, mode)  # noqa: PTH101 - beside chown
+        owned = dataclasses.replace(record.filesystem, made=OWNED)
+        self._attachments.save(dataclasses.replace(record, filesystem=owned))
+
+    def grow(self, attachment: Attachment, device: BlockDevice, path: str) -> None:
+        """Let a mounted filesystem fill its device, if it is smaller."""
+        superblock = filesystems.read_superblock(device.path)
+        if superblock is not None and device.size - superblock.size >= SLACK_BYTES:
+            log.info("growing the filesystem of volume %s", attachment.record.volume)
+            filesystem(superblock.type).grow(device.path, path)
+
+    def mounts_of(self, device: BlockDevice | None) -> list[Mount]:
+        """List where a device is mounted, as far as this mount namespace shows."""
+        if device is None or device.attribute("dev") is None:
+            return []
+        return mounts.mounts_of(device.number)
+
+    def paths(self, attachment: Attachment) -> list[str]:
+        """List mount points, wanted and seen, those that lie within others first."""
+        seen = {mount.path for mount in self.mounts_of(attachment.device)}
+        wanted = {mount.path for mount in attachment.record.mounts}
+        return sorted(seen | wanted, key=len, reverse=True)
+
+    def unmount(
+        self, attachment: Attachment, path: str, *, force: bool = False, forget: bool = True
+    ) -> None:
+        """Unmount, and forget that it was wanted; Busy leaves all as it was.
+
+        Raises:
+            Busy: files on it are in use; with `force` it goes nevertheless.
+            ProgramTimeout: it waits for its device.
+        """
+        before = attachment.record
+        left = tuple(mount for mount in before.mounts if mount.path != path)
+        if forget:
+            # Before: what a killed agent has unmounted is not to be mounted again.
+            self._attachments.save(dataclasses.replace(before, mounts=left))
+        timeout_s = FORCED_TIMEOUT_S if force else mounts.UNMOUNT_TIMEOUT_S
+        try:
+            while self._is_ours(attachment, path):
+                mounts.unmount(path, lazily=force, timeout_s=timeout_s)
+        except Busy:
+            self._attachments.save(before)
+            raise
+
+    def _is_ours(self, attachment: Attachment, path: str) -> bool:
+        found = mounts.mounted_at(path)
+        device = attachment.device
+        if found is None:
+            return False
+        if device is not None and device.attribute("dev") is not None:
+            return found.device == device.number
+        return found.source == f"/dev/{attachment.record.device}"
+
+
+def _clear_head(device: BlockDevice) -> None:
+    with device.claimed() as descriptor:
+        os.pwrite(descriptor, bytes(min(HEAD_BYTES, device.size)), 0)
+        os.fsync(descriptor)

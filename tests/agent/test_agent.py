@@ -1,0 +1,115 @@
+"""The agent on this machine, for real: a server, filesystems on loop devices, kills of everything.
+
+The fuse driver needs no nbd in the kernel; what only the kernel's driver has is in test_guest.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdstore.agent import devices, mounts
+from tests.agent.host import Host
+
+pytestmark = [
+    pytest.mark.requires("root", "/dev/fuse", "/dev/loop-control", "nbdfuse", "fusermount3"),
+    pytest.mark.requires("losetup", "mount", "mkfs.ext4", "e2fsck", "mkfs.xfs", "setsid"),
+    pytest.mark.timeout(180),
+]
+
+
+def is_mounted(path: Path) -> bool:
+    return mounts.mounted_at(str(path)) is not None
+
+
+# --- People, without an agent --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_new_volume_is_formatted_once_and_mounted_again_as_it_is(host: Host, kind: str) -> None:
+    where = host.directory / "mnt"
+    options = ("--fs", kind, "--owner", "999:998", "--mode", "2770", "--driver", "fuse")
+    host.nbdstore("mount", "web", where, *options)
+    found = where.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (999, 998, 0o2770)
+    (where / "file").write_text("content")
+    os.chown(where, 0, 0)
+    host.nbdstore("umount", "web")
+    assert not is_mounted(where)
+    assert devices.loop_devices() == [] or not any(
+        (device.backing_file or "").startswith(str(host.directory))
+        for device in devices.loop_devices()
+    )
+
+    host.nbdstore("mount", "web", where, *options)
+    assert (where / "file").read_text() == "content"
+    assert where.stat().st_uid == 0, "the owner is given once"
+    host.nbdstore("umount", str(where))
+    assert "no volume is leased" in host.nbdstore("lease", "list")
+
+
+def test_a_volume_that_holds_data_is_never_formatted(host: Host, tmp_path: Path) -> None:
+    """Its first blocks are zeros, as of a new volume, or of one whose superblock is lost."""
+    raw = tmp_path / "raw"
+    with raw.open("wb") as file:
+        file.truncate(64 << 20)
+        file.seek(5 << 20)
+        file.write(b"precious")
+    host.pool.nbdstore("import", str(raw), "old")
+    before = host.pool.nbdstore("export", "old", str(tmp_path / "before"))
+    refused = host.nbdstore("mount", "old", host.directory / "mnt", status=1)
+    assert "volume old was written before" in refused
+    assert before == ""
+    assert "nothing is attached" in host.nbdstore("agent", "status")
+    host.pool.nbdstore("export", "old", str(tmp_path / "after"))
+    assert (tmp_path / "after").read_bytes() == raw.read_bytes()
+
+
+def test_mkfs_that_was_killed_is_begun_again(host: Host) -> None:
+    """What is on the device then is half a filesystem, made under the lease that is still held."""
+    where = host.directory / "mnt"
+    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
+    record_path = host.record_path("web")
+    record = json.loads(record_path.read_text())
+    record["filesystem"] = {"type": "xfs", "made": "begun"}
+    record_path.write_text(json.dumps(record))
+    # As far as mkfs had come: signatures, which it would refuse to overwrite without force.
+    host.children.run("mkfs.xfs", "-q", "-K", device)
+    host.nbdstore("mount", "web", where, "--fs", "xfs")
+    assert is_mounted(where)
+    assert json.loads(record_path.read_text())["filesystem"]["made"] == "owned"
+    host.nbdstore("umount", "web")
+    host.nbdstore("detach", "web")
+
+
+def test_detaching_what_is_mounted_is_refused(host: Host) -> None:
+    where = host.directory / "mnt"
+    host.nbdstore("mount", "db", where)
+    assert "mounted at" in host.nbdstore("detach", "db", status=1)
+    with (where / "open").open("w") as file:
+        assert "is in use" in host.nbdstore("umount", "db", status=1)
+        assert is_mounted(where)
+        file.write("still")
+    host.nbdstore("umount", "db")
+    assert not is_mounted(where)
+
+
+def test_mistakes_are_explained(host: Host) -> None:
+    where = host.directory / "mnt"
+    assert "there is no volume 'nix'" in host.nbdstore("mount", "nix", where, status=1)
+    assert "attached here" in host.nbdstore("detach", "db", status=1)
+    assert "no volume is mounted at" in host.nbdstore("umount", "/nowhere", status=1)
+    assert "is no owner" in host.nbdstore("mount", "db", where, "--owner", "me", status=2)
+    assert "root directory" in host.nbdstore("mount", "db", "/", status=2)
+    host.nbdstore("mount", "db", where)
+    assert "mounted on it" in host.nbdstore("mount", "web", where, status=1)
+    assert host.status("web") is None, "what was attached for that mount alone is gone again"
+    other_kind = host.nbdstore("mount", "db", host.directory / "x", "--fs", "xfs", status=2)
+    assert "holds ext4, not xfs" in other_kind
+    host.pool.stop()
+    assert "no server answers" in host.nbdstore("mount", "web", host.directory / "w", status=1)
+    host.pool.restart()
+    host.nbdstore("umount", "db")

@@ -1,0 +1,218 @@
+"""Servers, agents and relays that are killed under load; machines that lose their leases."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbdstore.agent import mounts
+from nbdstore.agent.requests import AttachRequest, MountRequest
+from nbdstore.errors import Busy
+from tests.agent.host import Host
+from tests.clients.served_pool import ServedPool
+
+pytestmark = [
+    pytest.mark.requires("root", "/dev/fuse", "/dev/loop-control", "nbdfuse", "fusermount3"),
+    pytest.mark.requires("losetup", "mount", "mkfs.ext4", "mkfs.xfs", "setsid", "fio"),
+    pytest.mark.timeout(300),
+]
+
+PATIENCE_S = 90.0
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait until a condition holds; fail if it does not come to hold."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"in vain: {what}"
+        time.sleep(0.05)
+
+
+def mount(host: Host, volume: str, name: str = "mnt", **options: object) -> Path:
+    where = host.directory / name
+    request = MountRequest(volume=volume, path=str(where), by="test", **options)  # type: ignore[arg-type]
+    host.client.mount(request)
+    return where
+
+
+def state(host: Host, volume: str) -> str:
+    (status,) = [item for item in host.client.status() if item.volume == volume]
+    return status.state
+
+
+def is_mounted(path: Path) -> bool:
+    return mounts.mounted_at(str(path)) is not None
+
+
+def test_io_waits_for_a_server_that_was_killed_and_needs_no_agent(
+    host: Host, pool: ServedPool
+) -> None:
+    host.start()
+    where = mount(host, "web", filesystem="xfs")
+    fio = host.children.start(
+        *("fio", "--name=load", f"--filename={where}/file", "--size=24M", "--rw=randwrite"),
+        *("--bs=4k", "--ioengine=psync", "--fsync=16", "--verify=crc32c", "--verify_fatal=1"),
+        *("--rate_iops=1500", "--error_dump=1"),
+        log="fio.log",
+    )
+    for _ in range(2):
+        target = pool_written(pool) + (1 << 20)
+        until(functools.partial(has_written, pool, target), "fio has got on")
+        pool.kill()
+        host.kill()
+        assert fio.poll() is None, "it waits, and has not failed"
+        pool.restart()
+        host.start()
+    assert fio.wait(PATIENCE_S) == 0
+    until(lambda: state(host, "web") == "attached", "the agent sees that all is well")
+    assert host.client.examine() == []
+    (found,) = [item for item in mounts.mounts() if item.path == str(where)]
+    assert not found.read_only
+    host.client.umount("web")
+    assert host.client.status() == []
+    host.stop()
+
+
+def has_written(pool: ServedPool, n_bytes: int) -> bool:
+    return pool_written(pool) > n_bytes
+
+
+def pool_written(pool: ServedPool) -> int:
+    connections = json.loads(pool.nbdstore("volume", "show", "web", "--json"))["attachments"]
+    return sum(item["bytes_written"] for item in connections)
+
+
+def test_a_stop_detaches_and_the_next_start_brings_it_back(host: Host, pool: ServedPool) -> None:
+    spec = f"volume=new,path={host.directory}/new,size=64M,owner=5:6"
+    host.start("--mount", spec)
+    new, db = host.directory / "new", mount(host, "db")
+    until(lambda: is_mounted(new), "what the agent was started for is mounted")
+    assert (new.stat().st_uid, new.stat().st_gid) == (5, 6)
+    (db / "file").write_text("content")
+    with (new / "open").open("w"):
+        host.stop()
+        assert is_mounted(new), "what is in use stays"
+        assert not is_mounted(db)
+        assert [item["volume"] for item in leases(pool)] == ["new"]
+    host.start()
+    until(lambda: is_mounted(db), "the wish is fulfilled")
+    assert (db / "file").read_text() == "content"
+    host.stop()
+    assert not is_mounted(new)
+    assert not is_mounted(db)
+    assert leases(pool) == []
+
+
+def leases(pool: ServedPool) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(pool.nbdstore("lease", "list", "--json"))
+    return found
+
+
+def test_an_agent_starts_before_its_server(host: Host, pool: ServedPool) -> None:
+    pool.stop()
+    host.start("--mount", f"volume=db,path={host.directory}/mnt")
+    until(lambda: "no server answers" in host.client.status()[0].message, "it says what it lacks")
+    assert "not all is attached" in host.nbdstore("agent", "status", "--check", status=1)
+    pool.restart()
+    until(lambda: is_mounted(host.directory / "mnt"), "it is mounted as soon as that can be done")
+    until(lambda: not host.client.status()[0].message, "the agent has seen it")
+    host.nbdstore("agent", "status", "--check")
+    host.client.umount("db")
+    host.stop()
+
+
+def test_a_volume_has_one_host_and_force_fences_the_other(
+    host: Host, other_host: Host, pool: ServedPool
+) -> None:
+    host.start()
+    other_host.start()
+    where = mount(host, "db")
+    (where / "file").write_text("before")
+    fd = os.open(where / "file", os.O_WRONLY)
+    os.fsync(fd)
+    with pytest.raises(Busy, match="leased to"):
+        mount(other_host, "db")
+    there = mount(other_host, "db", force=True)
+    assert (there / "file").read_text() == "before"
+    until(lambda: state(host, "db") == "fenced", "the one that lost it knows")
+    assert "doctor" not in str(host.client.status()[0].message)
+    assert [finding.kind for finding in host.client.examine(fix=True)] == ["fenced"]
+    (there / "file").write_text("after")
+    host.client.detach("db", force=True)
+    assert not is_mounted(where)
+    with pytest.raises(OSError):
+        os.pwrite(fd, b"late", 0)
+        os.fsync(fd)
+    os.close(fd)
+    assert (there / "file").read_text() == "after"
+    other_host.client.umount("db")
+    where = mount(host, "db")
+    assert (where / "file").read_text() == "after"
+    host.client.umount("db")
+    host.stop()
+    other_host.stop()
+
+
+def test_the_doctor_explains_and_puts_right(host: Host, pool: ServedPool) -> None:
+    host.start()
+    assert host.client.examine() == []
+    where = mount(host, "db")
+    (where / "file").write_text("content")
+    os.sync()
+    os.kill(host.relay_pid("db"), signal.SIGKILL)
+    until(lambda: state(host, "db") == "failed", "its device fails all requests")
+    (finding,) = host.client.examine()
+    assert (finding.kind, finding.fixable, finding.fixed) == ("failed", True, False)
+    (finding,) = host.client.examine(fix=True)
+    assert (finding.kind, finding.fixed) == ("failed", True), finding.outcome
+    assert (where / "file").read_text() == "content"
+    assert host.client.examine() == []
+
+    pool.nbdstore("volume", "resize", "db", "192M")
+    (finding,) = host.client.examine(fix=True)
+    assert (finding.kind, finding.fixable) == ("size", False)
+    host.client.umount("db")
+
+    # A record and its device are lost, the lease is not.
+    host.client.attach(AttachRequest(volume="web"))
+    host.kill()
+    path = host.record_path("web")
+    kept = path.read_text()
+    path.unlink()
+    host.start()
+    assert [finding.kind for finding in host.client.examine()] == ["orphan-lease"]
+    host.kill()
+    path.write_text(kept)
+    host.start()
+    until(lambda: state(host, "web") == "attached", "it is adopted")
+    host.client.detach("web")
+    assert "all is well" in host.nbdstore("doctor")
+    host.stop()
+
+
+def test_what_is_recorded_is_attached_and_mounted_again_after_a_power_cut(
+    host: Host, pool: ServedPool
+) -> None:
+    """Everything of the machine is gone but its disk, where the records are."""
+    host.start()
+    where = mount(host, "db")
+    (where / "file").write_text("content")
+    os.sync()
+    host.kill()
+    relay = host.relay_pid("db")
+    host.children.run("umount", "--lazy", where)
+    os.kill(relay, signal.SIGKILL)
+    host.close()
+    assert not is_mounted(where)
+    host.start()
+    until(lambda: is_mounted(where), "it is back")
+    assert (where / "file").read_text() == "content"
+    host.client.umount("db")
+    host.stop()
