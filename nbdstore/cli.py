@@ -19,6 +19,7 @@ import click
 
 from nbdstore import __version__
 from nbdstore.commands import (
+    agent,
     capacity,
     check,
     completion,
@@ -200,6 +201,12 @@ cli.add_command(serve.serve)
 cli.add_command(connections.ps)
 cli.add_command(connections.disconnect)
 cli.add_command(lease.lease)
+cli.add_command(agent.agent)
+cli.add_command(agent.attach)
+cli.add_command(agent.detach)
+cli.add_command(agent.mount)
+cli.add_command(agent.umount)
+cli.add_command(agent.doctor)
 cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)
 cli.add_command(capacity.capacity)

@@ -44,15 +44,16 @@ class AgentService(Protocol):
 class Setting:
     """Where an agent keeps its state, and what it works with.
 
-    control_url, token, token_file: of the server's control API; the relays of the fuse driver read
-    the file themselves. nbd: HOST:PORT or unix:PATH, "" asks the server. holder: "" is the
-    machine's name and the agent's id.
+    control_url, token, token_file, tls_ca: of the server's control API; the relays of the fuse
+    driver read the files themselves. nbd: HOST:PORT or unix:PATH, "" asks the server. holder: ""
+    is the machine's name and the agent's id.
     """
 
     state: Path
     control_url: str
     token: str | None = None
     token_file: Path | None = None
+    tls_ca: Path | None = None
     nbd: str = ""
     holder: str = ""
     driver: str = AUTO
@@ -95,13 +96,19 @@ def open_agent(setting: Setting) -> Iterator[LocalAgent]:
 
 def store_server(setting: Setting) -> StoreServer:
     """Return the server that is meant."""
-    control = ControlClient(setting.control_url, token=setting.token, timeout_s=CONTROL_TIMEOUT_S)
+    control = ControlClient(
+        setting.control_url,
+        token=setting.token,
+        tls_ca=setting.tls_ca,
+        timeout_s=CONTROL_TIMEOUT_S,
+    )
     return StoreServer(control, setting.nbd or None)
 
 
 def _drivers(setting: Setting, records: Records) -> Drivers:
-    token = ("--token-file", str(setting.token_file)) if setting.token_file else ()
-    relay = (sys.executable, "-m", "nbdstore", "--server", setting.control_url, *token)
+    files = {"--token-file": setting.token_file, "--tls-ca": setting.tls_ca}
+    given = [word for option, path in files.items() if path for word in (option, str(path))]
+    relay = (sys.executable, "-m", "nbdstore", "--server", setting.control_url, *given)
     return Drivers(
         {
             "kernel": KernelDriver(records.agent_id),

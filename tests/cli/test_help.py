@@ -71,6 +71,8 @@ def test_every_example_is_a_command_line_that_can_be_read(line: str) -> None:
     while isinstance(group, click.Group):
         context = group.make_context(group.name, words, parent=context)
         words = [*context._protected_args, *context.args]
+        if not words and group.invoke_without_command:
+            return
         _, child, words = group.resolve_command(context, words)
         assert child is not None
         group = child
