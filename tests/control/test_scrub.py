@@ -128,7 +128,7 @@ async def test_a_snapshot_that_is_deleted_meanwhile_hides_nothing(bench: Bench) 
     while bench.operations.running.find(info.id).done < scrub.STEP_BYTES:  # of s2
         await asyncio.sleep(0)
     await bench.pool.delete_snapshot(s2)
-    await s1.open()
+    await s1.load(0, 2)
     bench.damage_image(s1, 1)
     info = await bench.operations.running.wait(info.id, 60)
     assert info.state == "done", info.error
