@@ -20,6 +20,7 @@ import click
 from nbdstore import __version__
 from nbdstore.commands import (
     agent,
+    app,
     capacity,
     check,
     completion,
@@ -145,7 +146,7 @@ def _default_pool() -> Path:
 @click.option(
     "--server",
     metavar="URL",
-    envvar="NBDSTORE_SERVER",
+    envvar=["NBDSTORE_SERVER", "BLOCK_STORAGE"],
     show_envvar=True,
     help="A server elsewhere: https://HOST:PORT, http://HOST:PORT or unix:PATH. Wins over --pool.",
 )
@@ -213,6 +214,7 @@ cli.add_command(capacity.capacity)
 cli.add_command(scrub.scrub)
 cli.add_command(operation.operation)
 cli.add_command(operation.events)
+cli.add_command(app.app)
 cli.add_command(check.check)
 cli.add_command(salvage.salvage)
 cli.add_command(completion.completion)

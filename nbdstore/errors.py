@@ -24,6 +24,7 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- UnknownPath        the API has no such path                  exit 1, HTTP 404
      |   +- UnknownMethod      the path has no such method               exit 1, HTTP 405
      |   +- BodyTooLarge       the request is larger than any needs      exit 1, HTTP 413
+     +- PlatformError          a container platform is away, or refuses  exit 1, HTTP 502
      +- Bug                    nbdstore itself is wrong                  exit 1, HTTP 500
 
 Every message says what was wrong, with the value, and what to do next; ``code`` is a stable
@@ -200,3 +201,10 @@ class Bug(NbdstoreError):
     """The server met an error that nobody foresaw; its log says more."""
 
     code = "bug"
+
+
+class PlatformError(NbdstoreError):
+    """A container platform cannot be reached, or refused what it was asked for."""
+
+    code = "platform-error"
+    http_status = 502

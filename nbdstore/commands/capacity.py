@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import click
 
 from nbdstore.commands import parameters
 from nbdstore.commands.output import json_option, print_facts, print_json
 from nbdstore.commands.session import Session, pass_session
 from nbdstore.control.capacity import CapacityReport
+from nbdstore.orchestration.platform import PLATFORMS, open_platform
 from nbdstore.sizes import format_size
 
 DAY_S = 24 * 60 * 60
@@ -15,7 +18,14 @@ DAY_S = 24 * 60 * 60
 
 @click.command(short_help="Show what fits, what was promised, what is stored, what is left.")
 @click.option(
-    "--containers", type=click.IntRange(min=0), default=0, help="Containers of the platform."
+    "--platform",
+    type=click.Choice(PLATFORMS),
+    envvar="NBDSTORE_PLATFORM",
+    show_envvar=True,
+    help="Count its running containers, and the storage that each was given.",
+)
+@click.option(
+    "--containers", type=click.IntRange(min=0), default=0, help="Containers of no such platform."
 )
 @click.option(
     "--container-size",
@@ -26,24 +36,37 @@ DAY_S = 24 * 60 * 60
 )
 @json_option
 @pass_session
-def capacity(session: Session, containers: int, container_size: int, as_json: bool) -> None:
+def capacity(
+    session: Session, platform: str | None, containers: int, container_size: int, as_json: bool
+) -> None:
     """Show what the pool can hold, what was promised, what is stored, what is left.
 
     C_b is the capacity of the block storage, C_c that of the container platform, C_bc both
-    together, D the data stored. No container platform is asked yet: say with --containers and
-    --container-size what it has. Attached volumes live in C_b and are not counted twice.
+    together, D the data stored. --platform asks Docker or Kubernetes what its containers were
+    given: the limit of each, or, with Docker, what it uses if it has none. Of another platform say
+    it with --containers and --container-size. Attached volumes live in C_b and are not counted
+    twice.
 
     \b
     Examples:
-      nbdstore capacity
+      nbdstore capacity --platform docker
       nbdstore capacity --containers 20 --container-size 10G --json
     """
+    if platform and containers:
+        raise click.UsageError("--platform counts the containers: leave out --containers")
+    given = _given(platform) if platform else [container_size] * containers
     with session.service() as service:
-        report = service.capacity().with_containers(containers, container_size)
+        report = service.capacity().with_containers(given)
     if as_json:
         print_json(report.to_json())
     else:
         print_facts(_facts(report))
+
+
+def _given(platform: str) -> list[int]:
+    """Ask a platform how many bytes each of its containers was given."""
+    with contextlib.closing(open_platform(platform)) as found:
+        return [container.bytes for container in found.containers()]
 
 
 def _facts(report: CapacityReport) -> list[tuple[str, str]]:

@@ -101,6 +101,7 @@ class LocalService:
         iops: int | None = None,
         bandwidth: int | None = None,
         burst_s: float | None = None,
+        shrink: bool = False,
         force: bool = False,
     ) -> VolumeInfo:
         return self._run(
@@ -112,6 +113,7 @@ class LocalService:
                 iops=iops,
                 bandwidth=bandwidth,
                 burst_s=burst_s,
+                shrink=shrink,
                 force=force,
             )
         )

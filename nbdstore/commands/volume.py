@@ -154,21 +154,30 @@ def _attachment_row(item: AttachmentInfo) -> tuple[str, ...]:
 @volume.command()
 @name_argument
 @click.argument("size", type=parameters.size, metavar="SIZE")
-@click.option("--force", is_flag=True, help="Shrink even below data that is mapped: it is lost.")
+@click.option("--shrink", is_flag=True, help="Cut off the end: SIZE is less than it has.")
+@click.option("--force", is_flag=True, help="With --shrink: even below data, which is lost.")
 @json_option
 @pass_session
-def resize(session: Session, name: str, size: int, force: bool, as_json: bool) -> None:
+def resize(
+    session: Session, name: str, size: int, shrink: bool, force: bool, as_json: bool
+) -> None:
     """Change the size of volume NAME to SIZE.
 
-    Growing works any time; a client sees the new size when it attaches next. Shrinking wants the
-    volume detached, and --force if data lies beyond the new end.
+    Growing works any time, also while clients use the volume: new ones see the new size, those that
+    are attached may use it once they know of it. The attach agent tells the kernel; with other
+    clients, detach and attach again, then enlarge the filesystem.
+
+    Shrinking wants --shrink and the volume detached, and --force if data lies beyond the new end.
 
     \b
     Examples:
       nbdstore volume resize db 20G
+      nbdstore volume resize db 5G --shrink
     """
+    if force and not shrink:
+        raise click.UsageError("--force goes with --shrink")
     with session.service() as service:
-        info = service.update_volume(name, size=size, force=force)
+        info = service.update_volume(name, size=size, shrink=shrink, force=force)
     _print_done(info, as_json, f"volume {info.name} has {format_size(info.size)} now")
 
 

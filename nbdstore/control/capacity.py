@@ -7,9 +7,9 @@
     D    = n_d x S_d   application data stored       mapped blocks x block size
     C_bc = C_b + C_c   integrated capacity
 
-C_c is storage that the platform itself gives to containers, beside the pool. No platform is asked
-yet, so n_c is 0 unless the caller states it; volumes that are attached are *not* counted as C_c,
-since they live in C_b and would be counted twice.
+C_c is storage that the platform itself gives to containers, beside the pool; n_c is 0 unless the
+caller knows a platform. Volumes that are attached are *not* counted as C_c, since they live in C_b
+and would be counted twice. Where containers were given different amounts, S_c is their mean.
 
 Owns the arithmetic and the forecast (`GrowthMeter`); knows neither pools nor servers.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 
 from nbdstore.control.model import Record
 
@@ -54,13 +55,13 @@ class CapacityReport(Record):
     growth_window_s: float | None = None
     exhausted_in_s: float | None = None
 
-    def with_containers(self, n_containers: int, container_size: int) -> CapacityReport:
-        """Return the report with C_c = `n_containers` x `container_size` bytes."""
-        container_capacity = n_containers * container_size
+    def with_containers(self, given: Sequence[int]) -> CapacityReport:
+        """Return the report with C_c for containers that were `given` so many bytes each."""
+        container_capacity = sum(given)
         return dataclasses.replace(
             self,
-            n_containers=n_containers,
-            container_size=container_size,
+            n_containers=len(given),
+            container_size=container_capacity // max(len(given), 1),
             container_capacity=container_capacity,
             integrated_capacity=self.block_capacity + container_capacity,
         )

@@ -123,6 +123,7 @@ class ControlClient:
         iops: int | None = None,
         bandwidth: int | None = None,
         burst_s: float | None = None,
+        shrink: bool = False,
         force: bool = False,
     ) -> VolumeInfo:
         changes = {
@@ -132,6 +133,7 @@ class ControlClient:
             "iops": iops,
             "bandwidth": bandwidth,
             "burst_s": burst_s,
+            "shrink": shrink or None,
             "force": force or None,
         }
         body = {key: value for key, value in changes.items() if value is not None}

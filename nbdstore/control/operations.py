@@ -130,6 +130,7 @@ class Operations:
         iops: int | None = None,
         bandwidth: int | None = None,
         burst_s: float | None = None,
+        shrink: bool = False,
         force: bool = False,
     ) -> VolumeInfo:
         """Resize, rename, change who may attach or how fast; what is None stays.
@@ -142,10 +143,7 @@ class Operations:
             volume = self._usage.find(name)
             limits = qos.current(volume.properties).changed(iops, bandwidth, burst_s)
             if size is not None and size != volume.size:
-                if size < volume.size:
-                    self._usage.require_free(volume, "shrinking it")
-                await self._pool.resize_volume(volume, size, force=force)
-                self._usage.grown(volume)
+                await self._resize(volume, size, shrink, force)
             if new_name is not None and new_name != name:
                 # Its holder could not come back: it knows the volume by its name.
                 self._usage.require_unleased(volume, "renaming it")
@@ -165,6 +163,20 @@ class Operations:
     def _tell_changed(self, name: str, changes: dict[str, object]) -> None:
         told = {key: value for key, value in changes.items() if value is not None}
         self.events.tell("volume.changed", name, **told)
+
+    async def _resize(self, volume: VolumeLike, size: int, shrink: bool, force: bool) -> None:
+        if size > volume.size:
+            await self._pool.resize_volume(volume, size)
+            self._usage.grown(volume)
+            return
+        if not shrink:
+            raise InvalidArgument(
+                f"volume '{volume.name}' has {format_size(volume.size)} ({volume.size} bytes), "
+                f"more than {size}: if its end shall be cut off, say so with --shrink"
+            )
+        with self._usage.barred(volume):  # or a client might attach while it is being shrunk
+            self._usage.require_free(volume, "shrinking it")
+            await self._pool.resize_volume(volume, size, force=force)
 
     async def delete_volume(self, name: str, *, fence: bool = False) -> None:
         """Delete a volume that nobody uses; with `fence`, end its lease and connections first."""

@@ -91,6 +91,7 @@ class VolumeService(Protocol):
         iops: int | None = None,
         bandwidth: int | None = None,
         burst_s: float | None = None,
+        shrink: bool = False,
         force: bool = False,
     ) -> VolumeInfo:
         """Resize, rename, change who may attach or how fast; None leaves a property as it is.
@@ -98,8 +99,8 @@ class VolumeService(Protocol):
         `iops` and `bandwidth` (bytes per second) limit all clients together from now on, 0 is no
         limit; `burst_s` is how many seconds' worth they may save up.
 
-        Shrinking is Busy while leased or attached; `force` shrinks below mapped data, which is
-        lost. Renaming is Busy while leased.
+        A smaller size wants `shrink`, and is Busy while leased or attached; `force` shrinks below
+        mapped data, which is lost. Renaming is Busy while leased.
         """
 
     def delete_volume(self, name: str, *, fence: bool = False) -> None:

@@ -67,6 +67,7 @@ class VolumeRoutes:
             "iops": "number?",
             "bandwidth": "bytes?",
             "burst_s": "seconds?",
+            "shrink": "flag?",
             "force": "flag?",
         },
         answer=VolumeInfo,
@@ -74,11 +75,11 @@ class VolumeRoutes:
     async def update_volume(self, call: Call) -> VolumeInfo:
         """Resize or rename a volume, or change who may attach it, or how fast it is.
 
-        What is left away stays. Shrinking is busy while the volume is attached; force shrinks
-        below mapped data, which is lost then. iops and bandwidth limit all clients of the volume
-        together, at once; 0 is no limit; burst_s is how many seconds' worth they may save up. Each
-        change is durable by itself; when one fails, those before it, in the order size, name,
-        allow, limits, stay done.
+        What is left away stays. A smaller size wants shrink, and is busy while the volume is
+        leased or attached; force shrinks below mapped data, which is lost then. iops and bandwidth
+        limit all clients of the volume together, at once; 0 is no limit; burst_s is how many
+        seconds' worth they may save up. Each change is durable by itself; when one fails, those
+        before it, in the order size, name, allow, limits, stay done.
         """
         name, body = call["name"], call.body
         info = await self._operations.update_volume(
@@ -89,6 +90,7 @@ class VolumeRoutes:
             iops=body.get("iops"),
             bandwidth=body.get("bandwidth"),
             burst_s=body.get("burst_s"),
+            shrink=body.get("shrink", False),
             force=body.get("force", False),
         )
         changes = ", ".join(f"{key} {value}" for key, value in body.items())

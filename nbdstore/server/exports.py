@@ -16,8 +16,9 @@ metadata context ``qemu:dirty-bitmap:NAME``.
 A volume that is leased (`nbdstore.lease`) is attached by showing that lease in the export's name;
 without it, or with one that has ended, it is refused. It is not listed, since clients that list
 exports try each by its plain name, and nbdinfo gives up at the first that it does not get.
-While the lease changes hands the volume is barred: nobody may attach it, so that whoever grants
-the next one can first end all connections of before, and knows that there are no others.
+While a lease changes hands, or the volume is shrunk, it is barred: nobody may attach it, so that
+whoever grants the next lease can first end all connections of before, and knows that there are no
+others.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ class Exports:
             return None
         name = repr(volume.name)
         if volume in self._barred:
-            reason = f"The lease of the export {name} is changing hands: try again."
+            reason = f"The export {name} is being changed: try again in a moment."
         elif held is None:
             reason = f"That lease of the export {name} has ended: ask for a new one."
         elif claim is None:

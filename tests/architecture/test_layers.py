@@ -29,9 +29,11 @@ LAYERS: dict[str, set[str]] = {
     "nbdstore.server": {"protocol", "store", "lease", "qos", "unix_socket"},
     "nbdstore.control": {"store", "server", "lease", "qos", "sizes", "unix_socket"},
     "nbdstore.agent": {"protocol", "control", "sizes", "systemd", "unix_socket"},
+    "nbdstore.orchestration": {"sizes"},
     "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
     "nbdstore.commands": {
         *("protocol", "store", "server", "control", "agent", "daemon", "systemd", "sizes"),
+        "orchestration",
     },
     "nbdstore.cli": {"commands", "sizes"},
     "nbdstore.__main__": {"cli"},
@@ -46,6 +48,7 @@ FORBIDDEN = {
     "nbdstore.control": {"click"},
     # It runs on other hosts, beside what they are for: small, and quick to start.
     "nbdstore.agent": {"click", "asyncio", "aiohttp", "uvloop", "numpy"},
+    "nbdstore.orchestration": {"asyncio", "click", "numpy", "os"},
 }
 # What a pool gets from outside comes through its host, which tests replace by a simulated one.
 FORBIDDEN |= {
@@ -121,6 +124,7 @@ def test_every_module_belongs_to_a_layer() -> None:
     [
         ("nbdstore.protocol", {"asyncio", "numpy", "socket"}),
         # It runs on other hosts, and starts fast.
+        ("nbdstore.orchestration", {"docker", "kubernetes", "yaml", "requests"}),
         ("nbdstore.control.client", {"nbdstore.store", "nbdstore.server", "numpy", "aiohttp"}),
     ],
 )

@@ -196,7 +196,6 @@ class TestDefaults:
             cli, ["pool", "show", "--json"], env={"NBDSTORE_POOL": str(commands.directory)}
         )
         assert str(commands.directory) in result.stdout
-        result = CliRunner().invoke(
-            cli, ["pool", "show"], env={"NBDSTORE_SERVER": "unix:/no/such.sock"}
-        )
-        assert "no server answers at unix:/no/such.sock" in result.stderr
+        for name in ("NBDSTORE_SERVER", "BLOCK_STORAGE"):
+            result = CliRunner().invoke(cli, ["pool", "show"], env={name: "unix:/no/such.sock"})
+            assert "no server answers at unix:/no/such.sock" in result.stderr

@@ -43,7 +43,7 @@ class TestALife:
     def test_resize(self, either: CommandLine) -> None:
         either.run("volume", "create", "db", "--size", "1G")
         assert "2 GiB now" in either.run("volume", "resize", "db", "2G")
-        assert either.json("volume", "resize", "db", "512M")["size"] == 512 << 20
+        assert either.json("volume", "resize", "db", "512M", "--shrink")["size"] == 512 << 20
 
     def test_rename(self, either: CommandLine) -> None:
         either.run("volume", "create", "db", "--size", "1G")
@@ -103,8 +103,12 @@ class TestRefusals:
         image.write_bytes(bytes(1 << 20) + b"x" * 4096)
         either.run("import", image, "db")
         message = either.fail("volume", "resize", "db", "1M", status=2)
+        assert "say so with --shrink" in message
+        message = either.fail("volume", "resize", "db", "1M", "--force", status=2)
+        assert "--force goes with --shrink" in message
+        message = either.fail("volume", "resize", "db", "1M", "--shrink", status=2)
         assert "4096 bytes are mapped beyond the new size 1048576" in message
-        either.run("volume", "resize", "db", "1M", "--force")
+        either.run("volume", "resize", "db", "1M", "--shrink", "--force")
 
 
 class TestAttached:

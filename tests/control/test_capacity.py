@@ -40,7 +40,7 @@ def test_overcommit_and_fill() -> None:
 def test_containers_are_counted_when_they_are_stated() -> None:
     assert model().container_capacity == 0
     assert model().integrated_capacity == 100 * GIB
-    report = model().with_containers(20, 10 * GIB)
+    report = model().with_containers([10 * GIB] * 20)
     assert report.container_capacity == 200 * GIB
     assert report.integrated_capacity == 300 * GIB
 

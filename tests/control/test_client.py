@@ -35,6 +35,9 @@ class TestCalls:
         assert client.volumes() == [created] == [client.volume("db")]
         changed = client.update_volume("db", size=2 * SIZE, new_name="web", allow=[])
         assert (changed.name, changed.size, changed.allow) == ("web", 2 * SIZE, [])
+        with pytest.raises(InvalidArgument, match="--shrink"):
+            client.update_volume("web", size=SIZE)
+        assert client.update_volume("web", size=SIZE, shrink=True).size == SIZE
         limited = client.update_volume("web", iops=5, bandwidth=1 << 20, burst_s=0.5)
         assert (limited.iops, limited.bandwidth, limited.burst_s) == (5, 1 << 20, 0.5)
         assert client.update_volume("web", iops=0).iops == 0

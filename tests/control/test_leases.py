@@ -178,7 +178,7 @@ class TestForbidding:
         operations = bench.operations
         for change in (
             operations.delete_volume("db"),
-            operations.update_volume("db", size=BLOCK, force=True),
+            operations.update_volume("db", size=BLOCK, shrink=True, force=True),
             operations.update_volume("db", new_name="web"),
             operations.write_content("db", SIZE, _nothing(), overwrite=True),
         ):

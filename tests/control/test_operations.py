@@ -50,10 +50,37 @@ class TestAttachedVolumes:
 
     async def test_shrinking_is_refused_and_growing_is_not(self, attached: Bench) -> None:
         with pytest.raises(Busy):
-            await attached.operations.update_volume("db", size=SIZE - BLOCK, force=True)
+            await attached.operations.update_volume(
+                "db", size=SIZE - BLOCK, shrink=True, force=True
+            )
         info = await attached.operations.update_volume("db", size=SIZE * 2)
         assert (info.size, info.attached) == (SIZE * 2, 1)
         assert attached.server.grown_to == [("db", SIZE * 2)]
+
+    async def test_nobody_attaches_while_it_is_shrunk(self, bench: Bench) -> None:
+        resize_volume, barred = bench.pool.resize_volume, []
+
+        async def watched(volume: Any, size: int, *, force: bool = False) -> None:
+            barred.append(list(bench.server.barred_volumes))
+            await resize_volume(volume, size, force=force)
+
+        bench.pool.resize_volume = watched  # type: ignore[method-assign]
+        await bench.operations.create_volume("db", SIZE)
+        await bench.operations.update_volume("db", size=SIZE - BLOCK, shrink=True)
+        await bench.operations.update_volume("db", size=SIZE)
+        assert barred == [["db"], []]
+        assert bench.server.barred_volumes == []
+
+    async def test_shrinking_must_be_meant(self, bench: Bench) -> None:
+        await bench.operations.create_volume("db", SIZE)
+        for force in (False, True):
+            with pytest.raises(InvalidArgument, match=r"has 256 KiB .*say so with --shrink"):
+                await bench.operations.update_volume("db", size=SIZE - BLOCK, force=force)
+        await bench.pool.volumes["db"].write(SIZE - BLOCK, b"x")
+        with pytest.raises(InvalidArgument, match="holds data beyond"):
+            await bench.operations.update_volume("db", size=SIZE - BLOCK, shrink=True)
+        await bench.operations.update_volume("db", size=SIZE - BLOCK, shrink=True, force=True)
+        assert bench.operations.volume("db").size == SIZE - BLOCK
 
     async def test_importing_is_refused(self, attached: Bench) -> None:
         with pytest.raises(Busy, match="importing"):
@@ -291,6 +318,6 @@ class TestExport:
         await bench.operations.write_content("db", 8 << 20, pieces((0, b"x"), (5 << 20, b"y")))
         _, found = bench.operations.read_content("db")
         await anext(found)
-        await bench.operations.update_volume("db", size=1 << 20, force=True)
+        await bench.operations.update_volume("db", size=1 << 20, shrink=True, force=True)
         with pytest.raises(NbdstoreError, match="shrunk"):
             await anext(found)

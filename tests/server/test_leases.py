@@ -110,7 +110,7 @@ class TestAttaching:
             for tried in (name, "disk"):
                 answer = await client.try_go(tried)
                 assert answer.reply == OptionReply.ERR_POLICY
-                assert "is changing hands: try again" in answer.data.decode()
+                assert "is being changed: try again" in answer.data.decode()
         await client.go(name)
 
 

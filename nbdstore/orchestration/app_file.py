@@ -1,0 +1,156 @@
+"""Applications from a YAML file, with every mistake named by its place.
+
+The format, of which only `apps` and each application's `image` must be there::
+
+    name: shop                    # of the project; the directory's name without it
+    platform: docker              # or kubernetes
+    apps:
+      db:
+        image: postgres:16
+        command: ["postgres", "-c", "fsync=on"]      # or one text
+        env: {POSTGRES_PASSWORD: secret}
+        ports: {5432: 5432}       # outside: inside
+        replicas: 1
+        volumes:
+          data: {path: /var/lib/postgresql/data, size: 10G, fs: xfs}
+
+A volume's keys are the arguments of `Volume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from nbdstore.errors import InvalidArgument
+from nbdstore.orchestration.app import NAME, ContainerApp, Volume
+
+DEFAULT_PLATFORM: Final = "docker"
+
+
+@dataclasses.dataclass(frozen=True)
+class AppFile:
+    """What a file says."""
+
+    name: str
+    platform: str
+    apps: list[ContainerApp]
+
+
+def read_app_file(path: Path) -> AppFile:
+    """Read a file.
+
+    Raises:
+        InvalidArgument: it cannot be read, is no YAML, or says what makes no sense: where, what.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise InvalidArgument(
+            "YAML cannot be read without its library: pip install 'nbdstore[docker]'"
+        ) from error
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InvalidArgument(f"cannot read '{path}': {reason}") from error
+    except yaml.YAMLError as error:
+        raise InvalidArgument(f"'{path}' is no YAML: {error}") from error
+    try:
+        return parse(document, default_name=path.absolute().parent.name)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+
+
+def parse(document: object, *, default_name: str) -> AppFile:
+    """Build the applications from a file's content; see `read_app_file`."""
+    top = _mapping(document, "the file", {"name", "platform", "apps"})
+    apps = _mapping(top.get("apps"), "apps", None)
+    name = str(top.get("name", default_name))
+    if not NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"'{name}' is no name for a project: say 'name: NAME', with lower-case letters, digits "
+            "and '-'"
+        )
+    return AppFile(
+        name,
+        _text(top.get("platform", DEFAULT_PLATFORM), "platform"),
+        [_app(str(name), value, f"apps.{name}") for name, value in apps.items()],
+    )
+
+
+def _app(name: str, value: object, where: str) -> ContainerApp:
+    known = {field.name for field in dataclasses.fields(ContainerApp)} - {"name"}
+    given = _mapping(value, where, known)
+    if "image" not in given:
+        raise InvalidArgument(f"{where} has no image: say which, as in 'image: postgres:16'")
+    volumes = _mapping(given.get("volumes") or {}, f"{where}.volumes", None)
+    return ContainerApp(
+        name,
+        _text(given["image"], f"{where}.image"),
+        command=_command(given.get("command", ""), f"{where}.command"),
+        volumes=[
+            _volume(str(key), item, f"{where}.volumes.{key}") for key, item in volumes.items()
+        ],
+        env={
+            str(key): _text(item, f"{where}.env.{key}")
+            for key, item in _mapping(given.get("env") or {}, f"{where}.env", None).items()
+        },
+        ports={
+            _number(key, f"{where}.ports"): _number(item, f"{where}.ports.{key}")
+            for key, item in _mapping(given.get("ports") or {}, f"{where}.ports", None).items()
+        },
+        replicas=_number(given.get("replicas", 1), f"{where}.replicas"),
+    )
+
+
+def _volume(name: str, value: object, where: str) -> Volume:
+    known = {field.name for field in dataclasses.fields(Volume)} - {"name"}
+    given = dict(_mapping(value, where, known))
+    if "path" not in given:
+        raise InvalidArgument(f"{where} has no path: say where the application finds it")
+    size = given.pop("size", 0)
+    read_only = given.pop("read_only", False)
+    if not isinstance(read_only, bool):
+        raise InvalidArgument(f"{where}.read_only is {read_only!r}: give true or false")
+    options = _mapping(given.pop("options", {}), f"{where}.options", None)
+    texts = {key: _text(item, f"{where}.{key}") for key, item in given.items()}
+    return Volume(
+        name,
+        size=size if isinstance(size, int) else _text(size, f"{where}.size"),
+        options={str(key): _text(item, f"{where}.options.{key}") for key, item in options.items()},
+        read_only=read_only,
+        **texts,
+    )
+
+
+def _mapping(value: object, where: str, known: set[str] | None) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"{where} is {value!r:.60}: 'key: value' pairs belong there")
+    for key in value:
+        if known is not None and key not in known:
+            raise InvalidArgument(
+                f"{where} does not know '{key}': it knows {', '.join(sorted(known))}"
+            )
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    # YAML reads yes and no as booleans: which text was meant, nobody knows.
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InvalidArgument(f"{where} is {value!r:.60}: a text belongs there, in quotes")
+    return str(value)
+
+
+def _number(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgument(f"{where} is {value!r:.60}: a number belongs there")
+    return value
+
+
+def _command(value: object, where: str) -> Sequence[str] | str:
+    if isinstance(value, list):
+        return [_text(item, where) for item in value]
+    return _text(value, where)

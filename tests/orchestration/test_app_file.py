@@ -1,0 +1,97 @@
+"""Applications in YAML: what a file means, and how its mistakes are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbdstore.errors import InvalidArgument
+from nbdstore.orchestration import ContainerApp, Volume
+from nbdstore.orchestration.app_file import AppFile, read_app_file
+
+WHOLE = """
+name: shop
+platform: kubernetes
+apps:
+  db:
+    image: postgres:16
+    command: ["postgres", "-c", "max_connections=10"]
+    env: {POSTGRES_PASSWORD: secret, LIMIT: 5}
+    ports: {15432: 5432}
+    replicas: 1
+    volumes:
+      data: {path: /data, size: 10G, fs: xfs, clone: db@nightly, options: {iops: 2000}}
+      logs: {path: /logs, size: 1048576, driver: local, read_only: true}
+  web:
+    image: web:1
+    command: serve --all
+    replicas: 3
+"""
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "apps.yaml"
+    path.write_text(WHOLE)
+    data = Volume(
+        "data", "/data", size="10G", fs="xfs", clone="db@nightly", options={"iops": "2000"}
+    )
+    logs = Volume("logs", "/logs", size=1 << 20, driver="local", read_only=True)
+    database = ContainerApp(
+        "db",
+        "postgres:16",
+        command=["postgres", "-c", "max_connections=10"],
+        volumes=[data, logs],
+        env={"POSTGRES_PASSWORD": "secret", "LIMIT": "5"},
+        ports={15432: 5432},
+    )
+    web = ContainerApp("web", "web:1", command="serve --all", replicas=3)
+    assert read_app_file(path) == AppFile("shop", "kubernetes", [database, web])
+
+
+def test_a_short_file_is_named_by_its_directory_and_for_docker(tmp_path: Path) -> None:
+    path = tmp_path / "shop" / "apps.yaml"
+    path.parent.mkdir()
+    path.write_text("apps: {web: {image: web:1}}")
+    assert read_app_file(path) == AppFile("shop", "docker", [ContainerApp("web", "web:1")])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "the file is None: 'key: value' pairs belong there"),
+        ("[a]", "the file is"),
+        ("apps: {web: {image: web}}\nname: Shop", "'Shop' is no name for a project"),
+        ("apps: {web: {image: web}}\nplatfrom: docker", "does not know 'platfrom': it knows apps"),
+        ("apps: [web]", "apps is"),
+        ("apps: {web: web}", "apps.web is 'web'"),
+        ("apps: {web: {}}", "apps.web has no image"),
+        ("apps: {web: {image: [a]}}", "apps.web.image is"),
+        ("apps: {web: {image: web, replica: 2}}", "apps.web does not know 'replica'"),
+        ("apps: {web: {image: web, replicas: two}}", "apps.web.replicas is 'two': a number"),
+        ("apps: {web: {image: web, env: {A: yes}}}", "apps.web.env.A is True: a text belongs"),
+        ("apps: {web: {image: web, ports: [80]}}", "apps.web.ports is"),
+        ("apps: {web: {image: web, volumes: {d: {size: 1G}}}}", "apps.web.volumes.d has no path"),
+        (
+            "apps: {web: {image: web, volumes: {d: {path: /d, siez: 1G}}}}",
+            "apps.web.volumes.d does not know 'siez'",
+        ),
+        (
+            "apps: {web: {image: web, volumes: {d: {path: /d, size: 1G, read_only: 3}}}}",
+            "read_only is 3",
+        ),
+        ("apps: {Web: {image: web}}", "'Web' is no name for an application"),
+        ("apps: {web: [", "is no YAML"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "apps.yaml"
+    path.write_text(text if "name:" in text or "apps" not in text else f"{text}\nname: shop")
+    with pytest.raises(InvalidArgument, match=match) as caught:
+        read_app_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"none\.yaml': No such file"):
+        read_app_file(tmp_path / "none.yaml")

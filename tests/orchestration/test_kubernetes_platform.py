@@ -1,0 +1,244 @@
+"""Applications on Kubernetes: what is applied, and failures in the middle; see `api_server`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import kubernetes
+import kubernetes_validate
+import pytest
+
+from nbdstore.errors import AlreadyExists, InvalidArgument, PlatformError
+from nbdstore.orchestration import ContainerApp, Orchestration, Volume
+from nbdstore.orchestration.kubernetes_platform import KubernetesPlatform, parse_quantity
+from nbdstore.orchestration.manifests import manifests
+from tests.orchestration.api_server import SCHEMA_VERSIONS, ApiServer
+
+DATA = Volume("data", "/data", size="10G", fs="xfs")
+DATABASE = ContainerApp(
+    "db",
+    "postgres:16",
+    command="postgres -c fsync=on",
+    volumes=[DATA, Volume("old", "/old", clone="nightly", read_only=True)],
+    env={"POSTGRES_PASSWORD": "secret"},
+    ports={5432: 5432},
+    replicas=2,
+)
+WEB = ContainerApp("web", "web:1", ports={80: 8080, 443: 8443}, replicas=3)
+WORKER = ContainerApp("worker", "web:1", replicas=0)
+
+
+@pytest.fixture
+def api() -> Iterator[ApiServer]:
+    with ApiServer() as api:
+        yield api
+
+
+@pytest.fixture
+def platform(api: ApiServer) -> Iterator[KubernetesPlatform]:
+    configuration = kubernetes.client.Configuration(host=api.url)
+    configuration.retries = False
+    platform = KubernetesPlatform(configuration, "shop")
+    yield platform
+    platform.close()
+
+
+def start(platform: KubernetesPlatform, *apps: ContainerApp) -> Orchestration:
+    orchestration = Orchestration(platform, name="shop")
+    for app in apps:
+        orchestration.add_container_app(app)
+    orchestration.start()
+    return orchestration
+
+
+def pod(name: str, app: str, phase: str, **container: Any) -> dict[str, Any]:
+    labels = {
+        "app.kubernetes.io/managed-by": "nbdstore",
+        "app.kubernetes.io/part-of": "shop",
+        "app.kubernetes.io/name": app,
+    }
+    status = {"restartCount": 1, "name": app, **container}
+    return {
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"containers": [{"name": app, "image": "postgres:16"}]},
+        "status": {"phase": phase, "containerStatuses": [status]},
+    }
+
+
+@pytest.mark.parametrize("version", SCHEMA_VERSIONS)
+@pytest.mark.parametrize("app", [DATABASE, WEB, WORKER], ids=lambda app: app.name)
+def test_manifests_are_what_the_published_schemas_allow(app: ContainerApp, version: str) -> None:
+    objects = manifests("shop", app)
+    for item in objects:
+        kubernetes_validate.validate(item, version, strict=True)
+    workload = objects[-1]
+    workload["spec"]["replica"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(workload, version, strict=True)
+
+
+def test_claims_have_the_names_that_a_stateful_set_looks_for() -> None:
+    objects = manifests("shop", DATABASE)
+    claims = [item for item in objects if item["kind"] == "PersistentVolumeClaim"]
+    assert [claim["metadata"]["name"] for claim in claims] == [
+        *("data-shop-db-0", "old-shop-db-0", "data-shop-db-1", "old-shop-db-1"),
+    ]
+    assert claims[0]["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": "nbdstore-xfs",
+        "resources": {"requests": {"storage": str(10 << 30)}},
+    }
+    assert claims[1]["spec"]["dataSource"]["name"] == "nightly"
+    stateful_set = objects[-1]
+    assert stateful_set["metadata"]["name"] == stateful_set["spec"]["serviceName"] == "shop-db"
+
+
+def test_start_is_idempotent_and_stop_keeps_the_claims(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    shop = start(platform, DATABASE, WEB)
+    objects = dict(api.objects)
+    assert api.names("statefulsets") == ["shop-db"]
+    assert api.names("deployments") == ["shop-web"]
+    assert api.names("services") == ["shop-db", "shop-web"]
+    shop.start()
+    assert api.objects == objects
+    shop.scale("db", 3)
+    assert "data-shop-db-2" in api.names("persistentvolumeclaims")
+    assert api.objects["shop", "statefulsets", "shop-db"]["spec"]["replicas"] == 3
+    shop.stop()
+    assert {kind for _, kind, _ in api.objects} == {"persistentvolumeclaims"}
+    shop.stop(delete_volumes=True)
+    assert api.objects == {}
+
+
+def test_a_larger_volume_replaces_the_stateful_set_and_keeps_its_pods(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    start(platform, ContainerApp("db", "db:1", volumes=[DATA]))
+    api.expect()
+    start(platform, ContainerApp("db", "db:1", volumes=[Volume("data", "/data", "20G", "xfs")]))
+    assert api.calls == [
+        "PATCH persistentvolumeclaims/data-shop-db-0",
+        "PATCH services/shop-db",
+        "DELETE statefulsets/shop-db",
+        "PATCH statefulsets/shop-db",
+    ]
+    claim = api.objects["shop", "persistentvolumeclaims", "data-shop-db-0"]
+    assert claim["spec"]["resources"]["requests"]["storage"] == str(20 << 30)
+
+
+def test_an_application_that_gets_its_first_volume_is_one_workload(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    start(platform, ContainerApp("db", "db:1"))
+    start(platform, ContainerApp("db", "db:1", volumes=[DATA]))
+    assert (api.names("deployments"), api.names("statefulsets")) == ([], ["shop-db"])
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_a_second_start_completes_what_any_failure_interrupted(
+    api: ApiServer, platform: KubernetesPlatform, done: bool
+) -> None:
+    larger = ContainerApp("db", "db:2", volumes=[Volume("data", "/data", "20G", "xfs")])
+    smaller = ContainerApp("db", "db:1", volumes=[DATA], replicas=2)
+    for before, after in (([], [smaller, WEB]), ([smaller], [larger])):
+        api.objects.clear()
+        start(platform, *before)
+        api.expect()
+        start(platform, *after)
+        n_calls, whole = len(api.calls), dict(api.objects)
+        for fails in range(1, n_calls + 1):
+            api.expect()
+            api.objects.clear()
+            start(platform, *before)
+            api.expect(fails, done=done)
+            with pytest.raises(PlatformError, match="do it again"):
+                start(platform, *after)
+            api.expect()
+            start(platform, *after)
+            assert api.objects == whole
+
+
+def test_what_the_cluster_refuses_is_refused_before_anything_is_made(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    api.refuses = "shop-db"
+    with pytest.raises(PlatformError, match="forbidden: exceeded quota"):
+        start(platform, WEB, DATABASE)
+    assert api.objects == {}
+
+
+def test_objects_of_others_are_left_alone(api: ApiServer, platform: KubernetesPlatform) -> None:
+    api.objects["shop", "services", "shop-web"] = {"metadata": {"name": "shop-web"}, "spec": {}}
+    with pytest.raises(AlreadyExists, match="kubectl delete service shop-web"):
+        start(platform, WEB)
+    assert api.names("deployments") == []
+
+
+def test_status_and_logs_are_those_of_the_pods(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    shop = start(platform, DATABASE)
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    for made in (
+        pod("shop-db-0", "db", "Running", state={"running": {}}),
+        pod("shop-db-1", "db", "Pending", state=waiting),
+    ):
+        api.objects["shop", "pods", made["metadata"]["name"]] = made
+        api.logs[made["metadata"]["name"]] = "a line\nanother"
+    (status,) = shop.status()
+    assert (status.wanted, status.running) == (2, 1)
+    assert [(item.ordinal, item.state, item.message) for item in status.replicas] == [
+        (0, "running", ""),
+        (1, "ImagePullBackOff", "no such image"),
+    ]
+    lines = [(line.replica, line.text) for line in shop.logs("db")]
+    assert lines == [(name, text) for name in api.logs for text in ("a line", "another")]
+    with pytest.raises(InvalidArgument, match="2 pods: the log of one can be followed"):
+        shop.logs("db", follow=True)
+
+
+def test_the_platforms_containers_are_counted_with_what_they_were_given(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    for name, phase, resources in (
+        ("a", "Running", {"limits": {"ephemeral-storage": "2Gi"}}),
+        ("b", "Running", {"requests": {"ephemeral-storage": "1G"}}),
+        ("c", "Running", {}),
+        ("d", "Succeeded", {"limits": {"ephemeral-storage": "2Gi"}}),
+    ):
+        made = pod(name, "db", phase)
+        made["spec"]["containers"][0]["resources"] = resources
+        api.objects["shop", "pods", name] = made
+    assert [container.bytes for container in platform.containers()] == [2 << 30, 10**9, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("1024", 1024),
+        ("1k", 1000),
+        ("1Ki", 1024),
+        ("1.5G", 15 * 10**8),
+        ("2e3", 2000),
+        ("1E", 10**18),
+    ],
+)
+def test_quantities(text: str, n_bytes: int) -> None:
+    assert parse_quantity(text) == n_bytes
+
+
+def test_a_cluster_that_is_away_is_told() -> None:
+    configuration = kubernetes.client.Configuration(host="http://127.0.0.1:1")
+    configuration.retries = False
+    with pytest.raises(PlatformError, match="the cluster does not answer"):
+        start(KubernetesPlatform(configuration), WEB)
+
+
+def test_without_a_configuration_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/none")
+    monkeypatch.setattr(kubernetes.config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", "/none")
+    with pytest.raises(InvalidArgument, match="no Kubernetes cluster is configured"):
+        KubernetesPlatform()
