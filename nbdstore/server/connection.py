@@ -28,6 +28,7 @@ from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
 from nbdstore.server.tls import identify
+from nbdstore.server.wakefulness import Wakefulness
 from nbdstore.store import Image
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Settings:
     limits: Limits
     limiters: Limiters
     budget: Budget
+    wakefulness: Wakefulness
     tls_mode: TlsMode
     tls_context: ssl.SSLContext | None
 
@@ -270,7 +272,14 @@ class Connection:
         settings = self._settings
         # Connections from one host, or from one process, are one client.
         client = self.peer if self.peer.startswith("unix:") else self.peer.rpartition(":")[0]
-        session = Session(self._channel, agreement, settings.limits, settings.budget, client)
+        session = Session(
+            self._channel,
+            agreement,
+            settings.limits,
+            settings.budget,
+            settings.wakefulness,
+            client,
+        )
         self.session = session
         session.limit(settings.limiters.of(session.volume))
         name = session.volume.name

@@ -19,6 +19,7 @@ from nbdstore.server.limiter import Limiters, volume_of
 from nbdstore.server.listener import Listener
 from nbdstore.server.options import ServerOptions
 from nbdstore.server.tls import make_context
+from nbdstore.server.wakefulness import Wakefulness
 from nbdstore.store import Image, Volume
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Server:
             limits=options.limits,
             limiters=Limiters(),
             budget=Budget(options.limits.max_client_bytes, options.limits.max_connections),
+            wakefulness=Wakefulness(),
             tls_mode=tls.mode if tls else TlsMode.OFF,
             tls_context=make_context(tls) if tls else None,
         )

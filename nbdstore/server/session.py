@@ -48,6 +48,7 @@ from nbdstore.server.exports import VolumeOffer
 from nbdstore.server.limiter import Gate, Limiter
 from nbdstore.server.options import Limits
 from nbdstore.server.stall import Stall
+from nbdstore.server.wakefulness import Wakefulness
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Session:
         channel: receives and sends; closed by the caller after `serve`.
         agreement: what the handshake ended in; its offer is a VolumeOffer.
         limits: see Limits.
-        budget: of the server.
+        budget, wakefulness: of the server.
         client: who it is, for the fairness of its volume's limits.
     """
 
@@ -77,6 +78,7 @@ class Session:
         agreement: Agreement,
         limits: Limits,
         budget: Budget,
+        wakefulness: Wakefulness,
         client: str = "",
     ) -> None:
         assert isinstance(agreement.offer, VolumeOffer)
@@ -95,6 +97,7 @@ class Session:
         self._channel = channel
         self._limits = limits
         self._budget = budget
+        self._wakefulness = wakefulness
         self._account = budget.open(self._wake)
         self._parser = RequestParser(Rules(agreement), spares=budget.spares)
         self.grow()  # it may have grown since its size was told
@@ -529,6 +532,8 @@ class Session:
             self._blocked = True
             self._channel.watch_writable(self._on_writable)
         self._settle()
+        if not (self._blocked or self.in_flight or self._backlog):
+            self._wakefulness.replied()
 
     def _on_writable(self) -> None:
         self._guard(self._send_more)
