@@ -61,7 +61,8 @@ class PoolOptions:
         checkpoint_interval_s: how old changes may get before a checkpoint writes the trees.
         checkpoint_slice_nodes: nodes that a checkpoint writes between two turns of the event
             loop; 128 take about 1 ms.
-        n_quick_syncs: after so many quick ones in a row, small syncs are done on the event loop.
+        in_place_sync_s: a small sync is done on the event loop if nobody else is there, and such
+            syncs take less on average; 0 = never.
         trash_keep_s: how long a volume rests in the trash before it is deleted; it is deleted
             earlier when the pool needs the space.
         slots: makes the map of free slots, which decides where things are written.
@@ -73,7 +74,7 @@ class PoolOptions:
     sync_interval_s: float = 5.0
     checkpoint_interval_s: float = 60.0
     checkpoint_slice_nodes: int = 128
-    n_quick_syncs: int = 16
+    in_place_sync_s: float = 10e-3
     trash_keep_s: float = 86400.0
     slots: type[Slots] = Slots
 
@@ -97,6 +98,7 @@ class Core:
             then, and unless the pool is being repaired, nothing may be written.  It may be called
             in a thread.  None = raise.
         failed: why the pool stopped acknowledging, or None.
+        n_calls: reads, and batches of writes, since the last round of syncs.
         reclaim: begins to delete what is kept only as long as there is space, and tells whether
             there is any, or some is being deleted; None = there never is.
         n_held: writes that wait for space now.
@@ -126,6 +128,7 @@ class Core:
         self.on_damage: OnDamage | None = None
         self.reclaim: Callable[[], bool] | None = None
         self.failed: str | None = None
+        self.n_calls = 0
         self.n_held = 0
         self.n_corruptions = 0
         self.newest_corruption: str | None = None

@@ -13,9 +13,9 @@ runs share the next one.  It comes in two kinds:
   a record whose data did not make it is found by its checksums.
 
 A hop to a thread and back costs more than a fast disk takes for a small round: 100 us and more,
-with the locks of the interpreter.  So if the last small rounds took less than a millisecond each,
-the next one is done in place, on the loop, which it holds up no longer than any round of requests
-does.  A slow one sends those after it to threads again.
+with the locks of the interpreter.  So a small round is done in place, on the loop, if nobody is
+held up by it: since the last one there were hardly any reads and writes but one for each flush, as
+of clients that write and flush by turns, and rounds took less than 10 ms on average.
 
 ``journal.durable_seq`` is the seq up to which records *and the data they map* are durable, in
 every volume; it travels in the header of each record.  Slots freed by record f may be used again
@@ -39,7 +39,8 @@ from nbdstore.store.host import Failpoint
 from nbdstore.store.layout import I64
 
 INLINE_BYTES: Final = 64 << 10
-_QUICK_S: Final = 1e-3  # as long as the loop serves one client's requests before another's
+_SMOOTHING: Final = 8  # rounds, of the average time of one
+_CALLS_PER_FLUSH: Final = 3  # a client that flushes each write makes one
 
 OnDurable = Callable[[PoolFailed | None], None]
 """Called when something is durable, or with why the pool failed."""
@@ -94,7 +95,7 @@ class Committer:
         self._waiting: dict[Syncable, None] = {}
         self._everything = False
         self._waiters: list[OnDurable] = []
-        self._n_quick = 0
+        self._sync_s = 2 * core.options.in_place_sync_s  # of small rounds, on average
         self._task: asyncio.Task[None] | None = None
         self._all_durable_seq = 0
         self.horizon = 0
@@ -196,7 +197,9 @@ class Committer:
             waiting, self._waiting = self._waiting, {}
             everything, self._everything = self._everything, False
             try:
-                await self._sync([*waiting], everything)
+                others = core.n_calls > _CALLS_PER_FLUSH * len(waiters)
+                core.n_calls = 0
+                await self._sync([*waiting], everything, in_place=not others)
             except StoreError as error:
                 core.fail(str(error))
             except Exception:
@@ -207,7 +210,7 @@ class Committer:
                 done(failure)
         self._task = None
 
-    async def _sync(self, waiting: Sequence[Syncable], everything: bool) -> None:
+    async def _sync(self, waiting: Sequence[Syncable], everything: bool, *, in_place: bool) -> None:
         core = self._core
         core.check_alive()
         small = not everything and self._write_inline(waiting)
@@ -220,7 +223,7 @@ class Committer:
         core.host.reached(Failpoint.COMMIT_SEALED)
         # While this waits, new records and unsynced data may come; they belong to a later round.
         if small:
-            await self._sync_journal()
+            await self._sync_journal(in_place)
         else:
             data = core.disk.offload(core.data.fdatasync)
             await asyncio.gather(data, core.journal.sync(core.disk))
@@ -231,15 +234,15 @@ class Committer:
             self._all_durable_seq = seq
         self._advance(seq, carried)
 
-    async def _sync_journal(self) -> None:
-        """Sync the journal alone: in place if that was quick lately, else by a thread."""
+    async def _sync_journal(self, in_place: bool) -> None:
+        """Sync the journal alone: by a thread, unless `in_place` and it was quick lately."""
         journal, clock = self._core.journal, self._core.host.monotonic
         begun = clock()
-        if self._n_quick >= self._core.options.n_quick_syncs:
+        if in_place and self._sync_s < self._core.options.in_place_sync_s:
             journal.sync_in_place()
         else:
             await journal.sync(self._core.disk)
-        self._n_quick = self._n_quick + 1 if clock() - begun < _QUICK_S else 0
+        self._sync_s += (clock() - begun - self._sync_s) / _SMOOTHING
 
     def _advance(self, seq: int, carried: int) -> None:
         """Everything up to `seq` that is not unsynced still is durable now."""

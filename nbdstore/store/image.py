@@ -90,6 +90,7 @@ class Image:
         """
         if self.is_gone or offset + length > self.info.size:
             self.check_range(offset, length)
+        self.core.n_calls += 1
         return self.reading.now(offset, length)
 
     async def read(self, offset: int, length: int) -> list[Segment]:

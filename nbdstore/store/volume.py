@@ -99,6 +99,7 @@ class Volume(Image):
 
         What is done survives the death of this process; :meth:`flush` makes it survive power loss.
         """
+        self.core.n_calls += 1
         return self.writing.now(writes)
 
     async def write(self, offset: int, data: Buffer) -> None:

@@ -131,5 +131,5 @@ def _choose_options(rng: random.Random) -> PoolOptions:
         full_timeout_s=rng.choice((5.0, 30.0)),
         sync_interval_s=rng.choice((0.3, 5.0)),
         checkpoint_interval_s=rng.choice((0.5, 60.0)),
-        n_quick_syncs=rng.choice((0, 16)),
+        in_place_sync_s=rng.choice((0.0, 0.01, 1e9)),
     )

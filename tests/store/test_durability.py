@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -175,9 +174,8 @@ async def test_a_caller_that_goes_away_takes_nobody_with_it(volume: Volume, call
 async def test_after_quick_syncs_small_ones_are_done_in_place(volume: Volume, calls: Calls) -> None:
     """In one turn of the loop, that is: nobody else has a turn before it is done."""
     volume.core.host = mock.Mock(wraps=volume.core.host, monotonic=lambda: 0.0)
-    volume.core.options = replace(volume.core.options, n_quick_syncs=3)
     in_place = []
-    for number in range(5):
+    for number in range(8):
         assert volume.write_now([(0, bytes([number]) * BLOCK)])
         calls.clear()
         flush = asyncio.create_task(volume.flush())
@@ -186,7 +184,7 @@ async def test_after_quick_syncs_small_ones_are_done_in_place(volume: Volume, ca
         in_place.append(volume.durable_seq >= volume.last_seq)
         await flush
         assert calls.syncs() == ["journal"]
-    assert in_place == [False, False, False, True, True]
+    assert in_place == [False] * 6 + [True] * 2
 
 
 async def test_a_slow_sync_sends_those_after_it_to_threads(volume: Volume) -> None:
@@ -198,8 +196,7 @@ async def test_a_slow_sync_sends_those_after_it_to_threads(volume: Volume) -> No
         return now_s
 
     volume.core.host = mock.Mock(wraps=volume.core.host, monotonic=lambda: 0.0)
-    volume.core.options = replace(volume.core.options, n_quick_syncs=1)
-    for _ in range(2):
+    for _ in range(7):
         assert volume.write_now([(0, b"x" * BLOCK)])
         await volume.flush()
     volume.core.host.monotonic = a_second_later
@@ -210,8 +207,20 @@ async def test_a_slow_sync_sends_those_after_it_to_threads(volume: Volume) -> No
         assert in_place.call_count == 1
 
 
+async def test_nothing_is_done_in_place_while_others_read(counted: Pool, volume: Volume) -> None:
+    counted._committer._sync_s = 0.0
+    other = await counted.create_volume("other", MIB)
+    with mock.patch.object(Journal, "sync_in_place", autospec=True) as in_place:
+        for n_reads, expected in ((0, 1), (10, 1), (0, 2)):
+            for _ in range(n_reads):
+                assert other.read_now(0, BLOCK) == [BLOCK]
+            assert volume.write_now([(0, b"x" * BLOCK)])
+            await volume.flush()
+            assert in_place.call_count == expected
+
+
 async def test_a_large_flush_is_never_done_in_place(volume: Volume) -> None:
-    volume.core.options = replace(volume.core.options, n_quick_syncs=0)
+    volume.services.committer._sync_s = 0.0
     with mock.patch.object(Journal, "sync_in_place", autospec=True) as in_place:
         assert volume.write_now([(0, b"x" * (INLINE_BYTES + BLOCK))])
         await volume.flush()
@@ -222,7 +231,7 @@ async def test_callbacks_of_several_volumes_share_a_round(
     counted: Pool, volume: Volume, calls: Calls
 ) -> None:
     volumes = [volume, *[await counted.create_volume(f"v{n}", MIB) for n in range(7)]]
-    counted._core.options = replace(counted._core.options, n_quick_syncs=0)
+    counted._committer._sync_s = 0.0
     calls.clear()
     done: list[object] = []
     for found in volumes:
