@@ -13,8 +13,8 @@ than `burst_s` the limits hold exactly, whatever the sizes.
 
 Whose turn it is: that client's to whom the least was given, as in start-time fair queueing (Goyal,
 Vin, Cheng 1996). What was given is counted in seconds of the limiter's time, which makes large and
-small requests comparable; who comes after a pause starts level with the others. Connections from
-one host, or of one local process, count as one client.
+small requests comparable; who comes after a pause starts level with the others.
+Connections from one host, or of one local process, count as one client.
 
 Requests are held back, never refused. What a session has been given, it serves like any other; it
 is not read from while its gate holds something, so its client waits in its own socket. Large
@@ -192,15 +192,24 @@ class Limiter:
         self._given = {key: given for key, given in self._given.items() if given > floor}
 
     def _serve(self) -> None:
-        """Give turns to those who wait, as long as there are tokens."""
+        """Give turns to those who wait, as long as there are tokens.
+
+        Whoever has got all that it asked for may be back with more at the next look: until then,
+        nobody is served to whom more was given. So a client that sends little at a time does not
+        lose its turns to one that always waits.
+        """
         self._timer = None
+        least = math.inf
         while self._waiting:
             gate = min(self._waiting, key=lambda waiting: self._given_to(waiting.client))
+            if self._given_to(gate.client) > least:
+                break
             n = self._pay(gate.client, gate.held, QUANTUM_S)
             if not n:
                 break
             if n == len(gate.held):
                 del self._waiting[gate]
+                least = min(least, self._given_to(gate.client))
             elif len(self._waiting) > 1:
                 # Of several gates of one client, the one that has waited longest is next.
                 del self._waiting[gate]

@@ -86,6 +86,31 @@ class Client:
         return sum(request[4] for _, request in self.let_through)
 
 
+class Reader(Client):
+    """Sends its next read when the reply to one has come, 1 ms after that was let through."""
+
+    def __init__(self, clock: TestClock, limiter: Limiter, name: str, length: int) -> None:
+        super().__init__(clock, limiter, name)
+        self.read = request(Command.READ, length)
+        self.unread = 0
+
+    def send_one(self) -> None:
+        """Send a read; as with a socket, it is seen when the gate holds nothing any more."""
+        self.unread += 1
+        self._receive()
+
+    def _receive(self) -> None:
+        if not self.gate.held and self.unread:
+            n, self.unread = self.unread, 0
+            self.send(*[self.read] * n)
+
+    def _take(self, requests: list[Request]) -> None:
+        super()._take(requests)
+        for _ in requests:
+            self.clock.call_later(0.001, self.send_one)
+        self.clock.call_later(0, self._receive)
+
+
 def request(command: Command, length: int = BLOCK, verdict: int = 0) -> Request:
     return (int(command), 0, b"cookie..", 0, length, None, verdict)
 
@@ -240,6 +265,28 @@ class TestTurns:
             modest.send(READ)
             clock.turn(QUANTUM_S + 0.04)
             assert modest.n == n
+
+    def test_who_waits_for_replies_gets_as_much_as_who_sends_all_the_time(
+        self, clock: TestClock
+    ) -> None:
+        limiter = Limiter(Qos(bandwidth=40 * MIB, burst_s=0.1), clock)
+        eager, small = Client(clock, limiter, "eager"), Reader(clock, limiter, "small", 16 << 10)
+        eager.send(*[request(Command.READ, 256 << 10)] * 5000)
+        for _ in range(16):
+            small.send_one()
+        clock.turn(10)
+        assert small.n_bytes == pytest.approx(200 * MIB, rel=0.1)
+        assert eager.n_bytes == pytest.approx(200 * MIB, rel=0.1)
+
+    def test_many_who_wait_for_replies_do_not_wait_for_each_other(self, clock: TestClock) -> None:
+        limiter = Limiter(Qos(iops=10_000, burst_s=0.1), clock)
+        readers = [Reader(clock, limiter, f"reader {n}", BLOCK) for n in range(100)]
+        for reader in readers:
+            reader.send_one()
+        clock.turn(5)
+        assert sum(reader.n for reader in readers) == pytest.approx(50_000, rel=0.05)
+        for reader in readers:
+            assert reader.n == pytest.approx(500, rel=0.1)
 
     def test_nobody_saves_up_turns(self, clock: TestClock) -> None:
         """Who was away while another was served does not make that one wait now."""
