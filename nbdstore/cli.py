@@ -32,7 +32,9 @@ from nbdstore.commands import (
     salvage,
     scrub,
     serve,
+    snapshot,
     transfer,
+    trash,
     volume,
 )
 from nbdstore.commands.groups import OrderedGroup
@@ -198,6 +200,10 @@ def cli(
 
 cli.add_command(pool.pool)
 cli.add_command(volume.volume)
+cli.add_command(snapshot.snapshot)
+cli.add_command(snapshot.clone)
+cli.add_command(snapshot.flatten)
+cli.add_command(trash.trash)
 cli.add_command(serve.serve)
 cli.add_command(connections.ps)
 cli.add_command(connections.disconnect)

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, LeaseInfo, OperationInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import (
+    AttachmentInfo,
+    LeaseInfo,
+    OperationInfo,
+    PoolInfo,
+    SnapshotInfo,
+    TrashInfo,
+    VolumeInfo,
+)
 from nbdstore.control.operations import Operations
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
@@ -118,8 +126,37 @@ class LocalService:
             )
         )
 
-    def delete_volume(self, name: str, *, fence: bool = False) -> None:
-        self._run(self._operations.delete_volume(name, fence=fence))
+    def delete_volume(
+        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+    ) -> None:
+        self._run(self._operations.delete_volume(name, fence=fence, snapshots=snapshots, now=now))
+
+    def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
+        return self._run(self._operations.snapshots.listing(volume, unique=unique))
+
+    def create_snapshots(self, names: Sequence[str]) -> list[SnapshotInfo]:
+        return self._run(self._operations.snapshots.create(names))
+
+    def delete_snapshot(self, name: str) -> None:
+        self._run(self._operations.snapshots.delete(name))
+
+    def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
+        return self._run(self._operations.rollback(name, fence=fence))
+
+    def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
+        return self._run(self._operations.clone(name, new_name, allow))
+
+    def flatten(self, name: str) -> VolumeInfo:
+        return self._run(self._operations.flatten(name))
+
+    def trash(self) -> list[TrashInfo]:
+        return self._operations.snapshots.trash()
+
+    def restore(self, which: str, name: str | None = None) -> VolumeInfo:
+        return self._run(self._operations.restore(which, name))
+
+    def purge(self, which: str) -> None:
+        self._run(self._operations.snapshots.purge(which))
 
     def read_content(self, name: str) -> Content:
         size, pieces = self._operations.read_content(name)

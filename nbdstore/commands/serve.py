@@ -102,6 +102,14 @@ CONTROL_SOCKET_NAME = "control"
     help="How long a write is held at most.",
 )
 @click.option(
+    "--trash-keep",
+    type=parameters.duration_s,
+    default="24h",
+    show_default=True,
+    metavar="TIME",
+    help="How long deleted volumes can be restored, unless the pool needs their space.",
+)
+@click.option(
     "--map-memory",
     type=parameters.size,
     default="512M",
@@ -194,6 +202,7 @@ class Asked:
     tls_verify_client: bool
     on_full: Literal["wait", "error"]
     full_timeout: float
+    trash_keep: float
     map_memory: int
     scrub_every: float | None
     scrub_rate: int
@@ -301,6 +310,7 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
         pool_options=PoolOptions(
             on_full=asked.on_full,
             full_timeout_s=asked.full_timeout,
+            trash_keep_s=asked.trash_keep,
             map_memory=asked.map_memory,
         ),
         server_options=_server_options(asked, listen, listening),

@@ -107,6 +107,19 @@ def read_token(path: Path) -> str:
 
 def complete_volume(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Offer the names of the pool's volumes to the shell; nothing rather than an error."""
+    return _complete(ctx, incomplete, lambda service: [info.name for info in service.volumes()])
+
+
+def complete_snapshot(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Offer the names of the pool's snapshots, likewise."""
+    return _complete(
+        ctx, incomplete, lambda service: [info.snapshot for info in service.snapshots()]
+    )
+
+
+def _complete(
+    ctx: click.Context, incomplete: str, names: Callable[[VolumeService], list[str]]
+) -> list[str]:
     options = ctx.find_root().params
     session = Session(
         options.get("pool") or Path(),
@@ -116,6 +129,6 @@ def complete_volume(ctx: click.Context, _param: click.Parameter, incomplete: str
     )
     try:
         with session.service(patient=False) as service:
-            return [info.name for info in service.volumes() if info.name.startswith(incomplete)]
+            return [name for name in names(service) if name.startswith(incomplete)]
     except (NbdstoreError, OSError):
         return []

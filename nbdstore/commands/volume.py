@@ -117,6 +117,8 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ("uuid", info.uuid),
         ("size", f"{format_size(info.size)} ({info.size} bytes)"),
         ("mapped", mapped),
+        ("own", format_size(info.own)),
+        ("shared", format_size(info.shared)),
         ("reserved", format_size(info.reserved)),
         ("written", "yes" if info.written else "never"),
         ("created", info.created),
@@ -129,6 +131,10 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         ("attached", counted(info.attached, "connection") if info.attached else "no"),
     ]
     facts.append(("scrubbed", _scrub_text(info)))
+    if info.snapshots:
+        facts.append(("snapshots", str(info.snapshots)))
+    if info.origin:
+        facts.append(("clone of", info.origin))
     if info.importing:
         facts.append(("import", "not finished: wait for it, import again, or delete the volume"))
     return facts
@@ -252,15 +258,18 @@ def _limits(info: VolumeInfo) -> str:
 @volume.command()
 @name_argument
 @click.option("--fence", is_flag=True, help="End its lease and close its connections first.")
+@click.option("--snapshots", is_flag=True, help="Delete its snapshots with it.")
+@click.option("--now", is_flag=True, help="Delete it for good, not into the trash.")
 @pass_session
-def delete(session: Session, name: str, fence: bool) -> None:
-    """Delete volume NAME and all its data, for good.
+def delete(session: Session, name: str, fence: bool, snapshots: bool, now: bool) -> None:
+    """Delete volume NAME: it goes into the trash.
 
-    Refused while it is leased or attached, unless with --fence.
+    From there 'nbdstore trash restore' brings it back, with all its data, for a day. Refused while
+    it is leased or attached, unless with --fence, and if it has snapshots, unless with --snapshots.
     """
     with session.service() as service:
-        service.delete_volume(name, fence=fence)
-    click.echo(f"deleted volume {name}")
+        service.delete_volume(name, fence=fence, snapshots=snapshots, now=now)
+    click.echo(f"deleted volume {name}" + (" for good" if now else ""))
 
 
 @volume.command()

@@ -29,6 +29,7 @@ from nbdstore.control.operation_routes import OperationRoutes
 from nbdstore.control.operations import Operations
 from nbdstore.control.pool_routes import PoolRoutes
 from nbdstore.control.routing import CALLER, Handler, resources
+from nbdstore.control.snapshot_routes import SnapshotRoutes
 from nbdstore.control.tokens import Tokens
 from nbdstore.control.volume_routes import VolumeRoutes
 from nbdstore.errors import (
@@ -68,6 +69,7 @@ def route_objects(operations: Operations) -> list[object]:
         VolumeRoutes(operations),
         LeaseRoutes(operations),
         OperationRoutes(operations),
+        SnapshotRoutes(operations),
     ]
     return [*served, OpenApiRoutes(served)]
 

@@ -22,7 +22,15 @@ from urllib.parse import quote, urlencode, urlsplit
 from nbdstore import unix_socket
 from nbdstore.control import problems, stream
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, LeaseInfo, OperationInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import (
+    AttachmentInfo,
+    LeaseInfo,
+    OperationInfo,
+    PoolInfo,
+    SnapshotInfo,
+    TrashInfo,
+    VolumeInfo,
+)
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Buffer, Piece, StreamReader, StreamWriter
 from nbdstore.errors import ControlError, InvalidArgument
@@ -139,8 +147,48 @@ class ControlClient:
         body = {key: value for key, value in changes.items() if value is not None}
         return VolumeInfo.from_json(self._call("PATCH", _volume_path(name), body))
 
-    def delete_volume(self, name: str, *, fence: bool = False) -> None:
-        self._call("DELETE", _volume_path(name) + ("?fence=1" if fence else ""))
+    def delete_volume(
+        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+    ) -> None:
+        wanted = {"fence": fence, "snapshots": snapshots, "now": now}
+        query = urlencode({key: "1" for key, value in wanted.items() if value})
+        self._call("DELETE", _volume_path(name) + (f"?{query}" if query else ""))
+
+    # Snapshots, clones, the trash
+
+    def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
+        wanted = {"volume": volume, "unique": "1" if unique else None}
+        query = urlencode({key: value for key, value in wanted.items() if value is not None})
+        listing = self._list("/v1/snapshots" + (f"?{query}" if query else ""), "snapshots")
+        return [SnapshotInfo.from_json(item) for item in listing]
+
+    def create_snapshots(self, names: Sequence[str]) -> list[SnapshotInfo]:
+        made = self._call("POST", "/v1/snapshots", {"snapshots": list(names)})
+        return [SnapshotInfo.from_json(item) for item in made["snapshots"]]
+
+    def delete_snapshot(self, name: str) -> None:
+        self._call("DELETE", _snapshot_path(name))
+
+    def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
+        body = {"fence": fence}
+        return VolumeInfo.from_json(self._call("POST", _snapshot_path(name) + "/rollback", body))
+
+    def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
+        body = {"name": new_name, "allow": list(allow)}
+        return VolumeInfo.from_json(self._call("POST", _snapshot_path(name) + "/clone", body))
+
+    def flatten(self, name: str) -> VolumeInfo:
+        return VolumeInfo.from_json(self._call("POST", _volume_path(name) + "/flatten", {}))
+
+    def trash(self) -> list[TrashInfo]:
+        return [TrashInfo.from_json(item) for item in self._list("/v1/trash", "trash")]
+
+    def restore(self, which: str, name: str | None = None) -> VolumeInfo:
+        body = {} if name is None else {"name": name}
+        return VolumeInfo.from_json(self._call("POST", _trash_path(which) + "/restore", body))
+
+    def purge(self, which: str) -> None:
+        self._call("DELETE", _trash_path(which))
 
     def read_content(self, name: str) -> Content:
         connection = self._connect()
@@ -372,6 +420,14 @@ def _volume_path(name: str) -> str:
 
 def _operation_path(operation_id: str) -> str:
     return "/v1/operations/" + quote(operation_id, safe="")
+
+
+def _snapshot_path(name: str) -> str:
+    return "/v1/snapshots/" + quote(name, safe="")
+
+
+def _trash_path(which: str) -> str:
+    return "/v1/trash/" + quote(which, safe="")
 
 
 def _decode(content: bytes) -> Any:

@@ -9,9 +9,12 @@ kept: who comes, or comes again, asks for the state first.
     kind                     subject     detail
     -----------------------  ----------  ---------------------------------------------------------
     volume.created           volume      size
-    volume.changed           volume      what was changed: size, name, allow, iops, ...
+    volume.changed           volume      what was changed: size, name, allow, iops, ...,
+                                         rolled_back_to
     volume.deleted           volume
     volume.imported          volume      size, mapped
+    snapshot.created         snapshot    size
+    snapshot.deleted         snapshot
     client.attached          export      connection, peer, read_only
     client.detached          export      connection, peer, bytes_read, bytes_written
     lease.granted            volume      holder, epoch

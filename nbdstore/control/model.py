@@ -121,6 +121,9 @@ class VolumeInfo(Record):
     iops, bandwidth: requests and bytes per second that all clients together get; 0 = any number.
     burst_s: seconds' worth of them that may be saved up.
     attached: live NBD connections. importing: an import has not finished (or never did).
+    own, shared: of what is mapped, what was written since its last snapshot, or since it was
+    cloned, and what it shares with these. origin: of a clone, the snapshot that it began as.
+    snapshots: how many it has.
     lease_holder, lease_since: who alone may attach it now, and since when; None = it is not leased.
     scrubbed: when a scrub last got through it, None = never; scrub_damaged: the damaged blocks that
     the last scrub found, in it and its snapshots.
@@ -137,6 +140,10 @@ class VolumeInfo(Record):
     created: str
     written: bool = True
     allow: list[str] = dataclasses.field(default_factory=list)
+    own: int = 0
+    shared: int = 0
+    origin: str | None = None
+    snapshots: int = 0
     attached: int = 0
     importing: bool = False
     iops: int = 0
@@ -146,6 +153,47 @@ class VolumeInfo(Record):
     lease_since: str | None = None
     scrubbed: str | None = None
     scrub_damaged: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnapshotInfo(Record):
+    """A snapshot: `snapshot` is VOLUME@NAME, the name of its export.
+
+    mapped: bytes of data in it. own: those that the volume wrote since the snapshot before.
+    unique: those that only this snapshot holds, which deleting it frees; None = not looked up.
+    clones: volumes (and their snapshots) that continue from it. attached: live NBD connections.
+    """
+
+    id: int
+    uuid: str
+    snapshot: str
+    volume: str
+    name: str
+    size: int
+    block_size: int
+    mapped: int
+    own: int
+    unique: int | None = None
+    epoch: int
+    created: str
+    clones: list[str] = dataclasses.field(default_factory=list)
+    attached: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrashInfo(Record):
+    """A volume in the trash: `name` is what it was called, `trashed` since when it is there.
+
+    snapshots: how many it has.
+    """
+
+    id: int
+    name: str
+    size: int
+    mapped: int
+    own: int
+    snapshots: int
+    trashed: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

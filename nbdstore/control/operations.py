@@ -26,6 +26,7 @@ from nbdstore.control.leases import Leases
 from nbdstore.control.long_operations import LongOperations
 from nbdstore.control.model import AttachmentInfo, PoolInfo, ServerInfo, VolumeInfo
 from nbdstore.control.scrub import Progress, Scrubber
+from nbdstore.control.snapshots import Snapshots
 from nbdstore.control.stream import Piece
 from nbdstore.control.usage import Usage
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreError
@@ -61,6 +62,8 @@ class Operations:
         self.running = LongOperations(self.events)
         """Its operations that take long."""
         self.scrubs = Scrubber(pool, self._usage, self.running)
+        self.snapshots = Snapshots(self._usage, pool, self.leases, self.events)
+        """Its snapshots, and its trash."""
 
     async def close(self) -> None:
         """Stop what takes long, where it can go on later; before the pool is closed."""
@@ -178,16 +181,47 @@ class Operations:
             self._usage.require_free(volume, "shrinking it")
             await self._pool.resize_volume(volume, size, force=force)
 
-    async def delete_volume(self, name: str, *, fence: bool = False) -> None:
-        """Delete a volume that nobody uses; with `fence`, end its lease and connections first."""
+    async def delete_volume(
+        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+    ) -> None:
+        """Put a volume that nobody uses into the trash; with `now`, delete it for good.
+
+        With `fence` its lease and connections are ended first. With `snapshots` it takes those
+        along; without, having some is Busy.
+        """
         async with self._usage.turn:
             volume = self._usage.find(name)
             if fence:
                 self._usage.require_no_import(volume, "deleting it")
                 await self.leases.end(volume, "the volume is deleted")
             self._usage.require_free(volume, "deleting it")
-            await self._pool.delete_volume(volume)
+            await self.snapshots.discard(volume, snapshots=snapshots, now=now)
             self.events.tell("volume.deleted", name)
+
+    # Volumes and snapshots
+
+    async def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
+        """Make a volume what its snapshot ``VOLUME@NAME`` is; see `VolumeService`."""
+        info = self._describe(await self.snapshots.rollback(name, fence=fence))
+        self.events.tell("volume.changed", info.name, rolled_back_to=name)
+        return info
+
+    async def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
+        """Make a volume that begins as a snapshot, durably; `allow` as in `VolumeInfo`."""
+        properties = {"allow": checked_names(allow)} if allow else {}
+        info = self._describe(await self.snapshots.clone(name, new_name, properties))
+        self.events.tell("volume.created", info.name, size=info.size)
+        return info
+
+    async def flatten(self, name: str) -> VolumeInfo:
+        """Copy what a clone shares with its origin, so that it depends on it no longer."""
+        return self._describe(await self.snapshots.flatten(name))
+
+    async def restore(self, which: str, name: str | None = None) -> VolumeInfo:
+        """Take a volume out of the trash."""
+        info = self._describe(await self.snapshots.restore(which, name))
+        self.events.tell("volume.created", info.name, size=info.size)
+        return info
 
     # Content
 
@@ -266,10 +300,13 @@ class Operations:
         properties = status.pop("properties", None) or {}
         held, limits = lease.current(properties), qos.current(properties)
         scrub = Progress.of(volume)
+        origin = self._pool.origin(volume)
         return VolumeInfo.from_json(
             status
             | {
                 "written": bool(status.get("written") or status["mapped"] or status["reserved"]),
+                "origin": origin.name if origin else None,
+                "shared": status["mapped"] - status.get("own", status["mapped"]),
                 "allow": list(properties.get("allow", ())),
                 "importing": bool(properties.get("importing")),
                 "iops": limits.iops,

@@ -13,7 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from nbdstore.control.capacity import CapacityReport
-from nbdstore.control.model import AttachmentInfo, LeaseInfo, OperationInfo, PoolInfo, VolumeInfo
+from nbdstore.control.model import (
+    AttachmentInfo,
+    LeaseInfo,
+    OperationInfo,
+    PoolInfo,
+    SnapshotInfo,
+    TrashInfo,
+    VolumeInfo,
+)
 from nbdstore.control.stream import Piece
 
 
@@ -103,11 +111,41 @@ class VolumeService(Protocol):
         mapped data, which is lost. Renaming is Busy while leased.
         """
 
-    def delete_volume(self, name: str, *, fence: bool = False) -> None:
-        """Delete a volume and its data; Busy while it is leased, attached or imported into.
+    def delete_volume(
+        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+    ) -> None:
+        """Put a volume into the trash, or with `now` delete it and its data for good.
 
-        With `fence` its lease and its connections are ended first.
+        Busy while leased or attached, unless `fence` ends that; Busy with snapshots, unless
+        `snapshots` takes them along.
         """
+
+    def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
+        """List snapshots, of one volume or of all; with `unique`, tell what each holds alone."""
+
+    def create_snapshots(self, names: Sequence[str]) -> list[SnapshotInfo]:
+        """Make snapshots ``VOLUME@NAME``, all of one moment; durable on return."""
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot, and free what only it holds; Busy with clones, or attached."""
+
+    def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
+        """Make a volume what its snapshot is; Busy while leased or attached, unless `fence`."""
+
+    def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
+        """Make a volume that begins as a snapshot and shares its blocks; durable on return."""
+
+    def flatten(self, name: str) -> VolumeInfo:
+        """Copy what a clone shares with its origin; takes as long as that takes."""
+
+    def trash(self) -> list[TrashInfo]:
+        """List the volumes in the trash, those that came first first."""
+
+    def restore(self, which: str, name: str | None = None) -> VolumeInfo:
+        """Take a volume, by id or the newest of a name, out of the trash, as `name`."""
+
+    def purge(self, which: str) -> None:
+        """Delete a volume in the trash, by id or the newest of a name, for good."""
 
     def read_content(self, name: str) -> Content:
         """Read a volume from start to end, holes left out."""

@@ -97,14 +97,21 @@ class VolumeRoutes:
         log.info("volume %s changed: %s", name, changes)
         return info
 
-    @route("DELETE", "/v1/volumes/{name}", query={"fence": "flag?"}, answer=None)
+    @route(
+        "DELETE",
+        "/v1/volumes/{name}",
+        query={"fence": "flag?", "snapshots": "flag?", "now": "flag?"},
+        answer=None,
+    )
     async def delete_volume(self, call: Call) -> None:
-        """Delete a volume and its data, for good.
+        """Put a volume into the trash; if now is 1, delete it and its data for good.
 
         Busy while it is leased or attached, unless fence is 1: that ends its lease and connections.
+        Busy if it has snapshots, unless snapshots is 1: they go along.
         """
-        await self._operations.delete_volume(call["name"], fence=call.query.get("fence", False))
-        log.info("volume %s deleted", call["name"])
+        query = {name: call.query.get(name, False) for name in ("fence", "snapshots", "now")}
+        await self._operations.delete_volume(call["name"], **query)
+        log.info("volume %s deleted%s", call["name"], " for good" if query["now"] else "")
 
     @route("GET", "/v1/volumes/{name}/data", answer=CONTENT)
     async def read_content(self, call: Call) -> web.StreamResponse:

@@ -291,6 +291,10 @@ class Pool:
             for snapshot in volume.snapshots.values()
         }
 
+    def origin(self, volume: Volume) -> Snapshot | None:
+        """The snapshot of another volume that a clone began as; None for what is no clone."""
+        return self._registry.origin(volume)
+
     def heirs(self, snapshot: Snapshot) -> list[Image]:
         """What continues from a snapshot: volumes, its clones among them, and snapshots."""
         return self._registry.heirs(snapshot)

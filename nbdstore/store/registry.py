@@ -73,6 +73,16 @@ class Registry:
         images: list[Image] = [*self.snapshots.values(), *self.by_id.values()]
         return [image for image in images if image.info.parent == snapshot.id]
 
+    def origin(self, volume: Volume) -> Snapshot | None:
+        """The snapshot of another volume that a clone began as; None for what is no clone."""
+        parent = volume.info.parent
+        while parent:
+            snapshot = self.snapshots[parent]
+            if snapshot.volume is not volume:
+                return snapshot
+            parent = snapshot.info.parent
+        return None
+
     # -- changes ----------------------------------------------------------------------------
 
     def apply(

@@ -222,6 +222,7 @@ class Volume(Image):
             "reserved": info.n_provisioned * self.block_size,
             "written": info.written or info.n_mapped > 0,
             "trashed": info.trashed,
+            "snapshots": len(self.snapshots),
             "epoch": info.epoch,
             "created": created.isoformat(timespec="seconds"),
             "properties": info.properties,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from nbdstore.control.operations import Operations
@@ -173,6 +174,20 @@ class MemoryPool:
 
     async def set_properties(self, volume: Any, properties: dict[str, Any]) -> None:
         volume.properties = properties
+
+    # Without snapshots; real ones are in tests that have a real pool.
+
+    snapshots: Mapping[str, Any] = MappingProxyType({})
+    trash: Sequence[Any] = ()
+
+    def origin(self, volume: Any) -> None:
+        return None
+
+    def heirs(self, snapshot: Any) -> Sequence[Any]:
+        return ()
+
+    async def trash_volume(self, volume: Any) -> None:
+        del self.volumes[volume.name]
 
     async def grow(self, capacity: int) -> None:
         if capacity <= self.capacity:

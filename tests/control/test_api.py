@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import zlib
 from typing import Any
@@ -167,7 +168,8 @@ class TestTcp:
     def test_a_token_that_may_only_look(self, answering: Answering) -> None:
         headers = {"Authorization": f"Bearer {READ_TOKEN}"}
         for method, template in DOCUMENTED.operations() - {("GET", "/v1/events")}:  # endless
-            path = template.replace("{name}", "db").replace("{id}", "1")
+            names = template.replace("{name}", "db").replace("{snapshot}", "db@a")
+            path = re.sub(r"{\w+}", "1", names)
             status, problem, _ = call(answering, method, path, None, headers, tcp=True)
             if method == "GET":
                 assert status in (200, 404), path

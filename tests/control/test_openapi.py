@@ -51,7 +51,19 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/v1/operations/mine?wait=60", None, 200),
     ("GET", "/v1/operations", None, 200),
     ("DELETE", "/v1/operations/mine", None, 200),
-    ("DELETE", "/v1/volumes/db?fence=1", None, 204),
+    ("POST", "/v1/snapshots", {"snapshots": ["db@a"]}, 200),
+    ("GET", "/v1/snapshots?volume=db&unique=1", None, 200),
+    ("GET", "/v1/snapshots/db@a", None, 200),
+    ("POST", "/v1/snapshots/db@a/clone", {"name": "copy"}, 201),
+    ("POST", "/v1/volumes/copy/flatten", None, 200),
+    ("POST", "/v1/snapshots/db@a/rollback", {"fence": True}, 200),
+    ("DELETE", "/v1/snapshots/db@a", None, 204),
+    ("DELETE", "/v1/volumes/db?fence=1&snapshots=1", None, 204),
+    ("GET", "/v1/trash", None, 200),
+    ("POST", "/v1/trash/db/restore", {"name": "back"}, 200),
+    ("DELETE", "/v1/volumes/back", None, 204),
+    ("DELETE", "/v1/trash/back", None, 204),
+    ("DELETE", "/v1/volumes/copy?now=1", None, 204),
 ]
 
 

@@ -1,0 +1,206 @@
+"""Snapshots, clones and the trash: what can be done with them, by name.
+
+Owns the names (``VOLUME@NAME``), and what the store cannot know: who reads a snapshot, who has a
+volume attached that is to be rolled back. What the store refuses - clones, two heirs - it tells.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+from nbdstore.control.contracts import PoolLike, VolumeLike
+from nbdstore.control.events import Events
+from nbdstore.control.leases import Leases
+from nbdstore.control.model import SnapshotInfo, TrashInfo
+from nbdstore.control.usage import Usage
+from nbdstore.errors import Busy, InvalidArgument, NotFound
+
+
+class Snapshots:
+    """The snapshots and the trash of one pool."""
+
+    def __init__(self, usage: Usage, pool: PoolLike, leases: Leases, events: Events) -> None:
+        self._usage = usage
+        self._pool = pool
+        self._leases = leases
+        self._events = events
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def find(self, name: str) -> Any:
+        """Return the snapshot ``VOLUME@NAME``, or raise NotFound."""
+        volume_name, at, _ = name.partition("@")
+        if not at:
+            raise InvalidArgument(f"'{name}' is no snapshot: write it as VOLUME@NAME")
+        self._usage.find(volume_name)
+        snapshot = self._pool.snapshots.get(name)
+        if snapshot is None:
+            raise NotFound(
+                f"there is no snapshot '{name}': 'nbdstore snapshot list {volume_name}' shows "
+                "what is"
+            )
+        return snapshot
+
+    async def listing(
+        self, volume: str | None = None, *, unique: bool = False
+    ) -> list[SnapshotInfo]:
+        """List snapshots, of one volume or of all, by volume and age.
+
+        With `unique` as `show` does: that costs as much as has changed since each was made.
+        """
+        if volume is not None:
+            self._usage.find(volume)
+        found = [
+            snapshot
+            for _, snapshot in sorted(self._pool.snapshots.items(), key=_by_volume_and_age)
+            if volume in (None, snapshot.volume.name)
+        ]
+        if unique:
+            return [await self._describe_whole(snapshot) for snapshot in found]
+        return [self._describe(snapshot) for snapshot in found]
+
+    async def show(self, name: str) -> SnapshotInfo:
+        """Describe one snapshot, with what it holds alone."""
+        return await self._describe_whole(self.find(name))
+
+    async def _describe_whole(self, snapshot: Any) -> SnapshotInfo:
+        return self._describe(snapshot, await self._pool.bytes_alone(snapshot))
+
+    def _describe(self, snapshot: Any, unique: int | None = None) -> SnapshotInfo:
+        heirs = self._pool.heirs(snapshot)
+        clones = [heir.name for heir in heirs if snapshot.volume not in (heir, _volume_of(heir))]
+        return SnapshotInfo.from_json(
+            snapshot.status()
+            | {
+                "snapshot": snapshot.name,
+                "unique": unique,
+                "clones": sorted(clones),
+                "attached": self._usage.attached(snapshot),
+            }
+        )
+
+    # -- making and deleting ----------------------------------------------------------------
+
+    async def create(self, names: Sequence[str]) -> list[SnapshotInfo]:
+        """Make snapshots ``VOLUME@NAME``, all of one moment, durably."""
+        if not names:
+            raise InvalidArgument("name at least one snapshot to make: VOLUME@NAME")
+        wanted = []
+        for name in names:
+            volume_name, at, snapshot_name = name.partition("@")
+            if not at:
+                raise InvalidArgument(f"'{name}' names no snapshot: write it as VOLUME@NAME")
+            volume = self._usage.find(volume_name)
+            self._usage.require_no_import(volume, "making a snapshot of it")
+            wanted.append((volume, snapshot_name))
+        made = [self._describe(made) for made in await self._pool.create_snapshots(wanted)]
+        for info in made:
+            self._events.tell("snapshot.created", info.snapshot, size=info.size)
+        return made
+
+    async def delete(self, name: str) -> None:
+        """Delete a snapshot; what only it holds is free then. Busy while a client reads it."""
+        async with self._usage.turn:
+            snapshot = self.find(name)
+            self._usage.require_detached(snapshot, "deleting it")
+            await self._pool.delete_snapshot(snapshot)
+            self._events.tell("snapshot.deleted", name)
+
+    # -- volumes from snapshots -------------------------------------------------------------
+
+    async def rollback(self, name: str, *, fence: bool = False) -> VolumeLike:
+        """Make a volume what its snapshot is; with `fence`, end its lease and connections first."""
+        async with self._usage.turn:
+            snapshot = self.find(name)
+            volume: VolumeLike = snapshot.volume
+            before = f"rolling it back to '{name}'"
+            self._usage.require_no_import(volume, before)
+            if fence:
+                await self._leases.end(volume, f"the volume is rolled back to '{name}'")
+            with self._usage.barred(volume):
+                self._usage.require_free(volume, before)
+                await self._pool.rollback(volume, snapshot)
+        return volume
+
+    async def clone(self, name: str, new_name: str, properties: dict[str, Any]) -> VolumeLike:
+        """Make a volume that begins as a snapshot, and shares its blocks; durable on return."""
+        async with self._usage.turn:
+            made: VolumeLike = await self._pool.clone(self.find(name), new_name, properties)
+            return made
+
+    async def flatten(self, name: str) -> VolumeLike:
+        """Copy what a clone shares with its origin; it may be used meanwhile."""
+        volume = self._usage.find(name)
+        await self._pool.flatten(volume)
+        return volume
+
+    # -- the trash --------------------------------------------------------------------------
+
+    def trash(self) -> list[TrashInfo]:
+        """List the volumes in the trash, those that came first first."""
+        return [self._describe_trashed(volume) for volume in self._pool.trash]
+
+    def _describe_trashed(self, volume: Any) -> TrashInfo:
+        status = volume.status()
+        at = datetime.datetime.fromtimestamp(status["trashed"], datetime.UTC)
+        return TrashInfo(
+            id=volume.id,
+            name=volume.name,
+            size=volume.size,
+            mapped=status["mapped"],
+            own=status["own"],
+            snapshots=len(volume.snapshots),
+            trashed=at.isoformat(timespec="seconds"),
+        )
+
+    def find_trashed(self, which: str) -> Any:
+        """Return what is in the trash, by id, or the newest of a name; or raise NotFound."""
+        found = [v for v in self._pool.trash if which in (str(v.id), v.name)]
+        if not found:
+            raise NotFound(
+                f"there is no volume '{which}' in the trash: 'nbdstore trash list' shows what is"
+            )
+        return found[-1]
+
+    async def restore(self, which: str, name: str | None = None) -> VolumeLike:
+        """Take a volume out of the trash, under the name it had, or as `name`."""
+        async with self._usage.turn:
+            volume: VolumeLike = self.find_trashed(which)
+            await self._pool.restore_volume(volume, name or volume.name)
+        return volume
+
+    async def purge(self, which: str) -> None:
+        """Delete what is in the trash for good."""
+        async with self._usage.turn:
+            await self._pool.delete_volume(self.find_trashed(which))
+
+    async def discard(self, volume: VolumeLike, *, snapshots: bool, now: bool) -> None:
+        """Put a volume that nobody uses into the trash, or delete it for good, `now`.
+
+        Arguments:
+            snapshots: take its snapshots along; without it, having some is Busy.
+        """
+        own = [name for name in self._pool.snapshots if name.startswith(f"{volume.name}@")]
+        if own and not snapshots:
+            more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+            raise Busy(
+                f"volume '{volume.name}' has snapshots ({', '.join(own[:3])}{more}): delete them "
+                "first, or take them along with --snapshots"
+            )
+        if any(self._usage.attached(self._pool.snapshots[name]) for name in own):
+            raise Busy(f"a snapshot of volume '{volume.name}' is attached: detach it first")
+        if now:
+            await self._pool.delete_volume(volume)
+        else:
+            await self._pool.trash_volume(volume)
+
+
+def _volume_of(image: Any) -> Any:
+    """The volume of a snapshot; None for what is a volume itself."""
+    return getattr(image, "volume", None)
+
+
+def _by_volume_and_age(item: tuple[str, Any]) -> tuple[str, int]:
+    return item[1].volume.name, item[1].info.epoch
