@@ -4,7 +4,7 @@ Joins the classes of routes, decides who is let in, and owns how errors look on 
 (`problems`). What a call does is in `operations`; each route is specified where it is written, and
 ``GET /v1/openapi.json`` tells all of them::
 
-    pool_routes        /healthz, /v1/pool, /v1/capacity, /v1/connections
+    pool_routes        /healthz, /metrics, /v1/pool, /v1/capacity, /v1/connections
     volume_routes      /v1/volumes, and the content of volumes
     lease_routes       /v1/leases, and the lease of a volume
     operation_routes   /v1/operations, what starts them (/v1/scrub), and /v1/events

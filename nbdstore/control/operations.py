@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from nbdstore import lease, qos
-from nbdstore.control import capacity, content
+from nbdstore import __version__, lease, qos
+from nbdstore.control import capacity, content, metrics
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
 from nbdstore.control.events import Events
@@ -97,6 +97,11 @@ class Operations:
             sizes=[volume.size for volume in self._pool.volumes.values()],
             growth=self._growth.growth() if self._growth else None,
         )
+
+    def metrics(self) -> str:
+        """Tell the numbers of the pool and its volumes in Prometheus' text format."""
+        measures = self._usage.measures()
+        return metrics.page(__version__, self._pool.status(), self.volumes(), measures)
 
     def attachments(self) -> list[AttachmentInfo]:
         """List the NBD connections that have an export."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from aiohttp import web
+
 from nbdstore import __version__
+from nbdstore.control import metrics
 from nbdstore.control.capacity import CapacityReport
 from nbdstore.control.model import AttachmentInfo, Health, PoolInfo
 from nbdstore.control.operations import Operations
-from nbdstore.control.routing import Access, Call, Listing, Reply, route
+from nbdstore.control.routing import Access, Call, Listing, Media, Reply, route
+
+METRICS = Media(
+    "text/plain", "Prometheus' text format 0.0.4; the metrics are in nbdstore/control/metrics.py."
+)
 
 
 class PoolRoutes:
@@ -41,6 +48,15 @@ class PoolRoutes:
     async def capacity(self, _call: Call) -> CapacityReport:
         """Report the capacity model: what fits, was promised, is stored, is left."""
         return self._operations.capacity()
+
+    @route("GET", "/metrics", answer=METRICS)
+    async def metrics(self, _call: Call) -> web.StreamResponse:
+        """Tell the numbers of the pool and its volumes, for Prometheus.
+
+        A read token is enough. Counters begin anew when the server does.
+        """
+        text = self._operations.metrics()
+        return web.Response(body=text.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     @route("GET", "/v1/connections", answer=Listing("connections", AttachmentInfo))
     async def connections(self, _call: Call) -> list[AttachmentInfo]:

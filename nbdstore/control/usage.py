@@ -7,10 +7,11 @@ nothing of what the changes do.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from nbdstore import lease
-from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
+from nbdstore.control.contracts import MeasuresLike, PoolLike, ServerLike, VolumeLike
 from nbdstore.control.model import AttachmentInfo
 from nbdstore.errors import Busy, NotFound
 
@@ -49,6 +50,12 @@ class Usage:
     def attached(self, volume: VolumeLike) -> int:
         """Count the connections that have a volume attached."""
         return self._server.attached(volume) if self._server else 0
+
+    def measures(self) -> Sequence[MeasuresLike]:
+        """Tell what clients did to the volumes and snapshots since the server started."""
+        if self._server is None:
+            return []
+        return self._server.measures([*self._pool.volumes.values(), *self._pool.snapshots.values()])
 
     def attachments(self) -> list[AttachmentInfo]:
         """List the NBD connections that have an export."""

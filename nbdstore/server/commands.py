@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from nbdstore.errors import (
@@ -72,6 +73,7 @@ class Target:
         contexts: the metadata contexts that were agreed on.
         since: the snapshots that the dirty bitmaps among these are about, by label.
         max_extents: extents in one reply, per context.
+        errors: counts the error replies by their number.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Target:
         contexts: Sequence[MetaContext],
         since: Mapping[str, Snapshot],
         max_extents: int,
+        errors: Counter[int],
     ) -> None:
         self.volume = volume
         self.replies = replies
@@ -88,7 +91,18 @@ class Target:
         self.since = since
         self.max_extents = max_extents
         self.max_status_bytes = max_extents * EXTENDED_EXTENT.size * len(contexts)
+        self._errors = errors
         self._reported: set[type[Exception]] = set()
+
+    def settle(self, request: Request, out: list[Buffer]) -> int:
+        """Answer a request that the rules have settled: an error, or nothing to do."""
+        command, _, cookie, offset, _, _, verdict = request
+        if verdict > 0:
+            self._errors[verdict] += 1
+            return self.replies.error(out, cookie, offset, verdict, VERDICTS[verdict])
+        if command == Command.READ:
+            return self.replies.read(out, cookie, offset, 0, ())
+        return self.replies.done(out, cookie, offset)
 
     def fail(self, request: Request, error: Exception, out: list[Buffer]) -> int:
         """Answer a request that the store could not serve; log the first of each kind."""
@@ -98,6 +112,7 @@ class Target:
         name = Command(command).name
         log.log(level, "%s: %s of %d at %d: %s", self.volume.name, name, length, offset, error)
         number, text = translate(error)
+        self._errors[number] += 1
         return self.replies.error(out, cookie, offset, number, text)
 
 

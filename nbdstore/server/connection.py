@@ -22,6 +22,7 @@ from nbdstore.protocol.constants import TransmissionFlag
 from nbdstore.protocol.handshake import Handshake, HandshakeLimits, Phase
 from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel
+from nbdstore.server.counters import Counters
 from nbdstore.server.exports import Exports, ExportsView, VolumeOffer
 from nbdstore.server.limiter import Limiters
 from nbdstore.server.meter import Meter
@@ -98,6 +99,7 @@ class Settings:
     """What all connections of a server share."""
 
     observer: Observer
+    counters: Counters
     exports: Exports
     limits: Limits
     limiters: Limiters
@@ -272,6 +274,7 @@ class Connection:
         settings = self._settings
         # Connections from one host, or from one process, are one client.
         client = self.peer if self.peer.startswith("unix:") else self.peer.rpartition(":")[0]
+        assert isinstance(agreement.offer, VolumeOffer)
         session = Session(
             self._channel,
             agreement,
@@ -279,6 +282,7 @@ class Connection:
             settings.budget,
             settings.wakefulness,
             client,
+            settings.counters.of(agreement.offer.volume),
         )
         self.session = session
         session.limit(settings.limiters.of(session.volume))

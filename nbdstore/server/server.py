@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server.budget import Budget
 from nbdstore.server.connection import Connection, ConnectionInfo, Observer, Settings
+from nbdstore.server.counters import Counters, ImageMeasures
 from nbdstore.server.exports import Exports, HasVolumes
 from nbdstore.server.limiter import Limiters, volume_of
 from nbdstore.server.listener import Listener
@@ -46,6 +47,7 @@ class Server:
         """Is told what clients do."""
         self._settings = Settings(
             observer=self.observer,
+            counters=Counters(),
             exports=Exports(pool, options),
             limits=options.limits,
             limiters=Limiters(),
@@ -105,6 +107,10 @@ class Server:
     def connections(self) -> list[ConnectionInfo]:
         """All connections, those in their handshake included."""
         return [connection.info for connection in self._connections]
+
+    def measures(self, images: Iterable[Image]) -> list[ImageMeasures]:
+        """Tell what clients did to those of `images` that were ever attached."""
+        return list(self._settings.counters.measures(images))
 
     def attached(self, volume: Image) -> int:
         """Count the connections that have a volume attached."""

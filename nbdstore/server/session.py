@@ -34,6 +34,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter_ns
 
 from nbdstore.errors import NotFound, ProtocolError, StoreError
 from nbdstore.protocol.agreement import Agreement
@@ -43,7 +44,8 @@ from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
 from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel, Outbox
-from nbdstore.server.commands import VERDICTS, Target, perform, round_cost
+from nbdstore.server.commands import Target, perform, round_cost
+from nbdstore.server.counters import ImageCounters
 from nbdstore.server.exports import VolumeOffer
 from nbdstore.server.limiter import Gate, Limiter
 from nbdstore.server.options import Limits
@@ -70,6 +72,7 @@ class Session:
         limits: see Limits.
         budget, wakefulness: of the server.
         client: who it is, for the fairness of its volume's limits.
+        counters: of the volume; None = nobody asks for them.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Session:
         budget: Budget,
         wakefulness: Wakefulness,
         client: str = "",
+        counters: ImageCounters | None = None,
     ) -> None:
         assert isinstance(agreement.offer, VolumeOffer)
         self.volume = agreement.offer.volume
@@ -102,9 +106,11 @@ class Session:
         self._parser = RequestParser(Rules(agreement), spares=budget.spares)
         self.grow()  # it may have grown since its size was told
         self._replies = make_replies(agreement.mode)
-        since = agreement.offer.since
+        self._counters = counters or ImageCounters()
+        self._counters.begin(self)
+        since, errors = agreement.offer.since, self._counters.errors
         self._target = Target(
-            self.volume, self._replies, agreement.contexts, since, limits.max_extents
+            self.volume, self._replies, agreement.contexts, since, limits.max_extents, errors
         )
         self._outbox = Outbox()
         self._backlog: list[Request] = []
@@ -139,6 +145,7 @@ class Session:
             self._guard(self._take_first, first_bytes)
             await asyncio.shield(self.done)  # a cancelled task must not make it look done
         finally:
+            self._counters.end(self)
             self.lose(ConnectionAbortedError("the server gave the connection up"))
             self._cancel_tasks()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -417,8 +424,9 @@ class Session:
 
         The hot loop: with the parser, it costs 0.5 to 0.9 us per request of 4 KiB in a round of
         32, and 1.8 to 2.6 us in a round of one, beside the store and the system calls (with a
-        socket and a store that do nothing, on a quiet machine; twice that on a busy one).
+        socket and a store that do nothing, on a quiet machine); 0.3 us of a round are for counting.
         """
+        began_ns = perf_counter_ns()
         out, replies, read_now = self._outbox.buffers, self._replies, self.volume.read_now
         writes: list[Request] = []
         flushes: list[Request] = []  # and writes with FUA: they are answered after a sync
@@ -426,16 +434,16 @@ class Session:
         room = self._limits.max_held_bytes - self._bytes_in_flight - self._outbox.n_bytes
         if room > self._budget.free_for_all:
             room = min(room, self._account.room())
-        left_in_round = self._limits.max_round_bytes
-        n_out = 0
+        left_in_round = most = self._limits.max_round_bytes
+        n_out = n_aside = 0  # aside: neither a read served here, nor in `writes` or `flushes`
         # A full pool makes tasks of all writes of a round, so its requests are bounded, too.
         limit = self._limits.max_in_flight
-        for position, request in enumerate(
-            requests if len(requests) <= limit else requests[:limit]
-        ):
+        taken = requests if len(requests) <= limit else requests[:limit]
+        for position, request in enumerate(taken):
             command, flags, cookie, offset, length, payload, verdict = request
             if verdict:
-                n_out += self._answer(request, out)
+                n_out += self._target.settle(request, out)
+                n_aside += 1
             elif command == _WRITE and flags <= _FUA and payload is not None:
                 (flushes if flags else writes).append(request)
                 data.append((offset, payload))
@@ -443,25 +451,24 @@ class Session:
                 flushes.append(request)
             elif command == _DISC:
                 self._ending = True
+                n_aside += 1
             else:
                 weight = length if command == _READ else self._weigh(request)
                 if (weight > room and (n_out or not self._fits(request))) or left_in_round <= 0:
                     self._backlog = requests[position:]
                     break
                 room -= weight
-                left_in_round -= (
-                    weight
-                    if command == _READ
-                    else round_cost(command, weight, self._limits.max_round_bytes)
-                )
+                left_in_round -= weight if command == _READ else round_cost(command, weight, most)
                 segments = None
                 if command == _READ:
                     try:
                         segments = read_now(offset, length)
                     except (StoreError, NotFound) as error:
                         n_out += self._target.fail(request, error, out)
+                        n_aside += 1
                         continue
                 if segments is None:
+                    n_aside += 1
                     self._start_task(request, weight)
                     if self.in_flight >= self._limits.max_in_flight:
                         self._backlog = requests[position + 1 :]
@@ -471,43 +478,41 @@ class Session:
                     self.bytes_read += length
         else:
             self._backlog = requests[limit:]
-        if data and not self._write(data):
-            for request in writes + flushes:
-                self._start_task(request, request[4])
-        else:
+        n_reads = len(requests) - len(self._backlog) - len(writes) - len(flushes) - n_aside
+        n_writes = 0
+        if not data or self._write(data, writes, flushes):
+            n_writes = len(writes)
             if writes:
                 n_out += replies.all_done(out, writes)
             if flushes:
-                n_out += self._flush(flushes, out)
+                n_out += self._flush(flushes, out, began_ns)
         self._outbox.n_bytes += n_out
         self._send()
+        self._counters.observe_round(n_reads, n_writes, perf_counter_ns() - began_ns)
 
-    def _answer(self, request: Request, out: list[Buffer]) -> int:
-        """Answer a request that the rules have settled: an error, or nothing to do."""
-        command, _, cookie, offset, _, _, verdict = request
-        if verdict > 0:
-            return self._replies.error(out, cookie, offset, verdict, VERDICTS[verdict])
-        if command == _READ:
-            return self._replies.read(out, cookie, offset, 0, ())
-        return self._replies.done(out, cookie, offset)
+    def _write(
+        self, data: list[tuple[int, memoryview]], writes: list[Request], flushes: list[Request]
+    ) -> bool:
+        """Hand all writes of a round to the store at once; False if it cannot do that.
 
-    def _write(self, data: list[tuple[int, memoryview]]) -> bool:
-        """Hand all writes of a round to the store; False, with nothing done, if it cannot.
-
-        Then each goes by a task, and gets its own error, or waits.
+        Then each request goes by a task, and gets its own error, or waits.
         """
         try:
             applied = self.volume.write_now(data)
         except (StoreError, NotFound):
-            return False
+            applied = False
         if applied:
             self.bytes_written += sum([len(payload) for _, payload in data])
+        else:
+            for request in writes + flushes:
+                self._start_task(request, request[4])
         return applied
 
-    def _flush(self, flushes: list[Request], out: list[Buffer]) -> int:
+    def _flush(self, flushes: list[Request], out: list[Buffer], began_ns: int) -> int:
         """Have a round's requests that want a sync answered after it; now, if it is not needed."""
         try:
-            if not self.volume.flush_soon(partial(self._guard, self._flushed, flushes)):
+            if not self.volume.flush_soon(partial(self._guard, self._flushed, flushes, began_ns)):
+                self._counters.observe_all(flushes, perf_counter_ns() - began_ns)
                 return self._replies.all_done(out, flushes)
         except (StoreError, NotFound) as error:
             return sum([self._target.fail(request, error, out) for request in flushes])
@@ -515,9 +520,10 @@ class Session:
         self._n_syncing += len(flushes)
         return 0
 
-    def _flushed(self, flushes: list[Request], failure: StoreError | None) -> None:
+    def _flushed(self, flushes: list[Request], began_ns: int, failure: StoreError | None) -> None:
         out = self._outbox.buffers
         if failure is None:
+            self._counters.observe_all(flushes, perf_counter_ns() - began_ns)
             n_bytes = self._replies.all_done(out, flushes)
         else:
             n_bytes = sum([self._target.fail(request, failure, out) for request in flushes])
@@ -563,9 +569,14 @@ class Session:
 
     async def _serve_one(self, request: Request, weight: int) -> None:
         out: list[Buffer] = []
+        began_ns = perf_counter_ns()
         try:
             n_bytes = await perform(self._target, request, out)
-            self._count(request)
+            self._counters.observe(request[0], 1, perf_counter_ns() - began_ns)
+            if request[0] == _READ:
+                self.bytes_read += request[4]
+            elif request[0] == _WRITE:
+                self.bytes_written += request[4]
             if not self._lost:
                 self._outbox.buffers += out
                 self._outbox.n_bytes += n_bytes
@@ -577,12 +588,6 @@ class Session:
             self.in_flight -= 1
             self._bytes_in_flight -= weight
             self._settle()
-
-    def _count(self, request: Request) -> None:
-        if request[0] == _READ:
-            self.bytes_read += request[4]
-        elif request[0] == _WRITE:
-            self.bytes_written += request[4]
 
     def _send_soon(self) -> None:
         """Send after all tasks that are ready now: one group commit ends many at once."""

@@ -30,6 +30,7 @@ def content() -> bytes:
 CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/healthz", None, 200),
     ("GET", "/v1/openapi.json", None, 200),
+    ("GET", "/metrics", None, 200),
     ("GET", "/v1/pool", None, 200),
     ("POST", "/v1/pool/grow", {"capacity": 2 << 30}, 200),
     ("POST", "/v1/pool/checkpoint", None, 200),

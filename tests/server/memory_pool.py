@@ -7,6 +7,7 @@ or a full pool, `error` makes it fail.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +16,14 @@ from nbdstore.store import Extent, ExtentKind
 
 BLOCK = 4096
 
+_ids = itertools.count(1)
+
 
 class MemoryVolume:
     """A volume of `size` bytes; a block is a hole until something is written to it."""
 
     def __init__(self, name: str, size: int) -> None:
+        self.id = next(_ids)
         self.name = name
         self.size = size
         self.block_size = BLOCK
