@@ -146,8 +146,11 @@ class LocalService:
     def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
         return self._run(self._operations.clone(name, new_name, allow))
 
-    def flatten(self, name: str) -> VolumeInfo:
-        return self._run(self._operations.flatten(name))
+    def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
+        async def start() -> OperationInfo:
+            return self._operations.snapshots.flatten(name, operation_id=operation_id)[0]
+
+        return self._run(start())
 
     def trash(self) -> list[TrashInfo]:
         return self._operations.snapshots.trash()

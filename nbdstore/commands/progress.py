@@ -8,9 +8,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from nbdstore.commands.output import note
+from nbdstore.control.model import OperationInfo
+from nbdstore.control.service import VolumeService
 from nbdstore.sizes import format_size
 
 BAR_WIDTH = 24
+LOOK_EVERY_S = 1
 REDRAW_EVERY_S = 0.1
 
 
@@ -65,3 +69,21 @@ class Progress:
         bar = ("#" * int(part * BAR_WIDTH)).ljust(BAR_WIDTH, "-")
         amount = f"{self._describe(position)} of {self._describe(self._total)}"
         return f"{self._label}  [{bar}] {part:4.0%}  {amount}  {rate}"
+
+
+def follow(service: VolumeService, info: OperationInfo, when_stopped: str) -> OperationInfo:
+    """Wait for the end of a long operation, showing how far it is; an interruption stops it.
+
+    Arguments:
+        when_stopped: what to tell then.
+    """
+    with Progress(info.kind, info.total) as progress:
+        try:
+            while info.is_running:
+                progress.update(info.done, info.total)
+                info = service.operation(info.id, wait_s=LOOK_EVERY_S)
+        except KeyboardInterrupt:
+            service.cancel_operation(info.id)
+            note(when_stopped)
+            raise
+    return info

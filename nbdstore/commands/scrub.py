@@ -8,15 +8,12 @@ import click
 
 from nbdstore.commands import parameters
 from nbdstore.commands.output import counted, json_option, note, print_json
-from nbdstore.commands.progress import Progress
+from nbdstore.commands.progress import follow
 from nbdstore.commands.session import Session, complete_volume
 from nbdstore.control.client import ControlClient
 from nbdstore.control.model import OperationInfo
-from nbdstore.control.service import VolumeService
 from nbdstore.errors import NbdstoreError
 from nbdstore.sizes import format_size
-
-LOOK_EVERY_S = 1
 
 
 @click.command(short_help="Compare what volumes hold with its checksums, while they are served.")
@@ -55,26 +52,12 @@ def scrub(
             raise click.UsageError("--detach leaves the scrub to a server, and none is running")
         info = service.start_scrub(name, rate=rate, restart=restart)
         if not detach:
-            info = _followed(service, info)
+            info = follow(service, info, "stopped: the next scrub goes on from here")
     if as_json:
         print_json(info.to_json())
     else:
         _show(info)
     ctx.exit(1 if info.result.get("damaged") else 0)
-
-
-def _followed(service: VolumeService, info: OperationInfo) -> OperationInfo:
-    """Wait for the end of a scrub, showing how far it is; an interruption stops it."""
-    with Progress("scrub", info.total) as progress:
-        try:
-            while info.is_running:
-                progress.update(info.done, info.total)
-                info = service.operation(info.id, wait_s=LOOK_EVERY_S)
-        except KeyboardInterrupt:
-            service.cancel_operation(info.id)
-            note("stopped: the next scrub goes on from here")
-            raise
-    return info
 
 
 def _show(info: OperationInfo) -> None:

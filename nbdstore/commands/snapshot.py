@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import click
 
 from nbdstore.commands.groups import OrderedGroup
-from nbdstore.commands.output import counted, json_option, print_json, print_table
+from nbdstore.commands.output import json_option, print_json, print_table
+from nbdstore.commands.progress import follow
 from nbdstore.commands.session import (
     Session,
     complete_snapshot,
     complete_volume,
     pass_session,
 )
+from nbdstore.errors import NbdstoreError
 from nbdstore.sizes import format_size
 
 snapshot_argument = click.argument(
@@ -153,19 +155,24 @@ def clone(session: Session, snapshot: str, name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_volume)
+@click.argument("name", metavar="VOLUME", shell_complete=complete_volume)
 @json_option
 @pass_session
 def flatten(session: Session, name: str, as_json: bool) -> None:
-    """Make clone NAME independent of the snapshot that it began as.
+    """Make VOLUME, a clone, independent of the snapshot that it began as.
 
     Copies what the two share, so it takes as much space. The volume may be used meanwhile; when
     this is interrupted, calling it again goes on.
     """
     with session.service() as service:
-        info = service.flatten(name)
+        operation = service.start_flatten(name)
+        operation = follow(service, operation, "stopped: calling it again goes on from here")
+        if operation.error is not None:
+            raise NbdstoreError(operation.error["detail"])
+        if operation.state != "done":
+            raise NbdstoreError(f"flattening volume {name} was {operation.state}: call it again")
+        info = service.volume(name)
     if as_json:
         print_json(info.to_json())
     else:
-        shared = counted(info.snapshots, "snapshot") if info.snapshots else "nothing"
-        click.echo(f"volume {info.name} shares data with {shared} now")
+        click.echo(f"volume {info.name} shares data with nothing now")

@@ -177,8 +177,9 @@ class ControlClient:
         body = {"name": new_name, "allow": list(allow)}
         return VolumeInfo.from_json(self._call("POST", _snapshot_path(name) + "/clone", body))
 
-    def flatten(self, name: str) -> VolumeInfo:
-        return VolumeInfo.from_json(self._call("POST", _volume_path(name) + "/flatten", {}))
+    def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
+        body = {"id": operation_id or uuid.uuid4().hex}
+        return OperationInfo.from_json(self._call("POST", _volume_path(name) + "/flatten", body))
 
     def trash(self) -> list[TrashInfo]:
         return [TrashInfo.from_json(item) for item in self._list("/v1/trash", "trash")]

@@ -49,9 +49,9 @@ class OperationRoutes:
             body.get("volume"),
             rate=body.get("rate"),
             restart=body.get("restart", False),
-            operation_id=_operation_id(call),
+            operation_id=operation_id(call),
         )
-        return Reply(info, 202 if is_new else 200, {"Location": f"/v1/operations/{info.id}"})
+        return started(info, is_new)
 
     @route("GET", "/v1/operations", answer=Listing("operations", OperationInfo))
     async def operations(self, _call: Call) -> list[OperationInfo]:
@@ -90,7 +90,12 @@ class OperationRoutes:
         return response
 
 
-def _operation_id(call: Call) -> str | None:
+def started(info: OperationInfo, is_new: bool) -> Reply:
+    """Answer with an operation, and whether this call has started it."""
+    return Reply(info, 202 if is_new else 200, {"Location": f"/v1/operations/{info.id}"})
+
+
+def operation_id(call: Call) -> str | None:
     """Return the id that the caller gives to an operation, in the body or the header."""
     given = {call.body.get("id"), call.request.headers.get(IDEMPOTENCY_KEY)} - {None}
     if len(given) > 1:

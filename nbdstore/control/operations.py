@@ -62,7 +62,7 @@ class Operations:
         self.running = LongOperations(self.events)
         """Its operations that take long."""
         self.scrubs = Scrubber(pool, self._usage, self.running)
-        self.snapshots = Snapshots(self._usage, pool, self.leases, self.events)
+        self.snapshots = Snapshots(self._usage, pool, self.leases, self.running, self.events)
         """Its snapshots, and its trash."""
 
     async def close(self) -> None:
@@ -217,10 +217,6 @@ class Operations:
         info = self._describe(await self.snapshots.clone(name, new_name, properties))
         self.events.tell("volume.created", info.name, size=info.size)
         return info
-
-    async def flatten(self, name: str) -> VolumeInfo:
-        """Copy what a clone shares with its origin, so that it depends on it no longer."""
-        return self._describe(await self.snapshots.flatten(name))
 
     async def restore(self, which: str, name: str | None = None) -> VolumeInfo:
         """Take a volume out of the trash."""

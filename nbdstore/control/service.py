@@ -135,8 +135,8 @@ class VolumeService(Protocol):
     def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
         """Make a volume that begins as a snapshot and shares its blocks; durable on return."""
 
-    def flatten(self, name: str) -> VolumeInfo:
-        """Copy what a clone shares with its origin; takes as long as that takes."""
+    def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
+        """Begin to copy what a clone shares with its origin; ids as in `start_scrub`."""
 
     def trash(self) -> list[TrashInfo]:
         """List the volumes in the trash, those that came first first."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from urllib.parse import quote
 
-from nbdstore.control.model import SnapshotInfo, TrashInfo, VolumeInfo
+from nbdstore.control.model import OperationInfo, SnapshotInfo, TrashInfo, VolumeInfo
+from nbdstore.control.operation_routes import IDEMPOTENCY_KEY, operation_id, started
 from nbdstore.control.operations import Operations
 from nbdstore.control.routing import Call, Listing, Reply, route
 
@@ -85,13 +86,22 @@ class SnapshotRoutes:
         log.info("volume %s cloned from %s", info.name, call["snapshot"])
         return Reply(info, 201, {"Location": f"/v1/volumes/{quote(info.name, safe='')}"})
 
-    @route("POST", "/v1/volumes/{name}/flatten", body={}, answer=VolumeInfo)
-    async def flatten(self, call: Call) -> VolumeInfo:
-        """Copy what a clone shares with its origin, so that it depends on it no longer.
+    @route(
+        "POST",
+        "/v1/volumes/{name}/flatten",
+        body={"id": "text?"},
+        headers=(IDEMPOTENCY_KEY,),
+        answer=OperationInfo,
+        statuses=(202, 200),
+    )
+    async def flatten(self, call: Call) -> Reply:
+        """Begin to copy what a clone shares with its origin, so that it depends on it no longer.
 
-        Takes as long as that takes; the volume may be used meanwhile. Called again, it goes on.
+        The volume may be used meanwhile. One that was cancelled goes on where it was. 202 with the
+        new operation; the same call again with the same id is answered 200 with that of before.
         """
-        return await self._operations.flatten(call["name"])
+        found = self._snapshots.flatten(call["name"], operation_id=operation_id(call))
+        return started(*found)
 
     @route("GET", "/v1/trash", answer=Listing("trash", TrashInfo))
     async def trash(self, _call: Call) -> list[TrashInfo]:

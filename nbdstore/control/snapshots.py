@@ -13,18 +13,30 @@ from typing import Any
 from nbdstore.control.contracts import PoolLike, VolumeLike
 from nbdstore.control.events import Events
 from nbdstore.control.leases import Leases
-from nbdstore.control.model import SnapshotInfo, TrashInfo
+from nbdstore.control.long_operations import LongOperations, Task
+from nbdstore.control.model import OperationInfo, SnapshotInfo, TrashInfo
 from nbdstore.control.usage import Usage
 from nbdstore.errors import Busy, InvalidArgument, NotFound
+
+FLATTEN = "flatten"
+"""The kind of that operation."""
 
 
 class Snapshots:
     """The snapshots and the trash of one pool."""
 
-    def __init__(self, usage: Usage, pool: PoolLike, leases: Leases, events: Events) -> None:
+    def __init__(
+        self,
+        usage: Usage,
+        pool: PoolLike,
+        leases: Leases,
+        running: LongOperations,
+        events: Events,
+    ) -> None:
         self._usage = usage
         self._pool = pool
         self._leases = leases
+        self._running = running
         self._events = events
 
     # -- looking ----------------------------------------------------------------------------
@@ -130,11 +142,22 @@ class Snapshots:
             made: VolumeLike = await self._pool.clone(self.find(name), new_name, properties)
             return made
 
-    async def flatten(self, name: str) -> VolumeLike:
-        """Copy what a clone shares with its origin; it may be used meanwhile."""
+    def flatten(self, name: str, *, operation_id: str | None = None) -> tuple[OperationInfo, bool]:
+        """Begin to copy what a clone shares with its origin; it may be used meanwhile.
+
+        Returns the operation and whether it is new, as `LongOperations.start`.
+        """
+        request: dict[str, Any] = {"volume": name}
+        if (known := self._running.known(FLATTEN, request, operation_id)) is not None:
+            return known, False
         volume = self._usage.find(name)
-        await self._pool.flatten(volume)
-        return volume
+
+        async def work(task: Task) -> None:
+            await self._pool.flatten(volume, task.advance)
+
+        return self._running.start(
+            FLATTEN, request, work, total=volume.size, operation_id=operation_id
+        )
 
     # -- the trash --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ be stopped at any moment: what was done is done, and another call goes on from t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -18,8 +19,11 @@ from nbdstore.store.writing import Hold, Wait
 _SLICE_LEAVES: Final = 16  # 16 MiB at 4 KiB blocks
 
 
-async def own_everything(volume: Volume) -> None:
+async def own_everything(volume: Volume, progress: Callable[[int], None]) -> None:
     """Return with all blocks the volume's own, and all nodes when the next checkpoint is done.
+
+    Arguments:
+        progress: called with bytes of the volume that were gone through since the last call.
 
     Raises:
         NoSpace: the pool was full for longer than the options allow.
@@ -33,6 +37,7 @@ async def own_everything(volume: Volume) -> None:
             await _own_leaves(volume, leaf, stop)
             if volume.services.memory.wants_checkpoint:
                 await volume.services.checkpointer.join()
+        progress((stop - leaf) * volume.map.fanout * volume.block_size)
         leaf = stop
         await volume.core.host.sleep(0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -355,16 +355,21 @@ class Pool:
         """
         await self._snapshots.rollback(volume, snapshot)
 
-    async def flatten(self, volume: Volume) -> None:
+    async def flatten(
+        self, volume: Volume, progress: Callable[[int], None] = lambda _n_bytes: None
+    ) -> None:
         """Copy what a clone shares with its origin, so that it depends on it no longer.
 
         Takes as long as reading and writing that takes; can be cancelled, and called again.
+
+        Arguments:
+            progress: called with bytes of the volume that were gone through since the last call.
 
         Raises:
             Busy: it has snapshots, which share that, too.
             NoSpace, Corruption, ReadFailed: of the copying.
         """
-        await self._snapshots.flatten(volume)
+        await self._snapshots.flatten(volume, progress)
 
     async def grow(self, capacity: int) -> None:
         """Raise the pool's capacity to `capacity` bytes; durable when this returns.

@@ -32,7 +32,7 @@ flatten       a clone that holds more of its own        called again, it goes on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
@@ -268,11 +268,11 @@ class Snapshots:
 
     # -- flatten ----------------------------------------------------------------------------
 
-    async def flatten(self, volume: Volume) -> None:
+    async def flatten(self, volume: Volume, progress: Callable[[int], None]) -> None:
         """See Pool.flatten."""
         self._check_flattenable(volume)
         if volume.info.parent:
-            await own_everything(volume)
+            await own_everything(volume, progress)
             await self._administration.alone(self._cut_off(volume))
 
     def _check_flattenable(self, volume: Volume) -> None:
