@@ -25,6 +25,7 @@ from nbdstore.commands import (
     check,
     completion,
     connections,
+    docker_plugin,
     lease,
     logs,
     operation,
@@ -221,6 +222,7 @@ cli.add_command(scrub.scrub)
 cli.add_command(operation.operation)
 cli.add_command(operation.events)
 cli.add_command(app.app)
+cli.add_command(docker_plugin.docker_plugin)
 cli.add_command(check.check)
 cli.add_command(salvage.salvage)
 cli.add_command(completion.completion)

@@ -186,9 +186,7 @@ class Records:
 
     def remove(self, record: AttachRecord) -> None:
         """Forget a record; nothing if it is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path(record).unlink()
-        _sync_directory(self.directory / "attachments")
+        remove_durably(self.path(record))
 
     def _load_agent_id(self) -> str:
         path = self.directory / "agent.json"
@@ -226,6 +224,13 @@ def write_durably(path: Path, value: dict[str, Any]) -> None:
             data = data[os.write(descriptor, data) :]
         os.fsync(descriptor)
     fresh.rename(path)
+    _sync_directory(path.parent)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file, for good on return; nothing if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
     _sync_directory(path.parent)
 
 

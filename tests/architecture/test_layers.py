@@ -29,11 +29,12 @@ LAYERS: dict[str, set[str]] = {
     "nbdstore.server": {"protocol", "store", "lease", "qos", "unix_socket"},
     "nbdstore.control": {"store", "server", "lease", "qos", "sizes", "unix_socket"},
     "nbdstore.agent": {"protocol", "control", "sizes", "systemd", "unix_socket"},
+    "nbdstore.docker_plugin": {"agent", "control", "sizes", "unix_socket"},
     "nbdstore.orchestration": {"sizes"},
     "nbdstore.daemon": {"protocol", "store", "server", "control", "systemd", "sizes"},
     "nbdstore.commands": {
         *("protocol", "store", "server", "control", "agent", "daemon", "systemd", "sizes"),
-        "orchestration",
+        *("docker_plugin", "orchestration"),
     },
     "nbdstore.cli": {"commands", "sizes"},
     "nbdstore.__main__": {"cli"},
@@ -48,6 +49,7 @@ FORBIDDEN = {
     "nbdstore.control": {"click"},
     # It runs on other hosts, beside what they are for: small, and quick to start.
     "nbdstore.agent": {"click", "asyncio", "aiohttp", "uvloop", "numpy"},
+    "nbdstore.docker_plugin": {"click", "asyncio", "aiohttp", "uvloop", "numpy", "docker"},
     "nbdstore.orchestration": {"asyncio", "click", "numpy", "os"},
 }
 # What a pool gets from outside comes through its host, which tests replace by a simulated one.

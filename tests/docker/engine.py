@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -55,12 +56,15 @@ def running_engine(directory: Path) -> Iterator[Engine]:
         Children(directory) as children,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Volumes of a plugin that a killed run has left: the engine would look for that plugin.
+        (cache / "data/volumes/metadata.db").unlink(missing_ok=True)
         engine = Engine(children, cache / "data", Path(short) / "docker.sock")
         engine.start()
         try:
+            # What the last run has left. This one's is not removed at its end: if it had a volume
+            # plugin, which has ended now, the engine would look for that for a quarter of a minute.
             engine.remove_all()
             yield engine
-            engine.remove_all()
         finally:
             engine.stop()
 
@@ -100,7 +104,7 @@ class Engine:
     def _answers(self) -> bool:
         try:
             self.docker("version", timeout_s=5)
-        except CommandError:
+        except (CommandError, subprocess.TimeoutExpired):
             return False
         return True
 
