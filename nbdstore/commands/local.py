@@ -96,8 +96,10 @@ class LocalService:
     def volume(self, name: str) -> VolumeInfo:
         return self._operations.volume(name)
 
-    def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
-        return self._run(self._operations.create_volume(name, size, allow))
+    def create_volume(
+        self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        return self._run(self._operations.create_volume(name, size, allow, uuid=uuid))
 
     def update_volume(
         self,

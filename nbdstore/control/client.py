@@ -13,11 +13,11 @@ import ipaddress
 import json
 import socket
 import ssl
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlencode, urlsplit
+from uuid import uuid4
 
 from nbdstore import unix_socket
 from nbdstore.control import problems, stream
@@ -117,8 +117,11 @@ class ControlClient:
     def volume(self, name: str) -> VolumeInfo:
         return VolumeInfo.from_json(self._call("GET", _volume_path(name)))
 
-    def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
+    def create_volume(
+        self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
         body = {"name": name, "size": size, "allow": list(allow)}
+        body |= {"uuid": uuid} if uuid is not None else {}
         return VolumeInfo.from_json(self._call("POST", "/v1/volumes", body))
 
     def update_volume(
@@ -178,7 +181,7 @@ class ControlClient:
         return VolumeInfo.from_json(self._call("POST", _snapshot_path(name) + "/clone", body))
 
     def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
-        body = {"id": operation_id or uuid.uuid4().hex}
+        body = {"id": operation_id or uuid4().hex}
         return OperationInfo.from_json(self._call("POST", _volume_path(name) + "/flatten", body))
 
     def trash(self) -> list[TrashInfo]:
@@ -226,7 +229,7 @@ class ControlClient:
             "rate": rate,
             "restart": restart or None,
             # An answer that is lost must not leave the caller without the operation.
-            "id": operation_id or uuid.uuid4().hex,
+            "id": operation_id or uuid4().hex,
         }
         body = {key: value for key, value in asked.items() if value is not None}
         return OperationInfo.from_json(self._call("POST", "/v1/scrub", body))

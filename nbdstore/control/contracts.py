@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
+from uuid import UUID
 
 
 class ExtentLike(Protocol):
@@ -73,7 +74,12 @@ class PoolLike(Protocol):
 
     def status(self) -> dict[str, Any]: ...
     async def create_volume(
-        self, name: str, size: int, properties: dict[str, Any] | None = None
+        self,
+        name: str,
+        size: int,
+        properties: dict[str, Any] | None = None,
+        *,
+        uuid: UUID | None = None,
     ) -> VolumeLike: ...
     async def resize_volume(self, volume: Any, size: int, *, force: bool = False) -> None: ...
     async def rename_volume(self, volume: Any, name: str) -> None: ...

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from uuid import UUID
 
 from nbdstore import __version__, lease, qos
 from nbdstore.control import capacity, content, metrics
@@ -121,12 +122,31 @@ class Operations:
         """Describe one volume."""
         return self._describe(self._usage.find(name))
 
-    async def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
-        """Create a thin volume of `size` bytes, durably; `allow` as in `VolumeInfo`."""
+    async def create_volume(
+        self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        """Create a thin volume of `size` bytes, durably; `allow` as in `VolumeInfo`.
+
+        With the `uuid` of a volume that has this name and size, made by a call before, return that.
+        """
+        info, _ = await self.create_volume_once(name, size, allow, uuid=uuid)
+        return info
+
+    async def create_volume_once(
+        self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> tuple[VolumeInfo, bool]:
+        """Create a volume as `create_volume`; tell whether it is new."""
         properties = {"allow": checked_names(allow)} if allow else {}
-        volume = await self._pool.create_volume(name, size, properties)
-        self.events.tell("volume.created", name, size=size)
-        return self._describe(volume)
+        wanted = None if uuid is None else _checked_uuid(uuid)
+        async with self._usage.turn:
+            there = self._pool.volumes.get(name)
+            if wanted is not None and there is not None:
+                status = there.status()
+                if (status["uuid"], status["size"]) == (str(wanted), size):
+                    return self._describe(there), False
+            volume = await self._pool.create_volume(name, size, properties, uuid=wanted)
+            self.events.tell("volume.created", name, size=size)
+            return self._describe(volume), True
 
     async def update_volume(
         self,
@@ -320,6 +340,15 @@ class Operations:
                 "scrub_damaged": scrub.damaged if scrub else 0,
             }
         )
+
+
+def _checked_uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"'{text:.60}' is no uuid: write it as 01234567-89ab-cdef-0123-456789abcdef"
+        ) from None
 
 
 def checked_names(names: Sequence[str]) -> list[str]:

@@ -86,8 +86,13 @@ class VolumeService(Protocol):
     def volume(self, name: str) -> VolumeInfo:
         """Describe one volume; NotFound if there is none of that name."""
 
-    def create_volume(self, name: str, size: int, allow: Sequence[str] = ()) -> VolumeInfo:
-        """Create an empty thin volume of `size` bytes; durable on return."""
+    def create_volume(
+        self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        """Create an empty thin volume of `size` bytes; durable on return.
+
+        With a `uuid` that the caller chose, the same call again returns the volume that is there.
+        """
 
     def update_volume(
         self,

@@ -39,18 +39,23 @@ class VolumeRoutes:
     @route(
         "POST",
         "/v1/volumes",
-        body={"name": "text", "size": "bytes", "allow": "names?"},
+        body={"name": "text", "size": "bytes", "allow": "names?", "uuid": "text?"},
         answer=VolumeInfo,
-        statuses=(201,),
+        statuses=(201, 200),
     )
     async def create_volume(self, call: Call) -> Reply:
-        """Create an empty thin volume, durably."""
+        """Create an empty thin volume, durably.
+
+        A uuid that the caller chose makes this idempotent: the same name, size and uuid again are
+        answered 200 with the volume that is there. A name or uuid that is taken otherwise is 409.
+        """
         body = call.body
-        info = await self._operations.create_volume(
-            body["name"], body["size"], body.get("allow", ())
+        info, is_new = await self._operations.create_volume_once(
+            body["name"], body["size"], body.get("allow", ()), uuid=body.get("uuid")
         )
-        log.info("volume %s created, %s", info.name, format_size(info.size))
-        return Reply(info, 201, {"Location": f"/v1/volumes/{quote(info.name, safe='')}"})
+        if is_new:
+            log.info("volume %s created, %s", info.name, format_size(info.size))
+        return Reply(info, 201 if is_new else 200, {"Location": _location(info)})
 
     @route("GET", "/v1/volumes/{name}", answer=VolumeInfo)
     async def volume(self, call: Call) -> VolumeInfo:
@@ -165,6 +170,10 @@ class VolumeRoutes:
         )
         log.info("volume %s imported, %s of data", name, format_size(info.mapped))
         return info
+
+
+def _location(info: VolumeInfo) -> str:
+    return f"/v1/volumes/{quote(info.name, safe='')}"
 
 
 async def _send(response: web.StreamResponse, buffers: list[Buffer]) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final, TypeVar
+from uuid import UUID
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
 from nbdstore.store import catalogue
@@ -71,26 +72,38 @@ class Administration:
 
     # -- the changes ------------------------------------------------------------------------
 
-    async def create(self, name: str, size: int, properties: dict[str, Any]) -> Volume:
+    async def create(
+        self, name: str, size: int, properties: dict[str, Any], uuid: UUID | None = None
+    ) -> Volume:
         """See Pool.create_volume."""
         catalogue.check_name(name)
         catalogue.check_size(size)
         check_properties(name, properties)
-        return await self.alone(self._create(name, size, properties))
+        return await self.alone(self._create(name, size, properties, uuid))
 
-    async def _create(self, name: str, size: int, properties: dict[str, Any]) -> Volume:
+    async def _create(
+        self, name: str, size: int, properties: dict[str, Any], uuid: UUID | None
+    ) -> Volume:
         async with self.turn():
             self.check_new(name)
+            self._check_new_uuid(uuid)
             host = self._core.host
             info = VolumeInfo(
                 self._checkpointer.next_id,
                 name,
                 size,
-                uuid=str(host.new_uuid()),
+                uuid=str(uuid or host.new_uuid()),
                 created=int(host.time()),
                 properties=dict(properties),
             )
             return await self.add(info)
+
+    def _check_new_uuid(self, uuid: UUID | None) -> None:
+        for volume in self._registry.by_id.values():
+            if uuid is not None and volume.info.uuid == str(uuid):
+                raise AlreadyExists(
+                    f"the uuid {uuid} is that of volume {volume.name!r}, or was: take a new one"
+                )
 
     async def add(self, info: VolumeInfo, prepared: BlockMap | None = None) -> Volume:
         """Add a volume, for the holder of the turn; with a root, `prepared` is its map."""

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 from nbdstore.errors import NoSpace, PoolFormatError, StoreError
 from nbdstore.store import layout, recovery
@@ -201,16 +202,24 @@ class Pool:
         return self._registry.by_name
 
     async def create_volume(
-        self, name: str, size: int, properties: dict[str, Any] | None = None
+        self,
+        name: str,
+        size: int,
+        properties: dict[str, Any] | None = None,
+        *,
+        uuid: UUID | None = None,
     ) -> Volume:
         """Make an empty volume of `size` bytes; durable when this returns.
 
+        Arguments:
+            uuid: by which its maker knows it again; None = a new one.
+
         Raises:
-            InvalidArgument, AlreadyExists: of name, size and properties.
+            InvalidArgument, AlreadyExists: of name, size, properties and uuid.
             NoSpace: the pool is nearly full, or holds writes for want of space.
         """
         await self._require_room("volumes")
-        return await self._administration.create(name, size, properties or {})
+        return await self._administration.create(name, size, properties or {}, uuid)
 
     async def _require_room(self, what: str) -> None:
         """Raise NoSpace if there may be no new ones, even when the trash is empty."""

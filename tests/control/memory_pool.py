@@ -148,7 +148,12 @@ class MemoryPool:
         }
 
     async def create_volume(
-        self, name: str, size: int, properties: dict[str, Any] | None = None
+        self,
+        name: str,
+        size: int,
+        properties: dict[str, Any] | None = None,
+        *,
+        uuid: uuid.UUID | None = None,
     ) -> MemoryVolume:
         if name in self.volumes:
             raise AlreadyExists(f"volume '{name}' exists")
