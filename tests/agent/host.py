@@ -36,6 +36,7 @@ class Host:
         self.log = children.log_file(f"{directory.name}.log")
         self.process: subprocess.Popen[bytes] | None = None
         self.client = AgentClient(self.socket)
+        self.scripts = NBDSTORE.parent
         self.env = {
             "NBDSTORE_SERVER": f"unix:{pool.directory}/control.sock",
             "NBDSTORE_AGENT_STATE": str(self.state),
