@@ -83,6 +83,7 @@ class Agent:
             attachment.device = self.attaching.find_device(attachment)
             if not force:
                 self.attaching.require_unmounted(attachment)
+                self.attaching.require_connected(attachment)
             self.attaching.detach(attachment, force=force)
 
     def mount(self, request: MountRequest) -> AttachmentStatus:
@@ -124,6 +125,8 @@ class Agent:
         with self.attachments.turn(volume, "unmounting"):
             attachment = self.attachments.find(volume)
             attachment.device = self.attaching.find_device(attachment)
+            if not force:
+                self.attaching.require_connected(attachment)
             for mount_path in [path] if path else self.mounting.paths(attachment):
                 self.mounting.unmount(attachment, mount_path, force=force)
             record = attachment.record
@@ -260,6 +263,8 @@ class Agent:
             self.attaching.attach(attachment)
         elif not record.export:
             raise DeviceError(f"the record of volume {record.volume} and its device do not agree")
+        else:
+            attachment.device.make_node()  # a new container has a new /dev
         self.attaching.reconnect_if_needed(attachment)
         if not attachment.settled:
             self._mount_what_is_wanted(attachment)
@@ -344,6 +349,7 @@ class Agent:
         if attachment.record.state == DETACHING:
             self.attaching.detach(attachment)
             return
+        self.attaching.require_connected(attachment)
         for path in self.mounting.paths(attachment):
             self.mounting.unmount(attachment, path, forget=False)
         record = attachment.record
@@ -402,6 +408,8 @@ class Agent:
             return "detaching"
         if attachment.fenced:
             return "fenced"
+        if attachment.expired:
+            return "failed"
         states = {
             None: "absent",
             Health.CONNECTED: "attached",

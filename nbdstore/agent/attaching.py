@@ -127,7 +127,7 @@ class Attaching:
         device, record = self._drivers[record.driver].attach(record)
         attachment.device = device
         self._attachments.save(dataclasses.replace(record, device=device.name))
-        attachment.problem, attachment.fenced = "", False
+        attachment.problem, attachment.fenced, attachment.expired = "", False, False
         log.info("attached volume %s as %s", record.volume, device.path)
 
     def revive(self, attachment: Attachment) -> bool:
@@ -260,6 +260,16 @@ class Attaching:
                 log.warning("volume %s: %s", record.volume, attachment.problem)
                 return
         self._attachments.remove(attachment)
+
+    def require_connected(self, attachment: Attachment) -> None:
+        """Refuse what would have to wait for a server that is away."""
+        if attachment.device is not None and self.health(attachment) is Health.WAITING:
+            volume = attachment.record.volume
+            raise Busy(
+                f"volume {volume} waits for its server ({attachment.problem or 'it is away'}), and "
+                "what was written must still go there: bring the server back, or lose that with "
+                "--force"
+            )
 
     def require_unmounted(self, attachment: Attachment) -> None:
         seen = [mount.path for mount in self._mounting.mounts_of(attachment.device)]

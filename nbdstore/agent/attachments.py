@@ -34,6 +34,7 @@ class Attachment:
     device: where it was seen last. problem: why it is not as it should be, for people; fenced: the
     problem is that the lease is lost, which does not pass. settled: what its record wishes has been
     fulfilled once since this process began. waiting_since_s: monotonic; None while connected.
+    expired: it waited longer than its requests do, so some have failed.
     """
 
     record: AttachRecord
@@ -42,6 +43,7 @@ class Attachment:
     fenced: bool = False
     settled: bool = False
     waiting_since_s: float | None = None
+    expired: bool = False
 
 
 @dataclasses.dataclass

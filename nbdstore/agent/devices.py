@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdstore.agent import programs
 from nbdstore.errors import Busy, DeviceError
 
 SECTOR_BYTES = 512
@@ -29,6 +30,7 @@ NODE_MODE = 0o600
 CLAIM_PATIENCE_S = 3.0
 """udev looks into a device for a moment, and so does a process that starts a container."""
 CLAIM_RETRY_S = 0.05
+SYNC_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,15 @@ class BlockDevice:
             ) from error
 
     def sync(self) -> None:
-        """Have all that was written to the device, by whomever, durable at its other end."""
-        try:
-            descriptor = os.open(self.make_node(), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise DeviceError(f"{self.path} cannot be written to: {error.strerror}") from error
+        """Have all that was written to the device, by whomever, durable at its other end.
+
+        By another process, which can be left behind if the device waits for its server.
+
+        Raises:
+            ProgramTimeout: that took too long.
+            DeviceError: it cannot be done.
+        """
+        programs.run("sync", self.make_node(), timeout_s=SYNC_TIMEOUT_S)
 
     @contextlib.contextmanager
     def claimed(self, patience_s: float = CLAIM_PATIENCE_S) -> Iterator[int]:

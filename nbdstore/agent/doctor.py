@@ -157,11 +157,11 @@ class Doctor:
                 text=f"{device.path} belongs to a lease of {volume} that has ended: {by} now",
                 advice=f"'nbdstore detach --force {volume}' gives up what is mounted here",
             )
-        elif health is Health.DEAD:
+        elif health is Health.DEAD or attachment.expired:
             yield Finding(
                 kind="failed",
                 subject=volume,
-                text=f"{device.path} fails all requests: what kept its connection has ended",
+                text=f"{device.path} fails requests, or did: what kept them waiting has ended",
                 fixable=True,
             )
         elif health is Health.WAITING:

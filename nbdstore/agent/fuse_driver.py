@@ -128,9 +128,8 @@ class FuseDriver:
         return False
 
     def detach(self, record: AttachRecord, device: BlockDevice) -> None:
-        with device.claimed() as descriptor:
-            if not record.read_only:
-                os.fsync(descriptor)
+        with device.claimed():
+            device.sync()
             # Open as it is here, the device goes when it is closed, and not before.
             programs.run("losetup", "--detach", device.path)
         self._wait(lambda: self.find(record) is None, f"{device.name} is still in use")

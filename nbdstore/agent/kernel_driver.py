@@ -27,7 +27,7 @@ import dataclasses
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -46,6 +46,8 @@ SETTLE_TIMEOUT_S: Final = 30.0
 SETTLE_EVERY_S: Final = 0.01
 TAKEN_TIMEOUT_S: Final = 20.0
 TAKEN_EVERY_S: Final = 0.1
+LIST_AGE_S: Final = 0.5
+"""Reading the list costs as much as there are connections, and each of a thousand wants to know."""
 TCP_ESTABLISHED: Final = "01"
 
 
@@ -81,6 +83,7 @@ class KernelDriver:
 
     def __init__(self, agent_id: str, family: NbdFamily | None = None) -> None:
         self._agent_id = agent_id
+        self._live: tuple[float, frozenset[int]] = (float("-inf"), frozenset())
         self._family = family or NbdFamily()
 
     def identifier(self, record: AttachRecord) -> str:
@@ -126,8 +129,17 @@ class KernelDriver:
     def health(self, record: AttachRecord, device: BlockDevice) -> Health:
         if not device.configured:
             return Health.DEAD
-        known = record.sockets and set(record.sockets) <= live_sockets()
-        return Health.CONNECTED if known else Health.WAITING
+        if record.sockets and self._are_alive(record.sockets):
+            return Health.CONNECTED
+        return Health.WAITING
+
+    def _are_alive(self, sockets: Collection[int]) -> bool:
+        """Tell from a list that may be a moment old; what is not in it is looked for again."""
+        seen_s, live = self._live
+        if time.monotonic() - seen_s <= LIST_AGE_S and live.issuperset(sockets):
+            return True
+        self._live = (time.monotonic(), live := frozenset(live_sockets()))
+        return live.issuperset(sockets)
 
     def reconnect(self, record: AttachRecord, device: BlockDevice) -> AttachRecord:
         deadline_s = time.monotonic() + TAKEN_TIMEOUT_S
@@ -174,9 +186,8 @@ class KernelDriver:
 
     def detach(self, record: AttachRecord, device: BlockDevice) -> None:
         # While it is claimed nobody can mount it; what was written by other ways is synced first.
-        with device.claimed() as descriptor:
-            if not record.read_only:
-                os.fsync(descriptor)
+        with device.claimed():
+            device.sync()
             self.abandon(record, device)
         self._wait_until_gone(record, device)
 
@@ -218,8 +229,8 @@ class KernelDriver:
         """Detach a device of this agent that no record knows; Busy if it is in use."""
         if not (device.identifier or "").startswith(f"{PREFIX}{self._agent_id}:"):
             raise DeviceError(f"{device.path} is not a device of this agent")
-        with device.claimed() as descriptor, _explained("detach the device"):
-            os.fsync(descriptor)
+        with device.claimed(), _explained("detach the device"):
+            device.sync()
             self._family.disconnect(device.index)
 
 

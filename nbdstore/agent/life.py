@@ -11,7 +11,6 @@ over what it finds.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from nbdstore.agent.local import LocalAgent, Setting, open_agent
 from nbdstore.agent.requests import MountRequest
 from nbdstore.agent.watch import Watch
 
+LOCK_PATIENCE_S = 30.0
+"""A command that acts in the place of an agent is done by then; another agent is not."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,7 @@ def run(
     """
     # Before there are threads, which inherit it: the signals are waited for here and nowhere else.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    os.umask(0o077)
-    with open_agent(setting) as agent:
+    with open_agent(setting, patience_s=LOCK_PATIENCE_S) as agent:
         server = AgentServer(agent, socket_path)
         watch = Watch(agent, wanted)
         server.start()

@@ -70,13 +70,13 @@ class LocalAgent(Agent):
 
 
 @contextlib.contextmanager
-def open_agent(setting: Setting) -> Iterator[LocalAgent]:
+def open_agent(setting: Setting, *, patience_s: float = 0.0) -> Iterator[LocalAgent]:
     """Hold the state directory and act on it.
 
     Raises:
-        Busy: another process holds it.
+        Busy: another process holds it, and still does after `patience_s`.
     """
-    records = Records.open(setting.state)
+    records = Records.open(setting.state, patience_s=patience_s)
     try:
         attachments = Attachments(records)
         holder = setting.holder or f"{socket.gethostname()}/{records.agent_id}"

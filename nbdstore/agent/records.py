@@ -27,6 +27,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +39,7 @@ ATTACHED: Final = "attached"
 DETACHING: Final = "detaching"
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
+LOCK_RETRY_S: Final = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +136,11 @@ class Records:
         self.agent_id = self._load_agent_id()
 
     @classmethod
-    def open(cls, directory: Path) -> Records:
+    def open(cls, directory: Path, *, patience_s: float = 0.0) -> Records:
         """Take hold of a state directory, which is made if there is none.
 
         Raises:
-            Busy: another process holds it.
+            Busy: another process holds it, and still does after `patience_s`.
             DeviceError: it cannot be made or read.
         """
         try:
@@ -149,13 +151,12 @@ class Records:
             raise DeviceError(
                 f"the agent's state directory {directory} cannot be used: {error.strerror}"
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise Busy(
-                f"another agent, or a command, is at work with {directory}: try again"
-            ) from None
+        deadline_s = time.monotonic() + patience_s
+        while not _locked(lock):
+            if time.monotonic() >= deadline_s:
+                os.close(lock)
+                raise Busy(f"another agent, or a command, is at work with {directory}: try again")
+            time.sleep(LOCK_RETRY_S)
         return cls(directory, lock)
 
     def close(self) -> None:
@@ -198,6 +199,15 @@ class Records:
             return agent_id
         except (ValueError, KeyError, TypeError) as error:
             raise DeviceError(f"{path} holds no agent's id ({error}): restore it") from error
+
+
+def _locked(descriptor: int) -> bool:
+    """Take a lock if it is free."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_record(path: Path) -> AttachRecord:

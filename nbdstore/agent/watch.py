@@ -125,6 +125,8 @@ class Watch:
         now_s = time.monotonic()
         if self._agent.attaching.health(attachment) is Health.WAITING:
             attachment.waiting_since_s = attachment.waiting_since_s or now_s
+            if now_s - attachment.waiting_since_s > attachment.record.dead_timeout_s:
+                attachment.expired = True
         self._begin(volume, functools.partial(self._agent.tend, volume))
 
     def _begin(self, subject: str, work: Callable[[], None]) -> None:

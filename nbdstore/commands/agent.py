@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ DEFAULT_SOCKET = "/run/nbdstore/agent.sock"
 DRIVERS = ("auto", "kernel", "fuse")
 FSCK_MODES = ("auto", "never", "repair")
 PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
+
+LOCK_PATIENCE_S = 10.0
+LOCK_RETRY_S = 0.1
 
 Command = Callable[..., Any]
 
@@ -102,14 +106,19 @@ def reach(
     from nbdstore.agent.local import open_agent
 
     client = AgentClient(socket_path)
-    if client.reachable():
+    deadline_s = time.monotonic() + LOCK_PATIENCE_S
+    with contextlib.ExitStack() as stack:
+        while not client.reachable():
+            try:
+                agent = stack.enter_context(open_agent(_setting(session, state, nbd)))
+            except Busy as error:  # another command, or an agent that is about to answer
+                if time.monotonic() >= deadline_s:
+                    raise Busy(f"{error} (no agent answers at {socket_path})") from error
+                time.sleep(LOCK_RETRY_S)
+            else:
+                yield agent, False
+                return
         yield client, True
-        return
-    try:
-        with open_agent(_setting(session, state, nbd)) as agent:
-            yield agent, False
-    except Busy as error:
-        raise Busy(f"{error} (no agent answers at {socket_path})") from error
 
 
 # --- The agent itself ----------------------------------------------------------------------------
