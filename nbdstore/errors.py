@@ -6,6 +6,8 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      +- InvalidArgument        a person's value makes no sense           exit 2, HTTP 400
      |   +- NotFound           no such pool, volume, export              exit 1, HTTP 404
      |   +- AlreadyExists      the name is taken                         exit 1, HTTP 409
+     |   +- BadStream          a backup is damaged, cut off, or none     exit 1, HTTP 400
+     |   +- WrongBase          a backup needs another state to build on  exit 1, HTTP 409
      +- Busy                   somebody uses it now                      exit 1, HTTP 409
      +- StoreError             the pool cannot do it
      |   +- PoolLocked         another process serves this pool
@@ -62,6 +64,21 @@ class AlreadyExists(InvalidArgument):
     """The name is taken."""
 
     code = "already-exists"
+    exit_status = 1
+    http_status = 409
+
+
+class BadStream(InvalidArgument):
+    """A backup stream is damaged, cut off, or not one at all."""
+
+    code = "bad-stream"
+    exit_status = 1
+
+
+class WrongBase(InvalidArgument):
+    """What is there is not what a backup stream builds on."""
+
+    code = "wrong-base"
     exit_status = 1
     http_status = 409
 
