@@ -21,11 +21,14 @@ from nbdstore import __version__
 from nbdstore.commands import (
     agent,
     app,
+    backup,
     capacity,
     check,
     completion,
     connections,
+    diff,
     docker_plugin,
+    du,
     lease,
     logs,
     operation,
@@ -217,7 +220,12 @@ cli.add_command(agent.umount)
 cli.add_command(agent.doctor)
 cli.add_command(transfer.import_)
 cli.add_command(transfer.export_)
+cli.add_command(diff.diff)
+cli.add_command(backup.send)
+cli.add_command(backup.receive)
+cli.add_command(backup.stream)
 cli.add_command(capacity.capacity)
+cli.add_command(du.du)
 cli.add_command(scrub.scrub)
 cli.add_command(operation.operation)
 cli.add_command(operation.events)

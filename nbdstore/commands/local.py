@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequen
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nbdstore.commands.local_backups import LocalBackups
 from nbdstore.control.capacity import CapacityReport
 from nbdstore.control.model import (
     AttachmentInfo,
@@ -23,6 +24,7 @@ from nbdstore.control.model import (
 )
 from nbdstore.control.operations import Operations
 from nbdstore.control.service import Content
+from nbdstore.control.space import SpaceReport
 from nbdstore.control.stream import Piece
 from nbdstore.store import Pool, PoolOptions
 
@@ -45,6 +47,7 @@ class LocalService:
             self._runner.close()
             raise
         self._operations = Operations(self._pool)
+        self.backups = LocalBackups(self._operations.backups, self._run)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
@@ -71,6 +74,9 @@ class LocalService:
 
     def capacity(self) -> CapacityReport:
         return self._operations.capacity()
+
+    def space(self) -> SpaceReport:
+        return self._run(self._operations.space())
 
     def attachments(self) -> list[AttachmentInfo]:
         return self._operations.attachments()

@@ -117,6 +117,12 @@ def complete_snapshot(ctx: click.Context, _param: click.Parameter, incomplete: s
     )
 
 
+def complete_image(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Offer the names of both, likewise."""
+    volumes = complete_volume(ctx, param, incomplete)
+    return volumes + complete_snapshot(ctx, param, incomplete)
+
+
 def _complete(
     ctx: click.Context, incomplete: str, names: Callable[[VolumeService], list[str]]
 ) -> list[str]:

@@ -66,7 +66,9 @@ def list_(session: Session, as_json: bool) -> None:
 
 
 def _row(info: VolumeInfo, attachments: Sequence[AttachmentInfo]) -> tuple[str, ...]:
-    notes = ["import not finished"] if info.importing else []
+    notes = ["import not finished"] if info.importing and not info.receiving else []
+    if info.receiving:
+        notes.append(f"half received, with {info.receiving}")
     if limits := _limits(info):
         notes.append(limits)
     if info.allow:
@@ -135,7 +137,10 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
         facts.append(("snapshots", str(info.snapshots)))
     if info.origin:
         facts.append(("clone of", info.origin))
-    if info.importing:
+    if info.receiving:
+        kept = f"'nbdstore receive --resume-token {info.name}' or '--abort {info.name}'"
+        facts.append(("receiving", f"{info.receiving}, not whole yet: {kept}"))
+    elif info.importing:
         facts.append(("import", "not finished: wait for it, import again, or delete the volume"))
     return facts
 

@@ -23,6 +23,7 @@ from aiohttp.typedefs import Middleware
 
 from nbdstore import __version__
 from nbdstore.control import bodies, problems
+from nbdstore.control.backup_routes import BackupRoutes
 from nbdstore.control.lease_routes import LeaseRoutes
 from nbdstore.control.openapi import OpenApiRoutes
 from nbdstore.control.operation_routes import OperationRoutes
@@ -30,6 +31,7 @@ from nbdstore.control.operations import Operations
 from nbdstore.control.pool_routes import PoolRoutes
 from nbdstore.control.routing import CALLER, Handler, resources
 from nbdstore.control.snapshot_routes import SnapshotRoutes
+from nbdstore.control.space_routes import SpaceRoutes
 from nbdstore.control.tokens import Tokens
 from nbdstore.control.volume_routes import VolumeRoutes
 from nbdstore.errors import (
@@ -70,6 +72,8 @@ def route_objects(operations: Operations) -> list[object]:
         LeaseRoutes(operations),
         OperationRoutes(operations),
         SnapshotRoutes(operations),
+        BackupRoutes(operations),
+        SpaceRoutes(operations),
     ]
     return [*served, OpenApiRoutes(served)]
 

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 from nbdstore import unix_socket
 from nbdstore.control import problems, stream
+from nbdstore.control.backup_client import BackupClient
 from nbdstore.control.capacity import CapacityReport
 from nbdstore.control.model import (
     AttachmentInfo,
@@ -32,6 +33,7 @@ from nbdstore.control.model import (
     VolumeInfo,
 )
 from nbdstore.control.service import Content
+from nbdstore.control.space import SpaceReport
 from nbdstore.control.stream import Buffer, Piece, StreamReader, StreamWriter
 from nbdstore.errors import ControlError, InvalidArgument
 
@@ -89,6 +91,13 @@ class ControlClient:
 
     def capacity(self) -> CapacityReport:
         return CapacityReport.from_json(self._call("GET", "/v1/capacity"))
+
+    def space(self) -> SpaceReport:
+        return SpaceReport.from_json(self._call("GET", "/v1/space"))
+
+    @property
+    def backups(self) -> BackupClient:
+        return BackupClient(self)
 
     def attachments(self) -> list[AttachmentInfo]:
         listing = self._list("/v1/connections", "connections")
@@ -214,7 +223,7 @@ class ControlClient:
         path = _volume_path(name) + "/data" + ("?overwrite=1" if overwrite else "")
         with contextlib.closing(self._connect()) as connection:
             response = self._send(connection, "PUT", path, _frames(size, pieces))
-            return VolumeInfo.from_json(_decode(response.read()))
+            return VolumeInfo.from_json(_decode(self._read(response)))
 
     def start_scrub(
         self,
@@ -277,6 +286,33 @@ class ControlClient:
                 return False
             raise
         return True
+
+    def download(self, path: str) -> Iterator[bytes]:
+        """Get a body bit by bit; that the call itself succeeded is known on return."""
+        connection = self._connect()
+        try:
+            response = self._send(connection, "GET", path)
+        except BaseException:
+            connection.close()
+            raise
+        return self._chunks(connection, response)
+
+    def _chunks(
+        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> Iterator[bytes]:
+        with contextlib.closing(connection):
+            while chunk := self._read(response, stream.PIECE_BYTES):
+                yield chunk
+
+    def upload(self, method: str, path: str, chunks: Iterable[Buffer], content_type: str) -> Any:
+        """Send a body bit by bit, and return the JSON of the answer."""
+        with contextlib.closing(self._connect()) as connection:
+            response = self._send(connection, method, path, chunks, content_type)
+            return _decode(self._read(response))
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Call with a JSON body, or none, and return the JSON of the answer, or None."""
+        return self._call(method, path, body)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         payload = None if body is None else json.dumps(body).encode()
@@ -342,12 +378,13 @@ class ControlClient:
         method: str,
         path: str,
         body: bytes | Iterable[Buffer] | None = None,
+        content_type: str = stream.CONTENT_TYPE,
     ) -> http.client.HTTPResponse:
         """Send a request and return the response if it is a success, else raise its problem."""
         headers = dict(self._headers)
         if body is not None:
             headers["Content-Type"] = (
-                "application/json" if isinstance(body, bytes) else stream.CONTENT_TYPE
+                "application/json" if isinstance(body, bytes) else content_type
             )
         try:
             # A server that refuses an import answers before it has read all of it.
@@ -388,10 +425,9 @@ class ControlClient:
         response: http.client.HTTPResponse,
         reader: StreamReader,
     ) -> Iterator[Piece]:
-        with contextlib.closing(connection):
-            while chunk := self._read(response, stream.PIECE_BYTES):
-                yield from reader.feed(chunk)
-            reader.end()
+        for chunk in self._chunks(connection, response):
+            yield from reader.feed(chunk)
+        reader.end()
 
 
 def _tls_context(ca: Path | None) -> ssl.SSLContext:

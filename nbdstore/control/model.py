@@ -121,6 +121,7 @@ class VolumeInfo(Record):
     iops, bandwidth: requests and bytes per second that all clients together get; 0 = any number.
     burst_s: seconds' worth of them that may be saved up.
     attached: live NBD connections. importing: an import has not finished (or never did).
+    receiving: the snapshot that is half received into it, and named as where it was sent.
     own, shared: of what is mapped, what was written since its last snapshot, or since it was
     cloned, and what it shares with these. origin: of a clone, the snapshot that it began as.
     snapshots: how many it has.
@@ -146,6 +147,7 @@ class VolumeInfo(Record):
     snapshots: int = 0
     attached: int = 0
     importing: bool = False
+    receiving: str | None = None
     iops: int = 0
     bandwidth: int = 0
     burst_s: float = 1.0

@@ -19,7 +19,8 @@ from dataclasses import replace
 from uuid import UUID
 
 from nbdstore import __version__, lease, qos
-from nbdstore.control import capacity, content, metrics
+from nbdstore.control import capacity, content, metrics, space
+from nbdstore.control.backups import Backups
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
 from nbdstore.control.events import Events
@@ -65,6 +66,8 @@ class Operations:
         self.scrubs = Scrubber(pool, self._usage, self.running)
         self.snapshots = Snapshots(self._usage, pool, self.leases, self.running, self.events)
         """Its snapshots, and its trash."""
+        self.backups = Backups(self._usage, pool, self.snapshots)
+        """Changed blocks and backups."""
 
     async def close(self) -> None:
         """Stop what takes long, where it can go on later; before the pool is closed."""
@@ -103,6 +106,10 @@ class Operations:
         """Tell the numbers of the pool and its volumes in Prometheus' text format."""
         measures = self._usage.measures()
         return metrics.page(__version__, self._pool.status(), self.volumes(), measures)
+
+    async def space(self) -> space.SpaceReport:
+        """Tell where the space is, image by image."""
+        return await space.report(self._pool)
 
     def attachments(self) -> list[AttachmentInfo]:
         """List the NBD connections that have an export."""
@@ -193,6 +200,7 @@ class Operations:
         self.events.tell("volume.changed", name, **told)
 
     async def _resize(self, volume: VolumeLike, size: int, shrink: bool, force: bool) -> None:
+        self._usage.require_no_import(volume, "resizing it")
         if size > volume.size:
             await self._pool.resize_volume(volume, size)
             self._usage.grown(volume)
@@ -330,6 +338,7 @@ class Operations:
                 "shared": status["mapped"] - status.get("own", status["mapped"]),
                 "allow": list(properties.get("allow", ())),
                 "importing": bool(properties.get("importing")),
+                "receiving": (properties.get("receiving") or {}).get("name"),
                 "iops": limits.iops,
                 "bandwidth": limits.bandwidth,
                 "burst_s": limits.burst_s,

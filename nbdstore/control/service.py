@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from nbdstore.control.backup_service import BackupService
 from nbdstore.control.capacity import CapacityReport
 from nbdstore.control.model import (
     AttachmentInfo,
@@ -22,6 +23,7 @@ from nbdstore.control.model import (
     TrashInfo,
     VolumeInfo,
 )
+from nbdstore.control.space import SpaceReport
 from nbdstore.control.stream import Piece
 
 
@@ -51,6 +53,13 @@ class VolumeService(Protocol):
 
     def capacity(self) -> CapacityReport:
         """Report the capacity model of the pool."""
+
+    def space(self) -> SpaceReport:
+        """Tell where the space of the pool is, image by image, so that it adds up."""
+
+    @property
+    def backups(self) -> BackupService:
+        """Changed blocks, send and receive."""
 
     def attachments(self) -> list[AttachmentInfo]:
         """List the live NBD connections; none without a server."""

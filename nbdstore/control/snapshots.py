@@ -116,6 +116,8 @@ class Snapshots:
         """Delete a snapshot; what only it holds is free then. Busy while a client reads it."""
         async with self._usage.turn:
             snapshot = self.find(name)
+            # What it is to be received over must stay, or that could not be given up.
+            self._usage.require_no_import(snapshot.volume, f"deleting '{name}'")
             self._usage.require_detached(snapshot, "deleting it")
             await self._pool.delete_snapshot(snapshot)
             self._events.tell("snapshot.deleted", name)

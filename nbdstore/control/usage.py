@@ -91,9 +91,15 @@ class Usage:
         self.require_detached(volume, before)
 
     def require_no_import(self, volume: VolumeLike, before: str) -> None:
-        """Raise Busy while an import into a volume runs."""
+        """Raise Busy while an import into a volume runs, or as long as it is half received."""
+        name = volume.name
         if volume.id in self.imports:
-            raise Busy(f"an import into volume '{volume.name}' is running: wait before {before}")
+            raise Busy(f"an import into volume '{name}' is running: wait before {before}")
+        if volume.properties.get("receiving"):
+            raise Busy(
+                f"volume '{name}' is half received: receive the rest, or give it up with "
+                f"'nbdstore receive --abort {name}', before {before}"
+            )
 
     def require_unleased(self, volume: VolumeLike, before: str) -> None:
         """Raise Busy, saying to whom, while a volume is leased."""

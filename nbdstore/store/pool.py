@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -18,6 +18,7 @@ from nbdstore.errors import NoSpace, PoolFormatError, StoreError
 from nbdstore.store import layout, recovery
 from nbdstore.store.administration import Administration
 from nbdstore.store.core import PoolOptions
+from nbdstore.store.differences import Change, changes
 from nbdstore.store.formatting import create_pool
 from nbdstore.store.host import Disk, Failpoint, Host
 from nbdstore.store.image import Image
@@ -340,6 +341,17 @@ class Pool:
         The cost goes with what has changed since it was made, in slices.
         """
         return await self._snapshots.n_bytes_alone(snapshot)
+
+    def changes(
+        self, older: Image | None, newer: Image, *, offset: int = 0
+    ) -> AsyncIterator[Change]:
+        """Yield what is not the same in `newer` as in `older`; see differences.changes."""
+        return changes(older, newer, offset=offset)
+
+    def data_bytes(self) -> int:
+        """All data that takes space, deleted volumes that are not empty yet included."""
+        images = [*self._registry.by_id.values(), *self._registry.snapshots.values()]
+        return sum(image.info.n_own for image in images) * self._core.block_size
 
     async def clone(
         self, snapshot: Snapshot, name: str, properties: dict[str, Any] | None = None

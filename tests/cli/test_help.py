@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -63,6 +64,7 @@ def test_the_list_shows_what_is_needed_first_first() -> None:
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_every_example_is_a_command_line_that_can_be_read(line: str) -> None:
     command_line = line.split(" | ")[-1 if line.startswith("zst") else 0]
+    command_line = re.split(" [<>] ", command_line)[0]
     words = shlex.split(command_line.removeprefix("source <(").replace(")", ""), comments=True)
     assert words[0] == "nbdstore"
     group: click.Command = cli

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
 from nbdstore.control.routing import Access, Caller
 from nbdstore.control.tokens import Token, Tokens
-from tests.control.memory_pool import Bench
+from tests.control.backup_pools import Site, site
+from tests.control.memory_pool import Bench, MemoryServer
 from tests.control.real_pool import Served
+from tests.store.pools import assert_clean
 
 TOKEN = "s3cret"
 READ_TOKEN = "0nlyl00k1ng"
@@ -68,3 +70,22 @@ def served(tmp_path: Path) -> Iterator[Served]:
     pool = Served(tmp_path)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+async def here(tmp_path: Path) -> AsyncIterator[Site]:
+    async with site(tmp_path / "here") as found:
+        yield found
+    await assert_clean(tmp_path / "here")
+
+
+@pytest.fixture
+def server() -> MemoryServer:
+    return MemoryServer()
+
+
+@pytest.fixture
+async def there(tmp_path: Path, server: MemoryServer) -> AsyncIterator[Site]:
+    async with site(tmp_path / "there", server) as found:
+        yield found
+    await assert_clean(tmp_path / "there")

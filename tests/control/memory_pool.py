@@ -49,6 +49,7 @@ class MemoryVolume:
     fail_read_at: int | None = None
     n_flushes: int = 0
     reserved: int = 0
+    snapshots: dict[str, Any] = field(default_factory=dict)
     was_written: bool | None = None
     """None: the pool does not remember it."""
 
@@ -187,6 +188,9 @@ class MemoryPool:
 
     def origin(self, volume: Any) -> None:
         return None
+
+    def data_bytes(self) -> int:
+        return sum(len(volume.blocks) for volume in self.volumes.values()) * BLOCK
 
     def heirs(self, snapshot: Any) -> Sequence[Any]:
         return ()

@@ -10,6 +10,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from nbdstore.control.api import application
+from nbdstore.control.backup_stream import BackupWriter, Begin, Data, ResumeToken
 from nbdstore.control.events import Event
 from nbdstore.control.problems import CLASSES
 from nbdstore.control.stream import Piece, StreamWriter
@@ -26,7 +27,23 @@ def content() -> bytes:
     return b"".join(buffers)
 
 
-# In an order in which each succeeds.
+BEGIN = Begin(
+    volume="db",
+    snapshot="monday",
+    uuid="b3bd1ea2-5ee1-4e5b-bd0e-7f3d2a4f5c11",
+    size=64 * BLOCK,
+    created="2026-01-01T00:00:00+00:00",
+)
+TOKEN = ResumeToken(uuid=BEGIN.uuid, base=None, start=BLOCK).encode()
+
+
+def backup() -> bytes:
+    writer = BackupWriter()
+    frames = writer.begin(BEGIN) + writer.part(Data(0, [b"x" * BLOCK])) + writer.end()
+    return b"".join(frames)
+
+
+# In an order in which each does what it should.
 CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/healthz", None, 200),
     ("GET", "/v1/openapi.json", None, 200),
@@ -55,6 +72,14 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("POST", "/v1/snapshots", {"snapshots": ["db@a"]}, 200),
     ("GET", "/v1/snapshots?volume=db&unique=1", None, 200),
     ("GET", "/v1/snapshots/db@a", None, 200),
+    ("GET", "/v1/space", None, 200),
+    ("GET", "/v1/diff?newer=db&older=db@a", None, 200),
+    ("GET", "/v1/snapshots/db@a/stream", None, 200),
+    ("POST", "/v1/volumes/whole/receive", backup(), 200),
+    ("GET", f"/v1/resumed-stream?token={TOKEN}", None, 200),
+    ("POST", "/v1/volumes/half/receive", backup()[:-1], 400),
+    ("GET", "/v1/volumes/half/receive", None, 200),
+    ("DELETE", "/v1/volumes/half/receive", None, 204),
     ("POST", "/v1/snapshots/db@a/clone", {"name": "copy"}, 201),
     ("POST", "/v1/volumes/copy/flatten", {"id": "flat"}, 202),
     ("POST", "/v1/volumes/copy/flatten", {"id": "flat"}, 200),

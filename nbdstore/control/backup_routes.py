@@ -1,0 +1,121 @@
+"""Routes about changed blocks and backups."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from aiohttp import ClientPayloadError, web
+
+from nbdstore.control import backup_stream, diff
+from nbdstore.control.operations import Operations
+from nbdstore.control.receiving_model import ReceivedInfo, ReceivingInfo
+from nbdstore.control.routing import Call, Media, route
+from nbdstore.control.stream import Buffer
+from nbdstore.errors import InvalidArgument, NbdstoreError
+from nbdstore.sizes import format_size
+
+log = logging.getLogger(__name__)
+
+STREAM = Media(
+    backup_stream.CONTENT_TYPE,
+    "A snapshot, or what it has beyond an older one, as frames with checksums; specified in "
+    "nbdstore/control/backup_stream.py.",
+)
+DIFF = Media(
+    diff.CONTENT_TYPE,
+    "A line of JSON with the sizes, one with offset and length for each extent, one with how many "
+    "those were; specified in nbdstore/control/diff.py.",
+)
+
+
+class BackupRoutes:
+    """See the module."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._backups = operations.backups
+
+    @route("GET", "/v1/diff", query={"newer": "text", "older": "text?"}, answer=DIFF)
+    async def diff(self, call: Call) -> web.StreamResponse:
+        """List what is in one volume or snapshot, and not the same in another.
+
+        Without older, all that it holds. Extents are in bytes of the newer one, ascending, never
+        adjacent. What lies beyond the end of a smaller older one, and is not listed, is zeros; what
+        lies beyond the end of a smaller newer one is gone, and not listed. The cost goes with what
+        has changed.
+        """
+        size, older_size, extents = self._backups.diff(call.query["newer"], call.query.get("older"))
+        response = web.StreamResponse(headers={"Content-Type": diff.CONTENT_TYPE})
+        await response.prepare(call.request)
+        async for part in diff.lines(size, older_size, extents):
+            await response.write(part)
+        await response.write_eof()
+        return response
+
+    @route("GET", "/v1/snapshots/{snapshot}/stream", query={"since": "text?"}, answer=STREAM)
+    async def send(self, call: Call) -> web.StreamResponse:
+        """Send a snapshot as a backup stream, or what it has beyond another one (since).
+
+        Meanwhile neither can be deleted. A failure ends the stream as FAILED.
+        """
+        return await _sent(call, self._backups.send(call["snapshot"], call.query.get("since")))
+
+    @route("GET", "/v1/resumed-stream", query={"token": "text"}, answer=STREAM)
+    async def resume(self, call: Call) -> web.StreamResponse:
+        """Send the rest of a backup stream, of which a receiver has the beginning.
+
+        The token is from the receiver.
+        """
+        return await _sent(call, self._backups.resume(call.query["token"]))
+
+    @route("POST", "/v1/volumes/{name}/receive", body=STREAM, answer=ReceivedInfo)
+    async def receive(self, call: Call) -> ReceivedInfo:
+        """Receive a backup stream into a volume, durably; its snapshot is there then.
+
+        A full stream makes the volume; one that builds on a snapshot wants the volume to have that
+        one, and not to have changed since. What has come before a failure, and is whole, is kept,
+        and the volume cannot be attached until the rest has been received.
+        """
+        info = await self._backups.receiving.receive(call["name"], _chunks(call.request))
+        log.info("received %s, %s of data", info.snapshot, format_size(info.data))
+        return info
+
+    @route("GET", "/v1/volumes/{name}/receive", answer=ReceivingInfo)
+    async def receiving(self, call: Call) -> ReceivingInfo:
+        """Tell what a half-received volume has, and the token for the sender to go on."""
+        return self._backups.receiving.show(call["name"])
+
+    @route("DELETE", "/v1/volumes/{name}/receive", answer=None)
+    async def abort_receive(self, call: Call) -> None:
+        """Give up what a half-received volume has: it is as before, or is gone."""
+        await self._backups.receiving.abort(call["name"])
+        log.info("volume %s: what was received of it was given up", call["name"])
+
+
+async def _sent(call: Call, frames: AsyncGenerator[list[Buffer], None]) -> web.StreamResponse:
+    async with aclosing(frames):
+        first = await anext(frames)  # what is wrong from the start is no stream
+        response = web.StreamResponse(headers={"Content-Type": backup_stream.CONTENT_TYPE})
+        await response.prepare(call.request)
+        try:
+            await _write(response, first)
+            async for frame in frames:
+                await _write(response, frame)
+        except NbdstoreError as error:  # the stream says it, too
+            log.error("sending %s failed: %s", call.request.path, error)
+        await response.write_eof()
+    return response
+
+
+async def _write(response: web.StreamResponse, buffers: list[Buffer]) -> None:
+    for buffer in buffers:
+        await response.write(buffer)
+
+
+async def _chunks(request: web.Request) -> AsyncIterator[Buffer]:
+    try:
+        async for chunk in request.content.iter_any():
+            yield chunk
+    except ClientPayloadError as error:
+        raise InvalidArgument(f"the stream was not sent whole: {error}") from error
