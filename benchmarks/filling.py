@@ -20,4 +20,6 @@ def fill(server: Server, stage: Stage, tools: Tools) -> None:
             pass
     if stage.aging_writes:
         fio.run_nbd(server, "age", {"number_ios": str(stage.aging_writes)}, tools)
+    if stage.n_snapshots:
+        server.keep_snapshots(stage.n_snapshots)
     page_cache.sync(server.files())

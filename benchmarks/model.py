@@ -51,6 +51,7 @@ class Need(enum.Enum):
     TRIM = "trim"
     MANY_VOLUMES = "many volumes in one server"
     JOURNAL = "a journal that is replayed after a crash"
+    SNAPSHOTS = "snapshots of a volume that is in use"
 
 
 class Transport(enum.Enum):
@@ -78,6 +79,7 @@ class Stage:
         size: bytes of each volume.
         filled_bytes: how much is written with SCATTERED.
         aging_writes: random overwrites of 4 KiB after filling.
+        n_snapshots: how many the first volume has, with overwrites between them.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Stage:
     filling: Filling = Filling.WHOLE
     filled_bytes: int = 0
     aging_writes: int = 0
+    n_snapshots: int = 0
     transport: Transport = Transport.UNIX
 
     @property

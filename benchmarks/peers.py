@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from benchmarks import history
 from benchmarks.model import BenchmarkFailed, Need, Stage, Transport
 from benchmarks.scale import GIB
 from benchmarks.server import START_TIMEOUT_S, Server
@@ -47,6 +48,12 @@ class Nbdstore(Server):
             for volume in range(1, stage.n_volumes):
                 self.control().create_volume(self.export(volume), stage.size)
             self.stop()
+
+    def keep_snapshots(self, n_snapshots: int) -> None:
+        transport = self.transport
+        self.stop()
+        history.keep_snapshots(self.pool, self.export(), n_snapshots)
+        self.start(transport)
 
     def control(self) -> ControlClient:
         return ControlClient(f"unix:{self.pool}/control.sock")
@@ -198,7 +205,10 @@ class Peer:
     checkout: Path | None = None
 
 
-NO_JOURNAL: Final = {Need.JOURNAL: "keeps no journal"}
+NO_JOURNAL: Final = {
+    Need.JOURNAL: "keeps no journal",
+    Need.SNAPSHOTS: "has no snapshots, or none of a volume that it serves",
+}
 ONE_EXPORT: Final = {Need.MANY_VOLUMES: "serves one export per process"}
 # Seen with nbd-server 3.24 of Debian 12 and libnbd 1.14: the connection ends after STARTTLS.
 BROKEN_TLS: Final = {Need.TLS: "drops clients that use libnbd when they ask for TLS"}

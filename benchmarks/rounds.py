@@ -86,6 +86,8 @@ def describe(stage: Stage) -> str:
         words[-1] = f"{stage.n_scattered:,} {words[-1]}"
     if stage.aging_writes:
         words.append(f"then {stage.aging_writes:,} random overwrites of 4 KiB")
+    if stage.n_snapshots:
+        words.append(f"with {stage.n_snapshots} snapshots")
     words.append(f"over {stage.transport.value}")
     return ", ".join(words)
 

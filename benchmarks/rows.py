@@ -4,8 +4,9 @@ To add a row: put a job of fio into fio/, or write a `Measure`, and list it here
 stage are measured on the same disks in the order of this list, so rows that only read come first.
 
 Goals: at least as fast as the fastest peer everywhere; 1.5 times as fast in random reads and 3
-times in random writes with 32 or more in flight; twice where several clients flush; and an
-operation costs less than 20 % more on a volume of 1 TiB than on one of 1 GiB.
+times in random writes with 32 or more in flight; twice where several clients flush; an operation
+costs less than 20 % more on a volume of 1 TiB than on one of 1 GiB, and less than 10 % more on one
+with 100 snapshots than on one without.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ READS: Final = Goal(1.5)
 WRITES: Final = Goal(3.0)
 SEVERAL_FLUSH: Final = Goal(2.0)
 COSTS_20_PERCENT_MORE: Final = 1 / 1.2
+COSTS_10_PERCENT_MORE: Final = 1 / 1.1
 
 TREE_BYTES: Final = 2 * GIB  # of the volume that a source tree is unpacked on
 
@@ -110,6 +112,7 @@ def rows(scale: Scale) -> list[Row]:
         *transport_rows("tls", disk("tls", Transport.TLS)),
         *aged_rows(disk("aged", aging_writes=scale.aging_writes)),
         *cold_rows(disk("cold")),
+        *snapshot_rows(disk("without snapshots"), scale.n_snapshots),
         *size_rows(scale),
         *filesystem_rows(scale),
         *opening_rows(scale),
@@ -187,6 +190,25 @@ def cold_rows(disk: Stage) -> list[Row]:
             warms_up=False,
         )
         for job in (*RANDOM_READS[:2], *SEQUENTIAL[:2])
+    ]
+
+
+def snapshot_rows(disk: Stage, n_snapshots: int) -> list[Row]:
+    """Random writes to a volume without and with snapshots, which keep what is overwritten."""
+    kept = dataclasses.replace(disk, name="with snapshots", n_snapshots=n_snapshots)
+    job = RANDOM_WRITES[1]
+    without = f"snapshots-0-{job.name}"
+    return [
+        dataclasses.replace(
+            job.row("snapshots", stage),
+            name=f"snapshots-{'many' if stage is kept else '0'}-{job.name}",
+            question="What do snapshots cost a writer?",
+            goal=Goal(COSTS_10_PERCENT_MORE, without) if stage is kept else None,
+            needs=frozenset({Need.SNAPSHOTS}),
+            point=None,
+            is_quick=False,
+        )
+        for stage in (disk, kept)
     ]
 
 

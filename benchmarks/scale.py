@@ -27,6 +27,7 @@ class Scale:
             lies alone, so that 256 MiB of them take 256 MiB of nbdstore's --map-memory.
         aging_writes: random overwrites of 4 KiB that make a volume old. 360,000 are an hour's
             worth at 100 a second.
+        n_snapshots: of a volume that has many.
         tree_files: files in the source tree that is unpacked.
         journal_bytes: how long the journals are that recovery has to replay.
         volume_counts: how many volumes a server opens.
@@ -41,6 +42,7 @@ class Scale:
     disk_bytes: int
     scattered_bytes: int
     aging_writes: int
+    n_snapshots: int
     tree_files: int
     journal_bytes: tuple[int, ...]
     volume_counts: tuple[int, ...]
@@ -58,6 +60,7 @@ SMOKE: Final = Scale(
     disk_bytes=16 * MIB,
     scattered_bytes=4 * MIB,
     aging_writes=2000,
+    n_snapshots=3,
     tree_files=20,
     journal_bytes=(0, 64 * KIB),
     volume_counts=(1, 10),
@@ -72,6 +75,7 @@ QUICK: Final = Scale(
     disk_bytes=256 * MIB,
     scattered_bytes=64 * MIB,
     aging_writes=90_000,
+    n_snapshots=100,
     tree_files=400,
     journal_bytes=(0, 4 * MIB),
     volume_counts=(1, 100),
@@ -86,6 +90,7 @@ NORMAL: Final = Scale(
     disk_bytes=GIB,
     scattered_bytes=256 * MIB,
     aging_writes=360_000,
+    n_snapshots=100,
     tree_files=4000,
     journal_bytes=(0, MIB, 4 * MIB, 16 * MIB),
     volume_counts=(1, 10, 100, 1000),
@@ -100,6 +105,7 @@ FULL: Final = Scale(
     disk_bytes=4 * GIB,
     scattered_bytes=256 * MIB,
     aging_writes=1_440_000,
+    n_snapshots=100,
     tree_files=20_000,
     journal_bytes=(0, MIB, 4 * MIB, 16 * MIB, 56 * MIB),
     volume_counts=(1, 10, 100, 1000),

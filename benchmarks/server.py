@@ -61,6 +61,14 @@ class Server(ABC):
     def create(self, stage: Stage) -> None:
         """Make the disks of `stage`; called once, before the first start."""
 
+    def keep_snapshots(self, n_snapshots: int) -> None:
+        """Take snapshots of the first volume, with writes between them.
+
+        Raises:
+            BenchmarkFailed: this server has none; who runs rows leaves it out.
+        """
+        raise BenchmarkFailed("has no snapshots")
+
     @abstractmethod
     def command(self, transport: Transport) -> Sequence[str]:
         """The command line that serves over `transport`, in the foreground if it can."""
