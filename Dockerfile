@@ -1,6 +1,7 @@
 # The images of nbdstore, on Debian 12 or newer:
 #
-#   docker build -t nbdstore .        the server, as a user without rights
+#   docker build -t nbdstore .                       the server, as a user without rights
+#   docker build -t nbdstore-agent --target agent .  the agent, which needs CAP_SYS_ADMIN
 #
 # BASE is any image of Debian or Ubuntu with Python 3.11 or newer in its packages.
 ARG BASE=debian:bookworm-slim
@@ -29,6 +30,16 @@ FROM python AS nbdstore
 COPY --from=build /opt/nbdstore /opt/nbdstore
 ENV PATH=/opt/nbdstore/bin:$PATH
 ENTRYPOINT ["nbdstore"]
+
+FROM nbdstore AS agent
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends \
+    e2fsprogs fuse3 libnbd-bin mount util-linux xfsprogs \
+ && rm -rf /var/lib/apt/lists/*
+VOLUME /var/lib/nbdstore-agent
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s \
+    CMD ["nbdstore", "agent", "status", "--check"]
+CMD ["agent"]
 
 FROM nbdstore AS server
 RUN useradd --system --uid 10809 --home-dir /var/lib/nbdstore nbdstore \

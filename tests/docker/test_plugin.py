@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from tests.docker.images import base_image
 from tests.docker.storage import Storage
 
 pytestmark = [
-    pytest.mark.requires("root", "dockerd", "docker", "mmdebstrap", "iptables"),
+    pytest.mark.requires("root", "dockerd", "docker", "docker-compose", "mmdebstrap", "iptables"),
     pytest.mark.requires("slirp4netns", "/dev/net/tun", "/dev/fuse", "/dev/loop-control"),
     pytest.mark.requires("nbdfuse", "fusermount3", "mkfs.ext4", "mkfs.xfs"),
     pytest.mark.timeout(600),
@@ -181,6 +183,33 @@ def test_names_that_clash_and_options_that_make_no_sense(storage: Storage) -> No
     assert "elsewhere" in shell(engine, "true", "db", status=125)
     client.release_lease("db", "elsewhere", lease.epoch)
     shell(engine, "true", "db")
+
+
+def test_compose_makes_uses_and_removes_volumes(storage: Storage, tmp_path: Path) -> None:
+    engine = storage.engine
+    file = tmp_path / "docker-compose.yml"
+    file.write_text(
+        f"""
+        version: "3"
+        services:
+          app:
+            image: {base_image(engine)}
+            command: sh -c "date >> /data/starts && wc -l < /data/starts"
+            volumes: ["db:/data"]
+        volumes:
+          db:
+            driver: nbdstore
+            driver_opts: {{size: 300M, fs: xfs}}
+        """
+    )
+    project = ("--project-name", "shop")
+    for n_starts in (1, 2):
+        output = engine.compose(file, *project, "up", "--no-color")
+        assert re.search(rf"^app_1 .*\| {n_starts}$", output, re.M), output
+        engine.compose(file, *project, "down")
+        assert storage.volume("shop_db")["size"] == 300 << 20
+    engine.compose(file, *project, "down", "--volumes")
+    assert "no volume" in storage.nbdstore("volume", "show", "shop_db", status=1)
 
 
 def test_a_server_that_is_away(storage: Storage) -> None:
