@@ -354,6 +354,7 @@ class Agent:
             self.mounting.unmount(attachment, path, forget=False)
         record = attachment.record
         if attachment.device is not None:
+            self.attaching.require_unused(record, attachment.device)
             self.drivers[record.driver].detach(record, attachment.device)
             attachment.device = None
         self.server.release(record.volume, self.options.holder, record.epoch)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
 from nbdstore.agent.attachments import Attachment, Attachments
-from nbdstore.agent.devices import BlockDevice
+from nbdstore.agent.devices import CLAIM_PATIENCE_S, CLAIM_RETRY_S, BlockDevice
 from nbdstore.agent.driver import Health
 from nbdstore.agent.drivers import Drivers
 from nbdstore.agent.mounting import Mounting
@@ -238,6 +239,7 @@ class Attaching:
         elif force:
             driver.abandon(record, device)
         else:
+            self.require_unused(record, device)
             driver.detach(record, device)
         attachment.device = None
         if device is not None:
@@ -260,6 +262,17 @@ class Attaching:
                 log.warning("volume %s: %s", record.volume, attachment.problem)
                 return
         self._attachments.remove(attachment)
+
+    def require_unused(self, record: AttachRecord, device: BlockDevice) -> None:
+        """Refuse to detach what a process has open, and keeps open, though it is not mounted."""
+        deadline_s = time.monotonic() + CLAIM_PATIENCE_S
+        while (users := device.users()) and time.monotonic() < deadline_s:
+            time.sleep(CLAIM_RETRY_S)
+        if users:
+            raise Busy(
+                f"{device.path} of volume {record.volume} is open in {', '.join(users)}: "
+                "end that first, or detach with --force"
+            )
 
     def require_connected(self, attachment: Attachment) -> None:
         """Refuse what would have to wait for a server that is away."""

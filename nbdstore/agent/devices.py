@@ -92,6 +92,30 @@ class BlockDevice:
         except FileNotFoundError:
             return []
 
+    def users(self, proc: Path = Path("/proc")) -> list[str]:
+        """List the processes that have the device open, as "NAME (PID)", those that can be seen.
+
+        By the names of what they have open alone: a look at a file could wait for its device.
+        """
+        found = []
+        for process in proc.glob("[0-9]*"):
+            if int(process.name) != os.getpid() and self._is_open_in(process / "fd"):
+                try:
+                    name = (process / "comm").read_text().strip()
+                except OSError:
+                    continue  # it has ended
+                found.append(f"{name} ({process.name})")
+        return sorted(found)
+
+    def _is_open_in(self, directory: Path) -> bool:
+        try:
+            return any(
+                str(entry.readlink()).rpartition("/")[2] == self.name
+                for entry in directory.iterdir()
+            )
+        except OSError:  # the process, or the file in it, is gone, or it is none of ours
+            return False
+
     def attribute(self, name: str) -> str | None:
         """Read a file of the device's directory in sysfs; None if it is not there."""
         try:

@@ -85,8 +85,14 @@ def test_mkfs_that_was_killed_is_begun_again(host: Host) -> None:
     host.nbdstore("detach", "web")
 
 
-def test_detaching_what_is_mounted_is_refused(host: Host) -> None:
+def test_detaching_what_is_mounted_or_open_is_refused(host: Host) -> None:
     where = host.directory / "mnt"
+    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
+    reader = host.children.start("sh", "-c", f"exec sleep 1000 <{device}", log="reader.log")
+    assert f"open in sleep ({reader.pid})" in host.nbdstore("detach", "web", status=1)
+    reader.kill()
+    reader.wait()
+    host.nbdstore("detach", "web")
     host.nbdstore("mount", "db", where)
     assert "mounted at" in host.nbdstore("detach", "db", status=1)
     with (where / "open").open("w") as file:

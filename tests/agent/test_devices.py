@@ -35,6 +35,18 @@ def test_what_is_known_of_a_device(tmp_path: Path) -> None:
     assert (device.identifier, device.idle, device.holders) == ("nbdstore:x", False, ["dm-0"])
 
 
+def test_processes_that_have_a_device_open(tmp_path: Path) -> None:
+    for pid, target in (("7", "/dev/nbd3"), ("8", "/dev/nbd33"), ("9", "/chroot/dev/nbd3")):
+        fd = tmp_path / "proc" / pid / "fd"
+        fd.mkdir(parents=True)
+        (tmp_path / "proc" / pid / "comm").write_text("qemu\n")
+        (fd / "0").symlink_to("/dev/null")
+        (fd / "5").symlink_to(target)
+    (tmp_path / "proc" / "10").mkdir()
+    device = BlockDevice("nbd3", tmp_path)
+    assert device.users(tmp_path / "proc") == ["qemu (7)", "qemu (9)"]
+
+
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     device = BlockDevice("nbd3", tmp_path)
     assert (device.size, device.configured, device.identifier, device.holders) == (
