@@ -70,9 +70,13 @@ class Records:
             ) from None
         self._boot = BOOT_ID.read_text().strip()
         self._records: dict[str, VolumeRecord] = {}
-        for path in sorted((directory / "volumes").glob("*.json")):
-            record = self._read(path)
-            self._records[record.name] = record
+        try:
+            for path in sorted((directory / "volumes").glob("*.json")):
+                record = self._read(path)
+                self._records[record.name] = record
+        except DeviceError:
+            self._lock.close()
+            raise
 
     def _read(self, path: Path) -> VolumeRecord:
         try:

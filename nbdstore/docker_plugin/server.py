@@ -1,7 +1,8 @@
 """Docker's volume plugin protocol over a unix socket.
 
-HTTP POST of JSON, answers of JSON; an error is the member ``Err``, also with status 200. Source:
-docs.docker.com, "Docker volume plugins" and "Docker Plugin API".
+HTTP POST of JSON, answers of JSON; an error is status 500, which is what Podman looks at, with the
+member ``Err``, which is what Docker shows. Source: docs.docker.com, "Docker volume plugins" and
+"Docker Plugin API".
 
 ====================================  ==========================  ============================
 /Plugin.Activate                                                  Implements
@@ -156,6 +157,10 @@ class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def get_request(self) -> tuple[socket.socket, str]:
         return self._listener.accept()[0], "docker"
 
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Podman leaves without waiting for answers that it does not need."""
+        log.debug("a caller left without its answer", exc_info=True)
+
     def shutdown_request(self, request: Any) -> None:
         request.close()
 
@@ -175,8 +180,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         content = self.rfile.read(int(length))
         assert isinstance(self.server, _Server)
-        answer = json.dumps(self.server.protocol.answer(self.path, content)).encode() + b"\n"
-        self.send_response(200)
+        told = self.server.protocol.answer(self.path, content)
+        answer = json.dumps(told).encode() + b"\n"
+        self.send_response(500 if told["Err"] else 200)
         self.send_header("Content-Type", CONTENT_TYPE)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()

@@ -13,7 +13,7 @@ import pytest
 from nbdstore.control.client import ControlClient
 from tests.docker.engine import Engine
 from tests.docker.images import base_image
-from tests.docker.storage import Storage
+from tests.docker.storage import PLUGIN_SOCKET, Storage
 
 pytestmark = [
     pytest.mark.requires("root", "dockerd", "docker", "docker-compose", "mmdebstrap", "iptables"),
@@ -210,6 +210,43 @@ def test_compose_makes_uses_and_removes_volumes(storage: Storage, tmp_path: Path
         assert storage.volume("shop_db")["size"] == 300 << 20
     engine.compose(file, *project, "down", "--volumes")
     assert "no volume" in storage.nbdstore("volume", "show", "shop_db", status=1)
+
+
+@pytest.mark.requires("podman")
+def test_podman_uses_the_same_plugin(storage: Storage, tmp_path: Path) -> None:
+    engine, image = storage.engine, base_image(storage.engine)
+    configuration = tmp_path / "containers.conf"
+    configuration.write_text(
+        f"""
+        [engine]
+        cgroup_manager = "cgroupfs"
+        events_logger = "none"
+        [engine.volume_plugins]
+        nbdstore = "{PLUGIN_SOCKET}"
+        """
+    )
+
+    def podman(*words: str, status: int = 0) -> str:
+        places = ("--root", str(tmp_path / "root"), "--runroot", "/run/docker/podman")
+        env = {"CONTAINERS_CONF": str(configuration)}
+        return engine.machine.run("podman", *places, *words, env=env, status=status, timeout_s=120)
+
+    def shell(script: str) -> str:
+        return podman(
+            *("run", "--rm", "--network=none", "--volume=db:/data", image, "sh", "-ec", script)
+        )
+
+    archive = tmp_path / "image.tar"
+    engine.docker("save", "--output", archive, image)
+    podman("load", "--quiet", "--input", str(archive))
+    create = ("volume", "create", "--driver=nbdstore")
+    assert "give ext4 or xfs" in podman(*create, "--opt=fs=zfs", "wrong", status=125)
+    podman(*create, "--opt=size=300M", "--opt=fs=xfs", "db")
+    assert " /data xfs rw" in shell("grep /data /proc/mounts; echo kept > /data/file")
+    assert shell("cat /data/file") == "kept\n"
+    assert json.loads(storage.nbdstore("lease", "list", "--json")) == []
+    podman("volume", "rm", "db")
+    assert "no volume" in storage.nbdstore("volume", "show", "db", status=1)
 
 
 def test_a_server_that_is_away(storage: Storage) -> None:
