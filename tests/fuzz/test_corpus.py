@@ -22,6 +22,7 @@ from nbdstore.protocol.replies import SimpleReplies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import RequestParser
 from nbdstore.server.budget import Budget
+from nbdstore.server.commands import Target
 from nbdstore.server.session import Session
 from tests.figures import Tell
 from tests.fuzz import sessions
@@ -198,7 +199,7 @@ def a_bug_of_the_server_is_only_logged(patch: Patch) -> None:
     def answer(original: Any, self: Any, *args: Any) -> int:
         raise ZeroDivisionError("a bug")
 
-    wrapped(patch, Session, "_answer", answer)
+    wrapped(patch, Target, "settle", answer)
 
 
 def what_is_begun_goes_on_after_the_end(patch: Patch) -> None:

@@ -37,6 +37,7 @@ from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
 from nbdstore.server import commands, connection, server
 from nbdstore.server.channel import TlsChannel
+from nbdstore.server.commands import Target
 from nbdstore.server.session import Session
 from nbdstore.store import ExtentKind
 from tests.conformance.wire import Mode
@@ -257,12 +258,12 @@ def refused_reads_are_zeroes(patch: Patch) -> None:
     def answer(original: Any, self: Any, request: Request, out: Any) -> int:
         command, _, cookie, offset, length, _, verdict = request
         if command == Command.READ and verdict > 0:
-            n_bytes: int = self._replies.read(out, cookie, offset, length, [length])
+            n_bytes: int = self.replies.read(out, cookie, offset, length, [length])
             return n_bytes
         n_bytes = original(self, request, out)
         return n_bytes
 
-    wrap(patch, Session, "_answer", answer)
+    wrap(patch, Target, "settle", answer)
 
 
 @breaks(17, "chunks-error")

@@ -76,11 +76,11 @@ def _flush_too_early(self: Volume, done: OnDurable) -> bool:
     return False
 
 
-def _ignore_fua(self: Session, flushes: list[Request], out: list[Buffer]) -> int:
+def _ignore_fua(self: Session, flushes: list[Request], out: list[Buffer], began_ns: int) -> int:
     written = [request for request in flushes if request[0] == Command.WRITE]
     wanted = [request for request in flushes if request[0] != Command.WRITE]
     n_bytes = self._replies.all_done(out, written) if written else 0
-    return n_bytes + (_FLUSH(self, wanted, out) if wanted else 0)
+    return n_bytes + (_FLUSH(self, wanted, out, began_ns) if wanted else 0)
 
 
 _FLUSH_SOON: Final = Volume.flush_soon
@@ -98,9 +98,11 @@ def _remember_writes() -> Any:
             self.__dict__["has_written"] = True
             return write(self, *args)
 
-        def flush_own(self: Session, flushes: list[Request], out: list[Buffer]) -> int:
+        def flush_own(
+            self: Session, flushes: list[Request], out: list[Buffer], began_ns: int
+        ) -> int:
             if self.__dict__.pop("has_written", False):
-                return _FLUSH(self, flushes, out)
+                return _FLUSH(self, flushes, out, began_ns)
             return self._replies.all_done(out, flushes)
 
         with (
