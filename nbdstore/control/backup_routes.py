@@ -99,18 +99,13 @@ async def _sent(call: Call, frames: AsyncGenerator[list[Buffer], None]) -> web.S
         response = web.StreamResponse(headers={"Content-Type": backup_stream.CONTENT_TYPE})
         await response.prepare(call.request)
         try:
-            await _write(response, first)
-            async for frame in frames:
-                await _write(response, frame)
+            await response.write(b"".join(first))
+            async for some in frames:
+                await response.write(b"".join(some))
         except NbdstoreError as error:  # the stream says it, too
             log.error("sending %s failed: %s", call.request.path, error)
         await response.write_eof()
     return response
-
-
-async def _write(response: web.StreamResponse, buffers: list[Buffer]) -> None:
-    for buffer in buffers:
-        await response.write(buffer)
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[Buffer]:

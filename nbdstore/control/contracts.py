@@ -68,6 +68,9 @@ class SnapshotLike(ImageLike, Protocol):
     """A snapshot of a volume; its name is ``VOLUME@NAME``."""
 
     def in_use(self) -> AbstractContextManager[None]: ...
+    def read_now(
+        self, offset: int, length: int
+    ) -> Sequence[memoryview | bytearray | bytes | int] | None: ...
 
 
 class VolumeLike(ImageLike, Protocol):

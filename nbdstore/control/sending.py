@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, Final, NamedTuple
 
 from nbdstore.control.backup_stream import BackupWriter, Begin, Data, Part, Zeros
-from nbdstore.control.contracts import ChangeLike, ImageLike, PoolLike
+from nbdstore.control.contracts import ChangeLike, PoolLike, SnapshotLike
 from nbdstore.control.stream import Buffer
 from nbdstore.errors import NbdstoreError
 
@@ -24,7 +24,7 @@ _BATCH_PIECES: Final = 64
 async def stream(
     pool: PoolLike, snapshot: Any, base: Any | None, start: int = 0
 ) -> AsyncGenerator[list[Buffer], None]:
-    """Yield a backup stream of `snapshot`, a frame at a time.
+    """Yield a backup stream of `snapshot`, some frames at a time.
 
     While this runs neither can be deleted. A failure ends the stream as FAILED, and is raised then.
 
@@ -38,8 +38,8 @@ async def stream(
             users.enter_context(image.in_use())
         yield writer.begin(_begin(snapshot, base, start))
         try:
-            async for part in _parts(pool, snapshot, base, start):
-                yield writer.part(part)
+            async for parts in _parts(pool, snapshot, base, start):
+                yield [buffer for part in parts for buffer in writer.part(part)]
         except NbdstoreError as error:
             yield writer.failed(error)
             raise
@@ -64,19 +64,18 @@ def _begin(snapshot: Any, base: Any | None, start: int) -> Begin:
 
 async def _parts(
     pool: PoolLike, snapshot: Any, base: Any | None, start: int
-) -> AsyncGenerator[Part, None]:
-    """Yield what differs from `start` on, ascending."""
+) -> AsyncIterator[list[Part]]:
+    """Yield what differs from `start` on, ascending, as many parts as were read at once."""
     batch: list[_Piece] = []
     n_bytes = 0
     async for piece in _pieces(pool.changes(base, snapshot, offset=start)):
         batch.append(piece)
         n_bytes += piece.length if piece.is_data else 0
         if n_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_PIECES:
-            for part in await _read_all(snapshot, batch):
-                yield part
+            yield await _read_all(snapshot, batch)
             batch, n_bytes = [], 0
-    for part in await _read_all(snapshot, batch):
-        yield part
+    if batch:
+        yield await _read_all(snapshot, batch)
 
 
 class _Piece(NamedTuple):
@@ -95,19 +94,23 @@ async def _pieces(changes: AsyncIterator[ChangeLike]) -> AsyncIterator[_Piece]:
             yield _Piece(offset, min(step, stop - offset), change.is_data)
 
 
-async def _read_all(snapshot: ImageLike, batch: list[_Piece]) -> list[Part]:
+async def _read_all(snapshot: SnapshotLike, batch: list[_Piece]) -> list[Part]:
+    await asyncio.sleep(0)  # what lies in the page cache is read without waiting: let others in
     found = await asyncio.gather(*(_read(snapshot, piece) for piece in batch))
     return [part for parts in found for part in parts]
 
 
-async def _read(snapshot: ImageLike, piece: _Piece) -> list[Part]:
+async def _read(snapshot: SnapshotLike, piece: _Piece) -> list[Part]:
     """Return what a piece holds: data, its buffers not joined, and zeros."""
     if not piece.is_data:
         return [Zeros(piece.offset, piece.length)]
     parts: list[Part] = []
     buffers: list[Buffer] = []
     begin = at = piece.offset
-    for segment in await snapshot.read(piece.offset, piece.length):
+    segments = snapshot.read_now(piece.offset, piece.length)
+    if segments is None:
+        segments = await snapshot.read(piece.offset, piece.length)
+    for segment in segments:
         if not isinstance(segment, int):
             buffers.append(segment)
             at += len(segment)
