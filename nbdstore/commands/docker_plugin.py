@@ -73,16 +73,16 @@ def docker_plugin(
     Volumes are made on the server and mounted by this machine's agent, which must run. Containers
     are disturbed neither when the plugin ends nor when it is killed.
 
-    \b
     Options of a volume: size, fs (ext4, xfs), clone (VOLUME@SNAPSHOT), options (of mount),
     owner (UID:GID), mode, iops, bandwidth. They count when it is made, as Docker hands them on
     only then; 'nbdstore volume' changes it afterwards.
 
+    Then 'docker volume create -d nbdstore -o size=10G -o fs=xfs db' makes one, and
+    'docker run -v db:/var/lib/postgresql/data postgres' uses it.
+
     \b
     Examples:
       nbdstore docker-plugin
-      docker volume create -d nbdstore -o size=10G -o fs=xfs db
-      docker run -v db:/var/lib/postgresql/data postgres
     """
     from nbdstore.agent.api import AgentClient
     from nbdstore.docker_plugin.driver import VolumeDriver
