@@ -13,6 +13,7 @@ from nbdstore.control import sending
 from nbdstore.control.backup_stream import ResumeToken
 from nbdstore.control.contracts import ImageLike, PoolLike
 from nbdstore.control.diff import Extent, merged
+from nbdstore.control.events import Events
 from nbdstore.control.receiving import Receiving
 from nbdstore.control.snapshots import Snapshots
 from nbdstore.control.stream import Buffer
@@ -26,11 +27,11 @@ class Backups:
     receiving: the half that takes them in.
     """
 
-    def __init__(self, usage: Usage, pool: PoolLike, snapshots: Snapshots) -> None:
+    def __init__(self, usage: Usage, pool: PoolLike, snapshots: Snapshots, events: Events) -> None:
         self._usage = usage
         self._pool = pool
         self._snapshots = snapshots
-        self.receiving = Receiving(usage, pool)
+        self.receiving = Receiving(usage, pool, events)
 
     def find(self, name: str) -> ImageLike:
         """Return the volume ``VOLUME`` or the snapshot ``VOLUME@NAME``; NotFound if it is none."""

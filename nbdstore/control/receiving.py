@@ -26,6 +26,7 @@ from typing import Final
 
 from nbdstore.control.backup_stream import BackupReader, Begin, Part, ResumeToken, Zeros
 from nbdstore.control.contracts import PoolLike, SnapshotLike, VolumeLike
+from nbdstore.control.events import Events
 from nbdstore.control.model import Record
 from nbdstore.control.receiving_model import ReceivedInfo, ReceivingInfo
 from nbdstore.control.stream import Buffer
@@ -58,9 +59,10 @@ class HalfReceived(Record):
 class Receiving:
     """Receives into the volumes of one pool."""
 
-    def __init__(self, usage: Usage, pool: PoolLike) -> None:
+    def __init__(self, usage: Usage, pool: PoolLike, events: Events) -> None:
         self._usage = usage
         self._pool = pool
+        self._events = events
 
     async def receive(self, name: str, chunks: AsyncIterator[Buffer]) -> ReceivedInfo:
         """Receive a stream into volume `name`; durable on return.
@@ -90,9 +92,11 @@ class Receiving:
                 raise
         finally:
             self._usage.imports.discard(reception.volume.id)
+        made = f"{reception.volume.name}@{begin.snapshot}"
+        self._events.tell("snapshot.created", made, size=begin.size)
         return ReceivedInfo(
             volume=reception.volume.name,
-            snapshot=f"{reception.volume.name}@{begin.snapshot}",
+            snapshot=made,
             uuid=begin.uuid,
             base=begin.base,
             size=begin.size,
@@ -134,8 +138,11 @@ class Receiving:
             if _with_uuid(volume, progress.uuid) is None:
                 if progress.base is None:
                     await self._pool.delete_volume(volume)
+                    self._events.tell("volume.deleted", name)
                     return
-                await self._pool.rollback(volume, self._base(volume, progress.base, progress.name))
+                base = self._base(volume, progress.base, progress.name)
+                await self._pool.rollback(volume, base)
+                self._events.tell("volume.changed", name, rolled_back_to=base.name)
             await _unmark(self._usage, volume)
 
     # -- the beginning ----------------------------------------------------------------------
@@ -154,6 +161,7 @@ class Receiving:
             self._require_full(name, begin)
             marks = {"importing": True, "receiving": progress.to_json()}
             made = await self._pool.create_volume(name, begin.size, marks)
+            self._events.tell("volume.created", name, size=begin.size)
             return _Reception(self._usage, self._pool, made, progress, is_new=True)
         if volume.id in self._usage.imports:
             raise Busy(f"volume '{name}' is being received or imported right now: wait for that")

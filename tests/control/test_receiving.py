@@ -388,3 +388,15 @@ async def test_one_volume_is_received_once_at_a_time(here: Site, there: Site) ->
     gate.set()
     await task
     assert await there.content("db") == await here.content("db@a")
+
+
+async def test_who_listens_is_told_what_came_and_what_was_given_up(here: Site, there: Site) -> None:
+    listener = there.operations.events.listen()
+    await half_received(here, there)
+    await there.backups.receiving.abort("db")
+    events = [await listener.next(60) for _ in range(3)]
+    assert [(event.kind, event.subject) for event in events if event] == [
+        ("volume.created", "db"),
+        ("snapshot.created", "db@a"),
+        ("volume.changed", "db"),
+    ]
