@@ -20,6 +20,8 @@ DEFAULT_SOCKET = "/run/docker/plugins/nbdstore.sock"
 DEFAULT_STATE = "/var/lib/nbdstore-docker"
 CONTROL_TIMEOUT_S = 30.0
 """Docker waits for a minute."""
+SWEEP_EVERY_S = 30.0
+"""How long a volume stays mounted for nobody, if it could not be unmounted at once."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -107,6 +109,7 @@ def docker_plugin(
         systemd.notify(session.environ, "READY=1")
         click.echo(f"volumes of {url} for Docker at {socket_path}")
         sys.stdout.flush()
-        signal.sigwait(STOP_SIGNALS)
+        while signal.sigtimedwait(STOP_SIGNALS, SWEEP_EVERY_S) is None:
+            driver.sweep()
         systemd.notify(session.environ, "STOPPING=1")
         server.stop()

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from typing import Any, Final, Protocol
 
@@ -39,6 +40,7 @@ from nbdstore.sizes import format_size
 # Docker waits 120 s for Create and Mount, 60 s for the others.
 LONG_PATIENCE_S: Final = 100.0
 SHORT_PATIENCE_S: Final = 45.0
+SWEEP_PATIENCE_S: Final = 5.0
 BY: Final = "docker"
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,26 @@ class VolumeDriver:
             lambda: self._unmount(name, user),
             patience_s=SHORT_PATIENCE_S,
         )
+
+    def sweep(self) -> None:
+        """Unmount what could not be unmounted when its last user went, as when no agent ran."""
+        attachments = self._attachments()
+        if isinstance(attachments, str):
+            return
+        for record in self._records.all():
+            found = attachments.get(record.name)
+            path = str(self._records.mount_path(record.name))
+            if record.users or found is None or path not in [it["path"] for it in found.mounts]:
+                continue
+            try:
+                self._turns.take(
+                    record.name,
+                    "unmounting (for nobody)",
+                    functools.partial(self._unmount_unused, record.name),
+                    patience_s=SWEEP_PATIENCE_S,
+                )
+            except NbdstoreError as error:
+                log.warning("volume %s is mounted for nobody: %s", record.name, error)
 
     def path(self, name: str) -> str:
         """Return where a volume is mounted; "" if it is not."""
@@ -232,6 +254,11 @@ class VolumeDriver:
         left = tuple(item for item in record.users if item != user)
         record = self._records.save(dataclasses.replace(record, users=left))
         if not left:
+            self._unmount_now(record)
+
+    def _unmount_unused(self, name: str) -> None:
+        record = self._records.get(name)
+        if record is not None and not record.users:
             self._unmount_now(record)
 
     def _unmount_now(self, record: VolumeRecord) -> None:

@@ -18,7 +18,7 @@ from tests.docker.images import base_image
 pytestmark = [
     pytest.mark.requires("root", "dockerd", "docker", "mmdebstrap", "iptables"),
     pytest.mark.requires("slirp4netns", "/dev/net/tun"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 # Writes a line into its volume at each start, and stops when it is told to.

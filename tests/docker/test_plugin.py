@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.requires("root", "dockerd", "docker", "docker-compose", "mmdebstrap", "iptables"),
     pytest.mark.requires("slirp4netns", "/dev/net/tun", "/dev/fuse", "/dev/loop-control"),
     pytest.mark.requires("nbdfuse", "fusermount3", "mkfs.ext4", "mkfs.xfs"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 
@@ -130,6 +130,13 @@ def test_a_mount_is_shared_on_a_machine_and_survives_every_restart(storage: Stor
     assert json.loads(storage.nbdstore("agent", "status", "--json")) == []
     engine.docker("start", "writer")
     advance()
+    # dockerd is killed, and lets what runs go on (live restore): it does not mount it again, but
+    # unmounts it in the end.
+    engine.kill()
+    engine.start("--live-restore")
+    advance()
+    engine.docker("stop", "writer")
+    assert json.loads(storage.nbdstore("agent", "status", "--json")) == []
     # dockerd stops, and the plugin ends meanwhile: they find each other again.
     engine.stop()
     storage.end("plugin")

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.requires("root", "dockerd", "docker", "mmdebstrap", "iptables"),
     pytest.mark.requires("slirp4netns", "/dev/net/tun", "/dev/fuse", "/dev/loop-control"),
     pytest.mark.requires("nbdfuse", "fusermount3", "mkfs.ext4", "mkfs.xfs"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -45,10 +45,16 @@ def test_the_containers_of_the_readme(engine: Engine, tmp_path: Path) -> None:
                 continue
             assert command.startswith("docker ")
             engine.children.run("bash", "-ec", command, env={"DOCKER_HOST": engine.url})
-        output = engine.children.run(
-            *(sys.executable, "-c", block("python")), env={"DOCKER_HOST": engine.url}, timeout_s=120
-        )
-        assert output == "db 1 of 1 running\n"
+        for n_starts in (1, 2):
+            output = engine.children.run(
+                *(sys.executable, "-c", block("python")),
+                env={"DOCKER_HOST": engine.url},
+                timeout_s=120,
+            )
+            assert output == "db 1 of 1 running\n"
+            mount = "shop-db-data-0:/data"
+            words = ("run", "--rm", "--volume", mount, base_image(engine), "cat", "/data/started")
+            assert len(engine.docker(*words).splitlines()) == n_starts
         assert engine.docker("ps", "--all", "--quiet") == ""
         names = re.findall(r"^shop-\S+", storage.nbdstore("volume", "list"), re.M)
         assert names == ["shop-db-data-0", "shop-db-data-1"]

@@ -86,6 +86,8 @@ class MemoryAgent:
         return self.status()[0]
 
     def umount(self, volume: str, path: str = "", *, force: bool = False) -> None:
+        if self.failure:
+            raise self.failure
         if (volume, path) not in self.mounted:
             raise NotFound(f"volume {volume} is not attached")
         self.mounted.discard((volume, path))

@@ -104,6 +104,20 @@ def test_the_last_user_unmounts_and_none_is_counted_twice(machine: Machine) -> N
     assert machine.agent.mounted == set()
 
 
+def test_what_could_not_be_unmounted_is_unmounted_later(machine: Machine) -> None:
+    machine.driver.create("db", {"size": "1G"})
+    machine.driver.create("used", {"size": "1G"})
+    machine.driver.mount("db", "a")
+    machine.driver.mount("used", "a")
+    machine.agent.failure = ControlError("no agent answers")
+    with pytest.raises(ControlError):
+        machine.driver.unmount("db", "a")
+    machine.driver.sweep()
+    machine.agent.failure = None
+    machine.driver.sweep()
+    assert [volume for volume, _ in machine.agent.mounted] == ["used"]
+
+
 def test_a_mount_that_fails_has_no_user(machine: Machine) -> None:
     machine.driver.create("db", {"size": "1G"})
     machine.agent.failure = Busy("leased to another")
