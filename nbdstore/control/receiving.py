@@ -13,7 +13,7 @@ half received       ``receiving``: all bytes before `position` are as in the new
                     durable; those behind it are as in the base, or as in the new one
 received            the snapshot, with the name and uuid that it has where it was sent;
                     ``receiving`` goes away after it has come, so a crash between leaves both, and
-                    receiving the end again, or aborting, takes it away
+                    receiving it again, or the next one, or aborting, takes it away
 ==================  ============================================================================
 """
 
@@ -166,6 +166,9 @@ class Receiving:
         if volume.id in self._usage.imports:
             raise Busy(f"volume '{name}' is being received or imported right now: wait for that")
         before = received_so_far(volume)
+        if before and before.uuid != begin.uuid and _with_uuid(volume, before.uuid):
+            await _unmark(self._usage, volume)  # a crash came between the snapshot and this
+            before = None
         if before is not None:
             _check_goes_on(volume, before, begin)
             return _Reception(self._usage, self._pool, volume, before)
