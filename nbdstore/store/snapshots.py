@@ -176,6 +176,7 @@ class Snapshots:
 
     async def delete_volume(self, volume: Volume) -> None:
         """See Pool.delete_volume."""
+        check_staying(volume)
         if clones := self.clones_of(volume):
             raise Busy(
                 f"snapshots of volume {volume.name} have clones: {', '.join(clones)}: flatten or "

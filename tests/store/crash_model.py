@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tests.store.snapshot_model import Dropping, Key, Snapped, Snapping, SnapshotModel
+
 SECTOR: Final = 512
 
 
@@ -106,6 +108,21 @@ class History:
             change.apply(found)
         return found
 
+    def may_be_at(self, n_changes: int, alone: tuple[Change, ...], found: bytes) -> bool:
+        """Tell whether `found` is the content after `n_changes`, or amid `alone` after them.
+
+        Arguments:
+            alone: what is on its way that has the volume for itself, in order.
+        """
+        state = bytearray(self.base)
+        for change in self.changes[:n_changes]:
+            change.apply(state)
+        for change in alone:
+            if state == found or (not change.whole and _in_parts(state, change, found)):
+                return True
+            change.apply(state)
+        return state == found
+
     def why_not(self, found: bytes, *, everything: bool = False) -> str | None:
         """Say why `found` is not what may be there after a crash; None if it may.
 
@@ -168,15 +185,25 @@ class Model:
     def __init__(self) -> None:
         self.volumes: dict[int, History] = {}
         self.creating: list[Any] = []
+        self.snapshots = SnapshotModel()
+
+    def checkpoint_began(self) -> None:
+        """Take note of the moment of which snapshots may be."""
+        self.snapshots.checkpoint_began(self.volumes)
 
     def feed(self, mark: Any) -> None:
         """Take note of what happened."""
+        if isinstance(mark, Snapping | Snapped | Dropping):
+            self.snapshots.feed(mark)
+            return
         if isinstance(mark, Administered):
             self._administer(mark)
             return
         if isinstance(mark, Refused):
             waiting = self.volumes[mark.volume].about_in_flight if mark.volume else self.creating
             waiting.remove(mark.about)
+            if mark.volume and None not in waiting:  # nobody else is deleting it
+                self.snapshots.volumes_going.discard(mark.volume)
             return
         history = self.volumes[mark.volume]
         if isinstance(mark, Flushed):
@@ -193,10 +220,14 @@ class Model:
             self.creating.append(mark.about)
         elif mark.volume not in self.volumes:
             self.creating.remove(mark.about)
-            self.volumes[mark.volume] = History(bytes(mark.about["size"]), mark.about)
+            self.volumes[mark.volume] = History(_new_content(mark.about), mark.about)
         elif mark.begun:
             self.volumes[mark.volume].about_in_flight.append(mark.about)
+            if mark.about is None:
+                self.snapshots.volumes_going.add(mark.volume)
         else:
+            if mark.about is None:
+                self.snapshots.volume_gone(mark.volume)
             history = self.volumes[mark.volume]
             history.about_in_flight.remove(mark.about)
             history.about = mark.about
@@ -211,7 +242,12 @@ class Model:
         Arguments:
             everything: of what was acknowledged must be there: only a process has died.
         """
-        by_id = {number: (name, about, raw) for name, (number, about, raw) in found.items()}
+        by_id = {
+            number: (name, about, raw)
+            for name, (number, about, raw) in found.items()
+            if "@" not in name
+        }
+        self.snapshots.check(snapshots_in(found), self.volumes)
         for number, history in self.volumes.items():
             names = [about and about["name"] for about in (history.about, *history.about_in_flight)]
             if number not in by_id:
@@ -227,5 +263,19 @@ class Model:
             assert why is None, f"volume {name} ({number}): {why}"
         for name, _, raw in by_id.values():
             made = [about for about in self.creating if about["name"] == name]
-            assert made and len(raw) == made[0]["size"], f"volume {name} comes from nowhere"
-            assert not raw.strip(b"\0"), f"new volume {name} is not empty"
+            assert made, f"volume {name} comes from nowhere"
+            assert raw == _new_content(made[0]), f"new volume {name} holds something else"
+
+
+def snapshots_in(found: dict[str, tuple[int, dict[str, Any], bytes]]) -> dict[Key, bytes]:
+    """The snapshots in what recovery found, ``VOLUME@NAME`` with the volume's id as properties."""
+    return {
+        (about["volume"], name.partition("@")[2]): raw
+        for name, (_, about, raw) in found.items()
+        if "@" in name
+    }
+
+
+def _new_content(about: Any) -> bytes:
+    """What a volume holds when it is made: a clone's `content`, or `size` zeros."""
+    return about["content"] if "content" in about else bytes(about["size"])

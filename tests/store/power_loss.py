@@ -13,25 +13,29 @@ import contextlib
 import functools
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 from nbdstore.errors import NoSpace, PoolFailed, ReadFailed, StoreError, WriteFailed
 from nbdstore.store import Pool, PoolOptions
 from nbdstore.store.check import check_pool
+from nbdstore.store.host import Failpoint
 from tests.seeds import main
 from tests.store import virtual_clock
-from tests.store.crash_model import History, Model
+from tests.store.crash_model import History, Model, snapshots_in
 from tests.store.crashes import KILLED, Crash, crash_images, killed_at
 from tests.store.simulated_disk import (
     PLACE,
     Images,
     Mark,
+    Reached,
     ShortWrite,
     SimulatedDisk,
     SyncFailed,
     adversarial,
 )
+from tests.store.snapshot_model import Key
+from tests.store.snapshot_work import trash_name
 from tests.store.workload import WINDOW, Settings, Spread, Workload
 
 OPTIONS: Final = PoolOptions(full_timeout_s=5, sync_interval_s=0.7, checkpoint_interval_s=2.0)
@@ -39,8 +43,13 @@ OPTIONS: Final = PoolOptions(full_timeout_s=5, sync_interval_s=0.7, checkpoint_i
 Found = dict[str, tuple[int, dict[str, Any], bytes]]
 """What an open pool holds, by name: id, properties, content."""
 
-Base = dict[int, History]
-"""What a pool holds when a workload begins, by id."""
+
+@dataclass
+class Base:
+    """What a pool holds when a workload begins: volumes by id, and snapshots."""
+
+    volumes: dict[int, History] = field(default_factory=dict)
+    snapshots: dict[Key, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,10 +83,15 @@ def new_pool(block_size: int, capacity: int) -> dict[str, bytes]:
 
 
 async def read_all(pool: Pool, spread: Spread) -> Found:
-    """All volumes and what is in them."""
-    return {
-        name: (v.id, dict(v.properties), await spread.read(v)) for name, v in pool.volumes.items()
-    }
+    """All volumes, those in the trash too, all snapshots, and what is in them."""
+    volumes = {**pool.volumes, **{trash_name(volume): volume for volume in pool.trash}}
+    found: Found = {}
+    for name, volume in volumes.items():
+        found[name] = volume.id, dict(volume.properties), await spread.read(volume)
+        for snapshot in volume.snapshots.values():
+            content = await spread.read(snapshot)
+            found[f"{name}@{snapshot.info.name}"] = snapshot.id, {"volume": volume.id}, content
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,26 +161,30 @@ class Trouble:
         raise ShortWrite(self._rng.random(), error)
 
 
-def run_workload(disk: SimulatedDisk, base: Base | None, seed: int, course: Course) -> Base:
+def run_workload(
+    disk: SimulatedDisk, base: Base | None, seed: int, course: Course, figures: Counter[str]
+) -> Base:
     """Open the pool on `disk` and use it, leaving marks; it is not closed.
 
     Arguments:
         base: what is in the pool; None = look, and return that.
+        figures: are added to.
     """
 
     async def main() -> Base:
         try:
             pool = await Pool.open(PLACE, adversarial(course.options), host=disk.host)
         except (NoSpace, PoolFailed, ReadFailed, WriteFailed):
-            return base or {}  # the disk is in trouble already
+            return base or Base()  # the disk is in trouble already
         found = base_of(await read_all(pool, course.settings.spread)) if base is None else base
         disk.mark(Opened())
         if isinstance(disk.fault, Trouble):
             disk.fault.opening = False
         work = Workload(pool, disk, seed, course.settings)
-        work.adopt(found)
+        work.adopt(found.volumes, found.snapshots)
         with contextlib.suppress(PoolFailed):
             await work.run()
+        figures.update(work.figures)
         # The process ends here: what still runs is never heard of again.
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
@@ -178,10 +196,13 @@ def run_workload(disk: SimulatedDisk, base: Base | None, seed: int, course: Cour
 def model_at(base: Base, disk: SimulatedDisk, since: int, at: int) -> Model:
     """What a client knows after `at` events of the disk, `base` having been there `since` one."""
     model = Model()
-    model.volumes = {n: History(h.base, h.about) for n, h in base.items()}
+    model.volumes = {n: History(h.base, h.about) for n, h in base.volumes.items()}
+    model.snapshots.known = dict(base.snapshots)
     for event in disk.events[since:at]:
         if isinstance(event, Mark) and not isinstance(event.what, Opened):
             model.feed(event.what)
+        elif event == Reached(Failpoint.CHECKPOINT_FROZEN):
+            model.checkpoint_began()
     return model
 
 
@@ -210,10 +231,21 @@ def check_crash(
 
 def base_of(found: Found) -> Base:
     """Begin new histories with what was found."""
-    return {
+    volumes = {
         number: History(raw, {"name": name, "size": len(raw), "properties": properties})
         for name, (number, properties, raw) in found.items()
+        if "@" not in name
     }
+    return Base(volumes, snapshots_in(found))
+
+
+def found_of(base: Base) -> Found:
+    """The inverse of :func:`base_of`, but for the ids of snapshots."""
+    volumes = {n: (h.about["name"], h.about["properties"], h.base) for n, h in base.volumes.items()}
+    found: Found = {name: (n, about, raw) for n, (name, about, raw) in volumes.items()}
+    for (volume, name), raw in base.snapshots.items():
+        found[f"{volumes[volume][0]}@{name}"] = 0, {"volume": volume}, raw
+    return found
 
 
 def run_seed(seed: int, course: Course | None = None) -> Counter[str]:
@@ -236,7 +268,7 @@ class _Seed:
             name: bytearray(image)
             for name, image in new_pool(course.block_size, course.capacity).items()
         }
-        self.base: Base = {}
+        self.base = Base()
         self._figures = Counter[str]()
 
     def run(self) -> Counter[str]:
@@ -255,7 +287,7 @@ class _Seed:
         disk = SimulatedDisk(self._images, seed, share_uncached=share, slow=True)
         disk.fault = trouble = Trouble(course.trouble, random.Random(rng.random()))
         trouble.opening = True
-        run_workload(disk, self.base, rng.randrange(1 << 30), course)
+        run_workload(disk, self.base, rng.randrange(1 << 30), course, self._figures)
         since = 0
         if course.trouble == "broken" and rng.random() < 0.5:
             since = self._restart(disk)
@@ -276,10 +308,10 @@ class _Seed:
         disk.fault = None
         n_events = len(disk.events)
         model = model_at(self.base, disk, 0, n_events)
-        self.base = run_workload(disk, None, self._rng.randrange(1 << 30), self._course)
-        model.check(
-            {h.about["name"]: (n, h.about["properties"], h.base) for n, h in self.base.items()}
+        self.base = run_workload(
+            disk, None, self._rng.randrange(1 << 30), self._course, self._figures
         )
+        model.check(found_of(self.base))
         self._figures["restarts after a failed sync"] += 1
         return disk.events.index(Mark(Opened()), n_events)
 
@@ -314,6 +346,7 @@ def courses(seed: int) -> Course:
         administration=rng.random() < 0.5,
         spread=Spread(rng.choice((WINDOW, WINDOW, 300 << 20, 70 << 30))),
         patience=rng.choice((0.3, 1.0, 30.0, 1000.0)),
+        snapshots=rng.random() < 0.6,
     )
     return Course(
         settings,

@@ -14,7 +14,9 @@ from nbdstore.store import Pool, differences
 from nbdstore.store.administration import Administration
 from nbdstore.store.ranges import Ranges
 from nbdstore.store.snapshot import Snapshot
+from tests.store.crashes import KILLED
 from tests.store.pools import MIB, assert_clean, make_pool, opened, read, until
+from tests.store.scene import Scene
 from tests.store.test_snapshots import read_image, snap
 
 BLOCK = 4096
@@ -224,3 +226,37 @@ async def test_what_a_snapshot_holds_alone_can_be_told_while_others_are_deleted(
             await pool._committer.settle()
             assert await telling == 16 * BLOCK
             assert pool.status()["corruptions"] == 0
+
+
+# -- crashes at one moment ---------------------------------------------------------------------
+
+
+def test_what_is_written_while_a_snapshot_is_made_is_of_the_next_epoch_after_any_crash() -> None:
+    """The crash prevents the snapshot, not the write: so the epoch counts on, in recovery too."""
+    scene = Scene()
+    moments: list[int] = []
+
+    async def act(pool: Pool) -> None:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, b"1" * BLOCK)
+        await pool.checkpoint()
+        making = asyncio.ensure_future(snap(pool, volume, "never"))
+        while volume.info.epoch == 1:
+            await asyncio.sleep(0)
+        await volume.write(0, b"2" * BLOCK)
+        moments.append(len(scene.disk.events))
+        await making
+
+    scene.play(act)
+    scene.begin_again(scene.crashed(KILLED, at=moments[0]))
+
+    async def go_on(pool: Pool) -> None:
+        volume = pool.volumes["v"]
+        assert not pool.snapshots and volume.info.epoch == 2
+        await snap(pool, volume, "s")
+        await volume.write(0, b"3" * BLOCK)
+        await pool.checkpoint()
+        assert (await read_image(pool.snapshots["v@s"]))[:BLOCK] == b"2" * BLOCK
+
+    scene.play(go_on, close=True)
+    scene.assert_clean()

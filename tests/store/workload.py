@@ -10,12 +10,23 @@ import asyncio
 import contextlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbdstore.errors import Corruption, NoSpace, PoolFailed, ReadFailed, WriteFailed
+from nbdstore.errors import (
+    AlreadyExists,
+    Busy,
+    Corruption,
+    NoSpace,
+    NotFound,
+    PoolFailed,
+    ReadFailed,
+    WriteFailed,
+)
 from nbdstore.store import Pool, Volume
+from nbdstore.store.image import Image
 from nbdstore.store.reading import Segment
 from tests.store.crash_model import (
     Acknowledged,
@@ -28,6 +39,8 @@ from tests.store.crash_model import (
     Refused,
 )
 from tests.store.simulated_disk import SimulatedDisk
+from tests.store.snapshot_model import Key
+from tests.store.snapshot_work import SnapshotWork, trash_name
 
 SECTOR: Final = 512
 REFUSALS: Final = (NoSpace, WriteFailed, ReadFailed)
@@ -63,7 +76,7 @@ class Spread:
         n = self.offset(size)
         return [(self.place(at), min(WINDOW, n - at)) for at in range(0, n, WINDOW)]
 
-    async def read(self, volume: Volume) -> bytes:
+    async def read(self, volume: Image) -> bytes:
         """Read all windows."""
         parts = [joined(await volume.read(*window)) for window in self.windows(volume.size)]
         return b"".join(parts)
@@ -83,6 +96,7 @@ class Settings:
         max_volumes, max_size: how many volumes there may be, and how large, in bytes.
         large: how often a write is a large one.
         administration: whether volumes and the pool change.
+        snapshots: whether they come and go, and volumes are cloned, rolled back and trashed.
         spread: where the content of volumes lies.
         patience: how long the pool's housekeeping and checkpoints wait, in hundreds of ms.
     """
@@ -92,6 +106,7 @@ class Settings:
     max_size: int = 3 << 20
     large: float = 0.1
     administration: bool = True
+    snapshots: bool = False
     spread: Spread = Spread()
     patience: float = 1.0
 
@@ -188,7 +203,7 @@ class Client:
     async def step(self, rng: random.Random) -> None:
         """Do something."""
         async with self.busy:
-            if self.volume.info.deleted:
+            if self.volume.info.deleted or self.volume.info.trashed:
                 return
             action = rng.choices(
                 (self._batch, self._writes, self._zero, self._flush, self._read, self._race),
@@ -317,6 +332,7 @@ class Workload:
 
     Attributes:
         n_refused: requests that found no space.
+        figures: what else was done.
     """
 
     def __init__(self, pool: Pool, disk: SimulatedDisk, seed: int, settings: Settings) -> None:
@@ -326,11 +342,14 @@ class Workload:
         self.rng = random.Random(seed)
         self.clients: dict[int, Client] = {}
         self.n_refused = 0
+        self.figures = Counter[str]()
+        self.snapshots = SnapshotWork(self)
         self._n_names = 0
 
-    def adopt(self, histories: dict[int, History]) -> None:
-        """Take up the volumes that recovery found, as it found them."""
-        for volume in self.pool.volumes.values():
+    def adopt(self, histories: dict[int, History], snapshots: dict[Key, bytes]) -> None:
+        """Take up the volumes and snapshots that recovery found, as it found them."""
+        self.snapshots.known = dict(snapshots)
+        for volume in [*self.pool.volumes.values(), *self.pool.trash]:
             content = bytearray(histories[volume.id].base)
             self._add(volume, content)
 
@@ -343,7 +362,7 @@ class Workload:
             await self._create()
         helpers = [
             asyncio.create_task(work(random.Random(self.rng.random())))
-            for work in (self._administrate, self._checkpoint, self._settle)
+            for work in (self._administrate, self._checkpoint, self._settle, self._snapshot)
         ]
         errors: list[BaseException | None] = []
         done = set[int]()
@@ -401,6 +420,10 @@ class Workload:
                 with contextlib.suppress(*REFUSALS):
                     await self.pool._puncher._punch(1 << 40)  # all that is free
 
+    async def _snapshot(self, rng: random.Random) -> None:
+        if self.settings.snapshots:
+            await self.snapshots.run(rng)
+
     # -- administration ---------------------------------------------------------------------
 
     async def _administrate(self, rng: random.Random) -> None:
@@ -416,7 +439,8 @@ class Workload:
                 await self._create()
             elif action != self._delete or len(self.clients) > 1:
                 async with client.busy:
-                    if not client.volume.info.deleted:
+                    info = client.volume.info
+                    if not info.deleted and (action == self._delete or not info.trashed):
                         await action(client, rng)
 
     def _name(self) -> str:
@@ -446,7 +470,9 @@ class Workload:
         self.disk.mark(Administered(number, about, begun=True))
         try:
             await request
-        except REFUSALS:
+        except (*REFUSALS, AlreadyExists, Busy, NotFound):
+            if about is None:
+                self.snapshots.lost(client.volume)
             self.disk.mark(Refused(number, about))
             return
         self.disk.mark(Administered(number, about, begun=False))
@@ -454,7 +480,9 @@ class Workload:
 
     @staticmethod
     def _about(client: Client) -> dict[str, Any]:
-        return {"name": client.volume.name, "properties": dict(client.volume.properties)}
+        volume = client.volume
+        name = trash_name(volume) if volume.info.trashed else volume.name
+        return {"name": name, "properties": dict(client.volume.properties)}
 
     async def _rename(self, client: Client, rng: random.Random) -> None:
         name = self._name()
@@ -482,7 +510,11 @@ class Workload:
             client.begin(change)
         try:
             await self.pool.resize_volume(client.volume, client.spread.end(size), force=True)
-        except REFUSALS:  # some of the tail may be gone: make it known what is there
+        except (
+            *REFUSALS,
+            Busy,
+            NotFound,
+        ):  # some may be gone: say what is there
             for change in changes:
                 self.disk.mark(Failed(client.volume.id, change))
             await client.clear()
