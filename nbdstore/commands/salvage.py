@@ -21,7 +21,7 @@ from nbdstore.sizes import format_size
 
 if TYPE_CHECKING:
     from nbdstore.server import Server
-    from nbdstore.store import Volume
+    from nbdstore.store import Image
     from nbdstore.store.salvage import Lost, SalvagedPool
 
 N_SHOWN = 20
@@ -34,7 +34,8 @@ N_SHOWN = 20
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Write each volume to DIR/VOLUME.raw; what is lost is a hole there.",
+    help="Write each volume to DIR/VOLUME.raw, each snapshot to DIR/VOLUME@SNAPSHOT.raw; what is "
+    "lost is a hole there.",
 )
 @click.option(
     "--socket",
@@ -53,6 +54,8 @@ def salvage(
     as_json: bool,
 ) -> None:
     """Bring back what is intact of a damaged pool, of all volumes or of each VOLUME.
+
+    Snapshots are brought back as well, each under its name, VOLUME@SNAPSHOT.
 
     Works where the pool does not open any more, as long as one copy of the superblock and of the
     list of volumes is whole. Nothing is ever written to the pool; it may lie on a filesystem that
@@ -96,7 +99,7 @@ def salvage(
 
 @dataclasses.dataclass
 class Copied:
-    """One volume, copied as far as it goes; sizes in bytes."""
+    """One volume or snapshot, copied as far as it goes; sizes in bytes."""
 
     name: str
     size: int
@@ -151,24 +154,24 @@ def _copy_all(pool: SalvagedPool, output: Path) -> Report:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NbdstoreError(f"cannot make '{output}': {error.strerror}") from error
-    copied = [_copy(pool, volume, output) for _, volume in sorted(pool.volumes.items())]
+    copied = [_copy(pool, image, output) for _, image in sorted(pool.images.items())]
     return Report(copied, [*pool.faults], pool.journal_damaged, pool.dropped)
 
 
-def _copy(pool: SalvagedPool, volume: Volume, output: Path) -> Copied:
-    copied = Copied(volume.name, volume.size, output / f"{volume.name}.raw")
-    with Progress(f"salvage {volume.name}", volume.size) as progress:
+def _copy(pool: SalvagedPool, image: Image, output: Path) -> Copied:
+    copied = Copied(image.name, image.size, output / f"{image.name}.raw")
+    with Progress(f"salvage {image.name}", image.size) as progress:
         raw_files.write_raw(
-            str(copied.file), volume.size, _pieces(pool, volume, copied), progress.update
+            str(copied.file), image.size, _pieces(pool, image, copied), progress.update
         )
     return copied
 
 
-def _pieces(pool: SalvagedPool, volume: Volume, copied: Copied) -> Iterator[Piece]:
+def _pieces(pool: SalvagedPool, image: Image, copied: Copied) -> Iterator[Piece]:
     """Yield what is intact, and note in `copied` what is and what is not."""
     from nbdstore.store.salvage import Lost
 
-    for part in pool.contents(volume):
+    for part in pool.contents(image):
         if isinstance(part, Lost):
             copied.lost.append(part)
         else:

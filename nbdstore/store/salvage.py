@@ -26,10 +26,11 @@ from nbdstore.store import layout, recovery
 from nbdstore.store.blockmap import KIND, RESIDENT, UNIFORM
 from nbdstore.store.core import PoolOptions
 from nbdstore.store.host import Buffer, File, Host
+from nbdstore.store.image import Image
 from nbdstore.store.layout import I64
 from nbdstore.store.local_host import LOCAL
 from nbdstore.store.mapmemory import load_now
-from nbdstore.store.volume import Volume
+from nbdstore.store.snapshot import Snapshot
 
 _PIECE_BYTES: Final = 1 << 20  # read at once, and the most that is yielded at once
 
@@ -55,7 +56,9 @@ class SalvagedPool:
     """A pool that is open for reading only.
 
     Attributes:
-        volumes: by name; reading what is lost raises Corruption or ReadFailed, writing WriteFailed.
+        volumes: by name; reading what is lost of them, or of their snapshots, raises Corruption or
+            ReadFailed, writing WriteFailed.
+        images: the same, and snapshots as ``VOLUME@NAME``.
         faults: what is wrong with the pool as far as opening, and reading since, has found; by
             what they say.
         journal_damaged: the volumes are as they were before the damage to the journal.
@@ -84,6 +87,9 @@ class SalvagedPool:
         self._core = opened.services.core
         self._core.data = _Overlaid(self._core.data, opened.inline, self._core.block_size)
         self.volumes = opened.registry.by_name
+        self.images: dict[str, Image] = {**self.volumes}
+        for volume in self.volumes.values():
+            self.images |= {found.name: found for found in volume.snapshots.values()}
         for volume in opened.registry.by_id.values():
             volume.durable_seq = volume.last_seq  # a flush has nothing to do
         self.faults |= {_told(fault): fault for fault in opened.report.spare_faults}
@@ -106,20 +112,25 @@ class SalvagedPool:
         self._disk.close()
 
     def choose(self, names: Sequence[str]) -> None:
-        """Keep the volumes called `names` alone.
+        """Keep the volumes and snapshots called `names` alone; of a snapshot, its volume is kept.
 
         Raises:
-            NotFound: there is no such volume.
+            NotFound: there is no such one.
         """
         for name in names:
-            if name not in self.volumes:
-                raise NotFound(f"there is no volume {name!r} in pool {self.directory}")
-        self.volumes = {name: self.volumes[name] for name in names}
+            if name not in self.images:
+                what = "snapshot" if "@" in name else "volume"
+                raise NotFound(f"there is no {what} {name!r} in pool {self.directory}")
+        self.images = {name: self.images[name] for name in names}
+        kept = {name.partition("@")[0] for name in names}
+        self.volumes = {name: volume for name, volume in self.volumes.items() if name in kept}
 
     # -- copying ----------------------------------------------------------------------------
 
-    def contents(self, volume: Volume) -> Iterator[Intact | Lost]:
+    def contents(self, volume: Image) -> Iterator[Intact | Lost]:
         """Yield what `volume` holds, in ascending order; the rest is zeros."""
+        if isinstance(volume, Snapshot) and not volume.is_open:
+            volume.open_now()
         last: Lost | None = None
         for part in self._parts(volume):
             if isinstance(part, Lost) and last is not None and last.stop == part.start:
@@ -133,7 +144,7 @@ class SalvagedPool:
         if last is not None:
             yield last
 
-    def _parts(self, volume: Volume) -> Iterator[Intact | Lost]:
+    def _parts(self, volume: Image) -> Iterator[Intact | Lost]:
         blocks = volume.map
         for first, last, is_lost in blocks.leaves_in_use():
             start = first << blocks.leaf_shift
@@ -143,7 +154,7 @@ class SalvagedPool:
             elif blocks.state_bytes[first] & KIND != UNIFORM:
                 yield from self._leaf(volume, start, stop)
 
-    def _leaf(self, volume: Volume, start: int, stop: int) -> Iterator[Intact | Lost]:
+    def _leaf(self, volume: Image, start: int, stop: int) -> Iterator[Intact | Lost]:
         """Yield what blocks `[start, stop)`, of one leaf, hold."""
         blocks = volume.map
         leaf = start >> blocks.leaf_shift
@@ -162,11 +173,11 @@ class SalvagedPool:
         if blocks.state_bytes[leaf] == RESIDENT:
             blocks.evict_leaf(leaf)
 
-    def _lost(self, volume: Volume, start: int, stop: int, reason: str) -> Lost:
+    def _lost(self, volume: Image, start: int, stop: int, reason: str) -> Lost:
         size = volume.block_size
         return Lost(start * size, min(stop * size, volume.size), reason)
 
-    def _data(self, volume: Volume, start: int, slots: I64) -> Iterator[Intact | Lost]:
+    def _data(self, volume: Image, start: int, slots: I64) -> Iterator[Intact | Lost]:
         """Yield blocks from `start` on, which lie in `slots`: runs of intact ones, and others."""
         size = volume.block_size
         for first, stop in _pieces(layout.runs(slots), _PIECE_BYTES // size):
@@ -191,15 +202,15 @@ class SalvagedPool:
             return memoryview(b"")
 
     def _intact(
-        self, volume: Volume, block: int, raw: memoryview, n_blocks: int
+        self, volume: Image, block: int, raw: memoryview, n_blocks: int
     ) -> Iterator[Intact]:
         if n_blocks:
             offset = block * volume.block_size
             yield Intact(offset, raw[: min(n_blocks * volume.block_size, volume.size - offset)])
 
-    def _again(self, volume: Volume, block: int, slot: int) -> Intact | Lost:
+    def _again(self, volume: Image, block: int, slot: int) -> Intact | Lost:
         """Read one block by itself, past the page cache."""
-        what = f"volume {volume.name} at byte {block * volume.block_size}"
+        what = f"{volume.kind} {volume.name} at byte {block * volume.block_size}"
         try:
             raw = self._core.reread_block(slot, volume.map.words[2 * block + 1], what)
         except (Corruption, ReadFailed) as error:

@@ -3,7 +3,10 @@
 Owns the rules of who may point to what.  An image - a snapshot or a volume - has nodes and blocks
 of its own, which nothing older points to: those born after the epoch of the image that it continues
 from.  What was born earlier it shares with that one.  So images are visited after those that they
-continue from, each slot must be found once as somebody's own, and all who share it after that.
+continue from, each slot must be found once as somebody's own, and all who share it after that.  But
+when a part of a snapshot is LOST, what it had there belongs to nobody, and others may have it yet:
+no slot of that is ever freed as long as the snapshot exists, and a check may find, after that, that
+slots are used by nobody.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class TreeWalk:
         self.n_nodes = 0
         self.n_blocks = 0
         self._n_total = 0
+        self._partly_lost: set[int] = set()
         self._seen: dict[int, tuple[int, int]] = {}
         """Leaves without a flaw, by slot: blocks mapped and provisioned in each."""
 
@@ -87,17 +91,27 @@ class TreeWalk:
             self._check.add("damage", f"{who}, slot {slot}", "one pointer to it", "more than one")
         set_bits(self.used, distinct)
 
-    def _share(self, slots: I64, who: str) -> None:
-        """`who` shares `slots` with what it continues from; that has been visited."""
+    def _share(self, image: Image, slots: I64, who: str) -> None:
+        """`image` shares `slots` with what it continues from; that has been visited."""
         slots = self._inside(slots, who)
         alone = slots[~test_bits(self.used, slots)]
-        if not self._check.n_damaged_nodes:  # else it is below a damaged node of the other
+        # Below a damaged node of the other, or one that was, it is the only one that has them.
+        if len(alone) and not self._check.n_damaged_nodes and not self._continues_from_lost(image):
             for slot in alone[:_SHOWN].tolist():
                 where = f"{who}, slot {slot}"
                 self._check.add(
                     "damage", where, "a slot shared with what it continues from", "none"
                 )
         set_bits(self.used, alone)
+
+    def _continues_from_lost(self, image: Image) -> bool:
+        """Tell whether some of what `image` continues from, further up too, is LOST."""
+        parent = self._opened.registry.snapshots.get(image.info.parent)
+        while parent is not None:
+            if parent.id in self._partly_lost:
+                return True
+            parent = self._opened.registry.snapshots.get(parent.info.parent)
+        return False
 
     def _inside(self, slots: I64, who: str) -> I64:
         n_slots = self._core.slots.n_slots
@@ -111,7 +125,7 @@ class TreeWalk:
         held = locations[layout.holds_slot(locations)]
         is_own = layout.holds_slot_of_after(held, image.kept_epoch)
         self._use(layout.slots_of(held[is_own]), who)
-        self._share(layout.slots_of(held[~is_own]), who)
+        self._share(image, layout.slots_of(held[~is_own]), who)
         return held[is_own]
 
     # -- images -----------------------------------------------------------------------------
@@ -136,6 +150,8 @@ class TreeWalk:
         for leaf in np.flatnonzero(image.map.states == HOLE | DIRTY).tolist():
             self._visit_leaf_pointer(image, leaf)  # until the next checkpoint
         self._add_lost(image, lost)
+        if lost.found:
+            self._partly_lost.add(image.id)
         if not self._check.n_damaged_nodes or self._check.repair:
             self._count(image, n_mapped, n_provisioned, n_own)
 
@@ -167,13 +183,17 @@ class TreeWalk:
         if self._check.n_damaged_nodes > n_damaged:
             image.map.make_writable(np.array([start]))  # so that repair writes that it is LOST
         locations = image.map.locations(start, stop)
+        slots = layout.slots_of(locations)
+        held = np.flatnonzero(layout.holds_slot(locations) & (slots < self._core.slots.n_slots))
+        # What is shared was read before, unless the leaf of whose it is could not be.
+        unread = held[~test_bits(self.used, slots[held])]
         self._point(image, locations, f"{image.kind} {image.name}")
         n_mapped = int(np.count_nonzero(layout.holds_slot(locations)))
         n_provisioned = int(np.count_nonzero(layout.is_provisioned(locations)))
         lost_blocks = np.flatnonzero(layout.is_lost(locations)) + start
         lost.add_blocks(lost_blocks)
-        own = np.flatnonzero(layout.holds_slot_of_after(locations, image.kept_epoch)) + start
-        self._verify(image, own, layout.slots_of(image.map.entries[own, 0]))
+        own = np.flatnonzero(layout.holds_slot_of_after(locations, image.kept_epoch))
+        self._verify(image, np.union1d(own, unread) + start)
         if not len(lost_blocks) and slot >= 0 and not image.map.n_dirty:
             self._seen[slot] = n_mapped, n_provisioned
         if image.map.state_bytes[leaf] == RESIDENT:
@@ -210,8 +230,9 @@ class TreeWalk:
 
     # -- blocks -----------------------------------------------------------------------------
 
-    def _verify(self, image: Image, blocks: I64, slots: I64) -> None:
-        """Read and hash the blocks; `slots[i]` holds block `blocks[i]`."""
+    def _verify(self, image: Image, blocks: I64) -> None:
+        """Read and hash `blocks` of an image."""
+        slots = layout.slots_of(image.map.entries[blocks, 0])
         for start, stop in layout.runs(slots):
             self._verify_run(image, blocks[start:stop], int(slots[start]))
         self.n_blocks += len(blocks)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nbdstore.store import Pool
 from tests.cli.conftest import CommandLine, HeldPool
 
 MARK = b"find me in the data file, please"
@@ -46,6 +48,28 @@ def test_all_volumes_come_out_and_what_is_lost_is_told(
     assert lines[0].startswith("salvaged db: 1 MiB, 28 KiB of data intact, 4 KiB lost: ")
     assert lines[1].startswith("  lost: bytes 4096 to 8192: volume db at byte 4096 (slot ")
     assert lines[2].startswith("salvaged web: 32 KiB, 32 KiB of data intact, nothing lost: ")
+
+
+def test_snapshots_come_out_beside_their_volumes(
+    commands: CommandLine, image: Path, tmp_path: Path
+) -> None:
+    commands.run("import", image, "db")
+
+    async def change() -> None:
+        pool = await Pool.open(commands.directory)
+        await pool.create_snapshots([(pool.volumes["db"], "before")])
+        await pool.volumes["db"].trim(0, LENGTH)
+        await pool.close()
+
+    asyncio.run(change())
+    text = commands.run("salvage", "--output", tmp_path / "out")
+    assert "salvaged db@before: 32 KiB, 32 KiB of data intact, nothing lost: " in text
+    assert (tmp_path / "out/db@before.raw").read_bytes() == image.read_bytes()
+    assert (tmp_path / "out/db.raw").read_bytes() == bytes(LENGTH)
+    commands.run("salvage", "--output", tmp_path / "one", "db@before")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["db@before.raw"]
+    message = commands.fail("salvage", "--output", tmp_path, "db@never")
+    assert "there is no snapshot 'db@never'" in message
 
 
 def test_for_programs(damaged: CommandLine, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ async def make(directory: Path) -> dict[str, bytes]:
             content[name] = rng.randbytes(MIB)
             await volume.write(0, content[name])
             await volume.write(LOST[0], b"l" * 100_000)
+            if name == "whole":
+                await pool.create_snapshots([(volume, "kept")])
     return content
 
 
@@ -98,10 +100,11 @@ def exported(rescue: Rescue, children: Children, tmp_path: Path) -> Iterator[Res
 
 
 @pytest.mark.requires("nbdcopy")
-def test_nbdcopy_gets_an_intact_volume_whole(
-    exported: Rescue, children: Children, tmp_path: Path
+@pytest.mark.parametrize("name", ["whole", "whole@kept"])
+def test_nbdcopy_gets_an_intact_volume_and_its_snapshot_whole(
+    exported: Rescue, children: Children, tmp_path: Path, name: str
 ) -> None:
-    children.run("nbdcopy", exported.uri("whole"), tmp_path / "copy")
+    children.run("nbdcopy", exported.uri(name), tmp_path / "copy")
     found = (tmp_path / "copy").read_bytes()
     assert found[:MIB] == exported.content["whole"]
     assert found[LOST[0] :][:100_000] == b"l" * 100_000

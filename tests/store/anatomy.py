@@ -27,7 +27,8 @@ class Place:
 
     Attributes:
         kind: "data", "leaf", "node", "catalogue", "catalogue node", "free map", "free map node".
-        volume, number: whose it is; the number counts blocks, leaves or nodes.
+        volume, number: whose it is, snapshots' among them, which share places with their volumes;
+            the number counts blocks, leaves or nodes.
         depth: of a node: levels above the leaves, from 1.
         copy: of the catalogue: 0 or 1.
     """
@@ -62,8 +63,11 @@ class Anatomy:
         self.places: list[Place] = []
         self.catalogue = self._read_catalogue()
         self._read_free_map()
+        names = {volume["id"]: volume["name"] for volume in self.catalogue["volumes"]}
         for volume in self.catalogue["volumes"]:
-            self._read_volume(volume)
+            self._read_image(volume, volume["name"])
+        for snapshot in self.catalogue["snapshots"]:
+            self._read_image(snapshot, f"{names[snapshot['volume']]}@{snapshot['name']}")
 
     def of_kind(self, kind: str) -> list[Place]:
         return [place for place in self.places if place.kind == kind]
@@ -139,8 +143,7 @@ class Anatomy:
             self.places.append(Place("free map", entry[0] & SLOT_MASK, number=number))
             self._block(entry)
 
-    def _read_volume(self, volume: dict[str, Any]) -> None:
-        name = volume["name"]
+    def _read_image(self, volume: dict[str, Any], name: str) -> None:
         fanout = self.block_size // 16
         n_leaves = -(-volume["size"] // (fanout * self.block_size))
         location, checksum = (int(word, 16) for word in volume["root"])

@@ -30,7 +30,15 @@ from nbdstore.store.host import Buffer
 from nbdstore.store.salvage import Intact, SalvagedPool
 from tests import seeds
 from tests.store.simulated_disk import PAGE, PLACE, Images, SimulatedDisk, SimulatedFile
-from tests.store.subjects import BLOCK, PLACES, State, Subject, damaged, open_and_look, subjects
+from tests.store.subjects import (
+    BLOCK,
+    State,
+    Subject,
+    damaged,
+    open_and_look,
+    places_in,
+    subjects,
+)
 
 BYTE_KINDS: Final = ("flip", "zero", "swap", "truncate")
 PAGE_KIND: Final = "unreadable"
@@ -202,7 +210,7 @@ def _salvage(subject: Subject, disk: SimulatedDisk) -> State | None:
 
     async def main() -> State:
         pool = SalvagedPool(PLACE, host=disk.host)
-        state = {name: _copied(pool, name) for name in sorted(pool.volumes)}
+        state = {name: _copied(pool, name) for name in sorted(pool.images)}
         _assert_legal(subject, state, may_be_old=pool.journal_damaged)
         pool.close()
         return state
@@ -216,10 +224,8 @@ def _salvage(subject: Subject, disk: SimulatedDisk) -> State | None:
 
 
 def _copied(pool: SalvagedPool, name: str) -> dict[int, bytes | None]:
-    volume = pool.volumes[name]
-    found: dict[int, bytes | None] = {
-        block: bytes(BLOCK) for block in PLACES[name] if block * BLOCK < volume.size
-    }
+    volume = pool.images[name]
+    found: dict[int, bytes | None] = {block: bytes(BLOCK) for block in places_in(volume)}
     for part in pool.contents(volume):
         if isinstance(part, Intact):
             start, stop = part.offset // BLOCK, -(-(part.offset + len(part.data)) // BLOCK)

@@ -16,6 +16,7 @@ from unittest import mock
 from nbdstore.store import Pool, PoolOptions, Volume, local_host
 from nbdstore.store.check import CheckReport, check_pool
 from nbdstore.store.host import Buffer
+from nbdstore.store.image import Image
 from tests.store.workload import joined
 
 MIB: Final = 1 << 20
@@ -40,7 +41,7 @@ async def opened(directory: Path, **options: Any) -> AsyncIterator[Pool]:
         await pool.close()
 
 
-async def read(volume: Volume, offset: int = 0, length: int | None = None) -> bytes:
+async def read(volume: Image, offset: int = 0, length: int | None = None) -> bytes:
     """The bytes of a range, of all by default, by the way that waits."""
     return joined(await volume.read(offset, volume.size - offset if length is None else length))
 

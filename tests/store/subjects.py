@@ -15,6 +15,7 @@ from typing import Final
 from nbdstore.errors import Corruption, ReadFailed
 from nbdstore.store import Pool, PoolOptions, Volume
 from nbdstore.store.check import check_pool
+from nbdstore.store.image import Image
 from nbdstore.store.journal import ALIGNMENT, HEADER_SIZE, Reader
 from nbdstore.store.layout import SLOT_MASK
 from nbdstore.store.records import Op, parse
@@ -39,7 +40,7 @@ PLACES: Final = {
 Blocks = dict[int, bytes | None]
 """What blocks hold; None = reading them is an error."""
 State = dict[str, Blocks]
-"""What a pool holds, by volume."""
+"""What a pool holds, by volume, and by snapshot."""
 QUIET: Final = PoolOptions(sync_interval_s=1e9, checkpoint_interval_s=1e9)
 
 
@@ -73,10 +74,16 @@ class Subject:
 # -- looking -----------------------------------------------------------------------------------
 
 
-async def look_at(volume: Volume) -> Blocks:
-    """What the PLACES of a volume hold."""
+def places_in(image: Image) -> list[int]:
+    """The blocks of a volume, or of a snapshot, that are looked at."""
+    volume = image.name.partition("@")[0]
+    return [block for block in PLACES[volume] if block * BLOCK < image.size]
+
+
+async def look_at(volume: Image) -> Blocks:
+    """What the PLACES of an image hold."""
     found: Blocks = {}
-    for start, stop in _runs([b for b in PLACES[volume.name] if b * BLOCK < volume.size]):
+    for start, stop in _runs(places_in(volume)):
         try:
             raw = joined(await volume.read(start * BLOCK, (stop - start) * BLOCK))
             for block in range(start, stop):
@@ -87,7 +94,7 @@ async def look_at(volume: Volume) -> Blocks:
     return found
 
 
-async def _one(volume: Volume, block: int) -> bytes | None:
+async def _one(volume: Image, block: int) -> bytes | None:
     try:
         return joined(await volume.read(block * BLOCK, BLOCK))
     except (Corruption, ReadFailed):
@@ -105,8 +112,9 @@ def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
 
 
 async def look(pool: Pool) -> State:
-    """What the volumes of a pool hold."""
-    return {name: await look_at(volume) for name, volume in sorted(pool.volumes.items())}
+    """What the volumes and snapshots of a pool hold."""
+    images: dict[str, Image] = {**pool.volumes, **pool.snapshots}
+    return {name: await look_at(image) for name, image in sorted(images.items())}
 
 
 def open_and_look(images: SimulatedDisk) -> State:
@@ -139,6 +147,9 @@ async def _before_the_checkpoint(pool: Pool) -> None:
     for at in (0, 255 * BLOCK, 300 * MIB, FAR * BLOCK):
         await wide.write(at, _filled(at % 97, 2))
     await wide.write_zeroes(10 * GIB, 4 * MIB, no_hole=True)
+    await pool.create_snapshots([(one, "s"), (wide, "s")])
+    await one.write(0, _filled(10, 1))  # what the snapshots hold, they share in part
+    await wide.write(300 * MIB, _filled(11, 1))
     await pool.checkpoint()
 
 
