@@ -30,6 +30,7 @@ from nbdstore.store import Pool
 from tests.store.crashes import KILLED, LAZY, SECTOR, crash_images
 from tests.store.power_loss import assert_clean
 from tests.store.short_plays import (
+    BASES,
     OPERATIONS,
     OPTIONS,
     Found,
@@ -257,7 +258,7 @@ def sequences(length: int, share: tuple[int, int] = (0, 1)) -> list[tuple[str, S
     """All sequences of `length` that make sense, or share i of n of them."""
     found = [
         (base, sequence)
-        for base in ("fresh", "used")
+        for base in BASES
         for sequence in itertools.product(OPERATIONS, repeat=length)
         if makes_sense(base, sequence)
     ]

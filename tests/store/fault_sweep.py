@@ -20,12 +20,14 @@ from tests.seeds import main
 from tests.store.crashes import LAZY, Crash, crash_images
 from tests.store.power_loss import assert_clean
 from tests.store.short_plays import (
+    BASES,
     OPERATIONS,
     OPTIONS,
     Known,
     Play,
     Sequence,
     base_of,
+    can_be_done,
     judge,
     look,
     run,
@@ -35,6 +37,7 @@ from tests.store.simulated_disk import PLACE, ShortWrite, SimulatedDisk, SyncFai
 PLAY: Final[Sequence] = (
     *("write", "across", "flush", "write", "part", "no-hole", "checkpoint", "large", "fua"),
     *("trim", "settle", "delete", "create", "zero", "kill", "grow", "large", "shrink"),
+    *("snapshot", "fua", "clone", "across", "rollback", "kill", "flatten", "drop", "unclone"),
 )
 """Everything that can be done, data that is overwritten with and without a flush between."""
 
@@ -84,7 +87,7 @@ async def _play(play: Play, sequence: Sequence) -> bool:
         return False
     for number, name in enumerate(sequence):
         play.number = number
-        if (name == "delete") != ("w" in play.pool.volumes) and name in ("create", "delete"):
+        if not can_be_done(name, _there(play.pool)):
             continue  # what should have been before has failed
         try:
             await OPERATIONS[name](play)
@@ -92,7 +95,15 @@ async def _play(play: Play, sequence: Sequence) -> bool:
             if play.pool.status()["state"] == "failed" or name == "kill":
                 return False
             await _take_stock(play)
+        if play.pool.status()["state"] == "failed":  # by what it does by itself
+            return False
     return True
+
+
+def _there(pool: Pool) -> set[str]:
+    """What the operations of short_plays.py need, or are hindered by."""
+    shared = {"shared"} if "c" in pool.volumes and pool.volumes["c"].info.parent else set()
+    return {*pool.volumes, *pool.snapshots} | shared
 
 
 async def _take_stock(play: Play) -> None:
@@ -152,7 +163,7 @@ def n_calls(base: str, sequence: Sequence, operation: str) -> int:
 def run_seed(seed: int) -> Counter[str]:
     """A play of chance, with a fault of chance that lasts for a while."""
     rng = random.Random(seed)
-    base = rng.choice(("fresh", "used"))
+    base = rng.choice([*BASES])
     names = [name for name in OPERATIONS if name not in ("grow", "shrink")]
     sequence = tuple(rng.choices(names, k=rng.choice((3, 8, 20))))
     kind = rng.choice([*FAULTS])

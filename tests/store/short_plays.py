@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from nbdstore.store import ExtentKind, Pool, PoolOptions, Volume
+from nbdstore.store.image import Image
 from tests.store.power_loss import new_pool
 from tests.store.simulated_disk import PLACE, SimulatedDisk, adversarial
 from tests.store.virtual_clock import VirtualLoop
@@ -29,6 +30,8 @@ CAPACITY: Final = 128 << 20  # one whole block of the free map, which is what co
 FIRST: Final = 254 * BLOCK
 """The volume's first block that is used; its leaf of the map ends with block 255."""
 OPTIONS: Final = adversarial(PoolOptions())
+NAMES: Final = ("v", "w", "v@s", "w@s", "c")
+"""Volumes, a snapshot of each, made together, and a clone of the first one's."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Play:
 
     def __init__(self, disk: SimulatedDisk, base: Found) -> None:
         self.disk = disk
-        self.histories = {name: History([base.get(name)]) for name in ("v", "w")}
+        self.histories = {name: History([base.get(name)]) for name in NAMES}
         self.number = 0
         self.moments: list[tuple[int, Known]] = []
         self.pool: Pool
@@ -260,13 +263,76 @@ async def _create(play: Play) -> None:
 
 
 async def _delete(play: Play) -> None:
-    """With the freeing of what it held, which goes on afterwards."""
+    """With the freeing of what it held, which goes on afterwards; its snapshot goes first."""
+    if "w@s" in play.pool.snapshots:
+        play.histories["w@s"].states.append(None)
     await play.do(play.pool.delete_volume(play.pool.volumes["w"]), None, name="w")
+    play.histories["w@s"].acknowledge()
+    play.durable("w@s")
     play.durable("w")
+    await _emptied(play)
+
+
+async def _emptied(play: Play) -> None:
     for _ in range(1000):  # it ends early if the disk fails
-        if len(play.pool._registry.by_id) == len(play.pool.volumes):
+        if not play.pool._administration._emptying:
             break
         await asyncio.sleep(0)
+
+
+async def _snapshot(play: Play) -> None:
+    """Of all volumes at once; while it is made, the first one is written."""
+    names = ["v", "w"] if "w" in play.pool.volumes else ["v"]
+    snapshots = [play.histories[f"{name}@s"] for name in names]
+    for name, snapshot in zip(names, snapshots, strict=True):
+        snapshot.states.append(play.histories[name].now)
+    sure = {name: play.histories[name].n_acknowledged for name in names}
+    play.note()
+    epoch = play.volume.info.epoch
+    wanted = [(play.pool.volumes[name], "s") for name in names]
+    making = asyncio.ensure_future(play.pool.create_snapshots(wanted))
+    try:
+        while play.volume.info.epoch == epoch and not making.done():
+            await asyncio.sleep(0)
+        if not making.done():
+            await play.write(FIRST, BLOCK)
+    finally:
+        await making
+    for name, snapshot in zip(names, snapshots, strict=True):
+        snapshot.acknowledge()
+        snapshot.flushed()
+        history = play.histories[name]
+        history.n_durable = max(history.n_durable, sure[name])
+    play.note()
+
+
+async def _drop(play: Play) -> None:
+    """Delete the first volume's snapshot."""
+    await play.do(play.pool.delete_snapshot(play.pool.snapshots["v@s"]), None, name="v@s")
+    play.durable("v@s")
+
+
+async def _clone(play: Play) -> None:
+    held = play.histories["v@s"].now
+    await play.do(play.pool.clone(play.pool.snapshots["v@s"], "c"), held, name="c")
+    play.durable("c")
+
+
+async def _unclone(play: Play) -> None:
+    await play.do(play.pool.delete_volume(play.pool.volumes["c"]), None, name="c")
+    play.durable("c")
+    await _emptied(play)
+
+
+async def _flatten(play: Play) -> None:
+    await play.pool.flatten(play.pool.volumes["c"])
+
+
+async def _roll_back(play: Play) -> None:
+    held = play.histories["v@s"].now
+    await play.do(play.pool.rollback(play.volume, play.pool.snapshots["v@s"]), held)
+    play.durable()
+    await _emptied(play)
 
 
 async def _kill(play: Play) -> None:
@@ -296,18 +362,31 @@ OPERATIONS: Final[dict[str, Callable[[Play], Awaitable[None]]]] = {
     "create": _create,
     "delete": _delete,
     "kill": _kill,
+    "snapshot": _snapshot,
+    "drop": _drop,
+    "clone": _clone,
+    "unclone": _unclone,
+    "flatten": _flatten,
+    "rollback": _roll_back,
 }
 Sequence = tuple[str, ...]
 
 
+BASES: Final[dict[str, set[str]]] = {
+    "fresh": {"v"},
+    "used": {"v", "w"},
+    "snapped": {"v", "w", "v@s", "w@s", "c", "shared"},
+}
+"""Where a play begins, and what is there; "shared" is what a clone holds."""
+
+
 def makes_sense(base: str, sequence: Sequence) -> bool:
     """Tell whether each operation can be done, and does something."""
-    there, n_blocks = base == "used", 4
+    there, n_blocks = set(BASES[base]), 4
+    n_blocks_then = n_blocks
     for name in sequence:
-        if name in ("create", "delete"):
-            if there == (name == "create"):
-                return False
-            there = not there
+        if not can_be_done(name, there):
+            return False
         if name in ("shrink", "grow"):
             wanted = 1 if name == "shrink" else 6
             if n_blocks == wanted:
@@ -315,7 +394,40 @@ def makes_sense(base: str, sequence: Sequence) -> bool:
             n_blocks = wanted
         if n_blocks == 1 and name in ("write", "part", "across"):
             return False  # beyond the end
+        if name == "snapshot":
+            n_blocks_then = n_blocks
+        elif name == "rollback":
+            n_blocks = n_blocks_then
+        _after(name, there)
     return True
+
+
+NEEDS: Final[dict[str, tuple[set[str], set[str]]]] = {
+    "create": (set(), {"w"}),
+    "delete": ({"w"}, set()),
+    "snapshot": (set(), {"v@s", "w@s"}),
+    "drop": ({"v@s"}, {"shared"}),
+    "clone": ({"v@s"}, {"c"}),
+    "unclone": ({"c"}, set()),
+    "flatten": ({"c", "shared"}, set()),
+    "rollback": ({"v@s"}, set()),
+}
+"""What must be there before an operation, and what must not."""
+
+
+def can_be_done(name: str, there: set[str]) -> bool:
+    """Tell whether an operation can be done when what is `there` is there."""
+    needed, hindering = NEEDS.get(name, (set(), set()))
+    return needed <= there and not hindering & there
+
+
+def _after(name: str, there: set[str]) -> None:
+    """Note what is there after an operation."""
+    if name == "snapshot":
+        there |= {f"{volume}@s" for volume in there & {"v", "w"}}
+    there |= {"create": {"w"}, "clone": {"c", "shared"}}.get(name, set())
+    gone = {"delete": {"w", "w@s"}, "drop": {"v@s"}, "unclone": {"c", "shared"}}
+    there -= gone.get(name, {"shared"} if name == "flatten" else set())
 
 
 # -- where they begin --------------------------------------------------------------------------
@@ -323,17 +435,26 @@ def makes_sense(base: str, sequence: Sequence) -> bool:
 
 @functools.cache
 def base_of(name: str) -> tuple[dict[str, bytes], Found]:
-    """A pool that was closed, and what it holds: "fresh" an empty volume, "used" two with data."""
+    """A pool that was closed, and what it holds.
+
+    "fresh" has an empty volume, "used" two with data, "snapped" a snapshot of each of them as well,
+    and a clone that has been written.
+    """
     disk = SimulatedDisk(new_pool(BLOCK, CAPACITY))
 
     async def main() -> Found:
         pool = await Pool.open(PLACE, OPTIONS, host=disk.host)
         volume = await pool.create_volume("v", FIRST + 4 * BLOCK)
-        if name == "used":
+        if name != "fresh":
             other = await pool.create_volume("w", 2 * BLOCK)
             for number in range(3):
                 await volume.write(FIRST + number * BLOCK, bytes([0x61 + number]) * BLOCK)
             await other.write(0, b"w" * 2 * BLOCK)
+        if name == "snapped":
+            await pool.create_snapshots([(volume, "s"), (other, "s")])
+            await volume.write(FIRST + BLOCK, b"d" * BLOCK)
+            clone = await pool.clone(pool.snapshots["v@s"], "c")
+            await clone.write(FIRST, b"e" * BLOCK)
         found = await look(pool)
         await pool.close()
         return found
@@ -345,7 +466,8 @@ def base_of(name: str) -> tuple[dict[str, bytes], Found]:
 async def look(pool: Pool) -> Found:
     """What an open pool holds; before the first used blocks there must be nothing."""
     found: Found = {}
-    for name, volume in pool.volumes.items():
+    images: dict[str, Image] = {**pool.volumes, **pool.snapshots}
+    for name, volume in images.items():
         start = FIRST if volume.size > FIRST else 0
         kinds = ""
         if start:
