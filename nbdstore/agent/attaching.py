@@ -29,7 +29,7 @@ from nbdstore.agent.mounts import mounted_at
 from nbdstore.agent.programs import ProgramTimeout
 from nbdstore.agent.records import ATTACHED, DETACHING, AttachRecord, new_id
 from nbdstore.agent.requests import AttachRequest
-from nbdstore.agent.store_server import StoreServer
+from nbdstore.agent.store_server import ServerAway, StoreServer
 from nbdstore.control.model import VolumeInfo
 from nbdstore.errors import Busy, ControlError, DeviceError, NbdstoreError
 
@@ -37,6 +37,9 @@ DEFAULT_REQUEST_TIMEOUT_S: Final = 10
 """How long a request under way waits at most after a reconnect; a server that needs longer for one
 request is connected to anew, and gets it again."""
 DEFAULT_DEAD_TIMEOUT_S: Final = 3600
+CONNECT_PATIENCE_S: Final = 5.0
+"""A relay tries each second."""
+CONNECT_RETRY_S: Final = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -275,14 +278,21 @@ class Attaching:
             )
 
     def require_connected(self, attachment: Attachment) -> None:
-        """Refuse what would have to wait for a server that is away."""
-        if attachment.device is not None and self.health(attachment) is Health.WAITING:
-            volume = attachment.record.volume
-            raise Busy(
-                f"volume {volume} waits for its server ({attachment.problem or 'it is away'}), and "
-                "what was written must still go there: bring the server back, or lose that with "
-                "--force"
-            )
+        """Refuse what would have to wait for a server that is away; connect if it is there."""
+        deadline_s = time.monotonic() + CONNECT_PATIENCE_S
+        while attachment.device is not None and self.health(attachment) is Health.WAITING:
+            reason = "it is not connected yet"
+            try:
+                self.reconnect_if_needed(attachment)
+            except (ControlError, ServerAway) as error:
+                reason, deadline_s = str(error), 0.0
+            if time.monotonic() >= deadline_s:
+                raise Busy(
+                    f"volume {attachment.record.volume} waits for its server ({reason}), and what "
+                    "was written must still go there: bring the server back, or lose that with "
+                    "--force"
+                )
+            time.sleep(CONNECT_RETRY_S)
 
     def require_unmounted(self, attachment: Attachment) -> None:
         seen = [mount.path for mount in self._mounting.mounts_of(attachment.device)]

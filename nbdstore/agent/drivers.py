@@ -12,6 +12,10 @@ from nbdstore.errors import DeviceError, InvalidArgument
 
 AUTO: Final = "auto"
 NAMES: Final = (AUTO, "kernel", "fuse")
+WHY_UNAVAILABLE: Final = {
+    "kernel": kernel_driver.why_unavailable,
+    "fuse": fuse_driver.why_unavailable,
+}
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class Drivers:
             return self._automatic
         if name not in self._drivers:
             raise InvalidArgument(f"there is no driver '{name}': give {', '.join(NAMES)}")
+        if (reason := WHY_UNAVAILABLE[name]()) is not None:
+            raise DeviceError(f"this machine cannot attach with the {name} driver: {reason}")
         return self._drivers[name]
 
     def _find(self) -> Driver:

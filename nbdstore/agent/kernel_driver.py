@@ -159,7 +159,7 @@ class KernelDriver:
         """
         link = store_server.dial(record.address, record.export)
         with link.socket:
-            if link.flags != record.flags:
+            if not store_server.still_fits(record.flags, link.flags):
                 raise DeviceError(
                     f"the server offers {record.volume} with the flags {link.flags:#x} now, and "
                     f"{device.name} was attached with {record.flags:#x}, which cannot be changed "

@@ -264,7 +264,7 @@ class Relay:
         if self._offered is None:
             self._offered = (link.size, link.flags)
         size, flags = self._offered
-        if link.flags != flags or link.size < size:
+        if not store_server.still_fits(flags, link.flags) or link.size < size:
             link.socket.close()
             raise DeviceError(
                 f"the server offers {link.size} bytes with flags {link.flags:#x} now, not the "

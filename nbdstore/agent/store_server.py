@@ -25,7 +25,7 @@ from nbdstore.protocol.client import (
     option_exchange,
     parse_info_export,
 )
-from nbdstore.protocol.constants import U16, Info, OptionReply
+from nbdstore.protocol.constants import U16, Info, OptionReply, TransmissionFlag
 
 DIAL_TIMEOUT_S: Final = 10.0
 CONTROL_TIMEOUT_S: Final = 30.0
@@ -136,6 +136,15 @@ def _reachable(address: str, remote: str | None) -> str | None:
     if remote and bare in LOOPBACK and remote not in LOOPBACK:
         return None
     return address
+
+
+def still_fits(before: int, now: int) -> bool:
+    """Tell whether a client that was told flags `before` can go on with a server that offers `now`.
+
+    A server that can more than before, as after an upgrade, still fits: nobody asks it for that.
+    """
+    read_only = int(TransmissionFlag.READ_ONLY)
+    return not before & ~now & ~read_only and before & read_only == now & read_only
 
 
 def dial(address: str, export: str, *, timeout_s: float = DIAL_TIMEOUT_S) -> Link:

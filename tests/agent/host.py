@@ -31,6 +31,10 @@ class Host:
         self.pool = pool
         self.directory = directory
         self.directory.mkdir()
+        # Shared, as on hosts with systemd: a container that is started meanwhile has copies of all
+        # mounts, and would hold ours if it were not told that they are gone.
+        children.run("mount", "--bind", directory, directory)
+        children.run("mount", "--make-shared", directory)
         self.state = directory / "state"
         self.socket = directory / "agent.sock"
         self.log = children.log_file(f"{directory.name}.log")
@@ -103,6 +107,8 @@ class Host:
         for path in self.state.glob("fuse/*.relay"):
             if (state := relay.read_state(path)) is not None:
                 os.kill(state[0], signal.SIGKILL)
+        if mounts.mounted_at(str(self.directory)) is not None:
+            self.children.run("umount", "--lazy", self.directory)
 
     def _is_ours(self, mount: mounts.Mount) -> bool:
         return mount.path.startswith(f"{self.directory}/")

@@ -32,7 +32,13 @@ def is_mounted(path: Path) -> bool:
 def test_a_new_volume_is_formatted_once_and_mounted_again_as_it_is(host: Host, kind: str) -> None:
     where = host.directory / "mnt"
     options = ("--fs", kind, "--owner", "999:998", "--mode", "2770", "--driver", "fuse")
-    host.nbdstore("mount", "web", where, *options)
+    host.nbdstore(
+        *("mount", "web", where, *options),
+        *("--options", "noatime,nodev", "--propagation", "private"),
+    )
+    (mount,) = [item for item in mounts.mounts() if item.path == str(where)]
+    assert (mount.type, mount.shared) == (kind, False)
+    assert f" {where} {kind} rw,nodev,noatime" in Path("/proc/mounts").read_text()
     found = where.stat()
     assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (999, 998, 0o2770)
     (where / "file").write_text("content")
@@ -45,6 +51,7 @@ def test_a_new_volume_is_formatted_once_and_mounted_again_as_it_is(host: Host, k
     )
 
     host.nbdstore("mount", "web", where, *options)
+    assert "discard" in Path("/proc/mounts").read_text().partition(f" {where} ")[2].split("\n")[0]
     assert (where / "file").read_text() == "content"
     assert where.stat().st_uid == 0, "the owner is given once"
     host.nbdstore("umount", str(where))
@@ -105,6 +112,9 @@ def test_detaching_what_is_mounted_or_open_is_refused(host: Host) -> None:
 
 def test_mistakes_are_explained(host: Host) -> None:
     where = host.directory / "mnt"
+    if not Path("/sys/module/nbd").exists():
+        lacking = host.nbdstore("mount", "db", where, "--driver", "kernel", status=1)
+        assert "cannot attach with the kernel driver: its kernel has no nbd" in lacking
     assert "there is no volume 'nix'" in host.nbdstore("mount", "nix", where, status=1)
     assert "attached here" in host.nbdstore("detach", "db", status=1)
     assert "no volume is mounted at" in host.nbdstore("umount", "/nowhere", status=1)

@@ -160,6 +160,27 @@ def test_a_volume_has_one_host_and_force_fences_the_other(
     other_host.stop()
 
 
+def test_what_would_wait_for_a_server_is_refused_and_force_ends_it(
+    host: Host, pool: ServedPool
+) -> None:
+    host.start()
+    where = mount(host, "db")
+    pool.kill()
+    until(lambda: state(host, "db") == "waiting", "the agent knows")
+    with pytest.raises(Busy, match="waits for its server"):
+        host.client.umount("db")
+    with pytest.raises(Busy, match="is mounted at"):
+        host.client.detach("db")
+    assert is_mounted(where)
+    host.client.detach("db", force=True)
+    assert not is_mounted(where)
+    assert state(host, "db") == "detaching", "the lease is still to be given back"
+    pool.restart()
+    until(lambda: host.client.status() == [], "it is")
+    assert leases(pool) == []
+    host.stop()
+
+
 def test_the_doctor_explains_and_puts_right(host: Host, pool: ServedPool) -> None:
     host.start()
     assert host.client.examine() == []

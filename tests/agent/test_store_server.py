@@ -78,6 +78,23 @@ def test_a_leased_volume_is_had_by_its_lease_until_that_ends(server: StoreServer
     server.release("nix", "here", 1)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "fits"),
+    [
+        (0b0101, 0b0101, True),
+        (0b0101, 0b1101, True),
+        (0b1101, 0b0101, False),
+        (0b0111, 0b0111, True),
+        (0b0111, 0b0101, False),
+        (0b0101, 0b0111, False),
+    ],
+)
+def test_a_server_after_an_upgrade_may_offer_more_but_not_less(
+    before: int, now: int, fits: bool
+) -> None:
+    assert store_server.still_fits(before, now) is fits
+
+
 def test_nobody_there() -> None:
     with pytest.raises(ServerAway, match="no NBD server answers"):
         dial(f"127.0.0.1:{free_port()}", "db")
