@@ -11,23 +11,26 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 \
  && rm -rf /var/lib/apt/lists/*
 
-FROM python AS build
+# What nbdstore needs changes less often than nbdstore: it is a layer of its own.
+FROM python AS dependencies
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3-venv
 RUN python3 -m venv --without-pip /opt/nbdstore \
  && python3 -m venv /opt/pip
-# What nbdstore needs changes less often than nbdstore: it is installed first, and kept.
 WORKDIR /src
 COPY setup.cfg pyproject.toml ./
 COPY nbdstore/__init__.py nbdstore/
-RUN /opt/pip/bin/pip --python /opt/nbdstore/bin/python install --no-cache-dir .
-COPY nbdstore nbdstore
-RUN /opt/pip/bin/pip --python /opt/nbdstore/bin/python install --no-cache-dir \
-    --no-deps --force-reinstall . \
+RUN /opt/pip/bin/pip --python /opt/nbdstore/bin/python install --no-cache-dir . \
  && find /opt/nbdstore -name tests -type d -prune -exec rm -rf {} +
 
+FROM dependencies AS build
+COPY nbdstore nbdstore
+RUN /opt/pip/bin/pip --python /opt/nbdstore/bin/python install --no-cache-dir \
+    --no-deps --ignore-installed --prefix /opt/own .
+
 FROM python AS nbdstore
-COPY --from=build /opt/nbdstore /opt/nbdstore
+COPY --from=dependencies /opt/nbdstore /opt/nbdstore
+COPY --from=build /opt/own /opt/nbdstore
 ENV PATH=/opt/nbdstore/bin:$PATH
 ENTRYPOINT ["nbdstore"]
 
@@ -48,5 +51,7 @@ USER nbdstore
 ENV NBDSTORE_POOL=/var/lib/nbdstore
 VOLUME /var/lib/nbdstore
 EXPOSE 10809
-HEALTHCHECK --interval=10s --timeout=10s --start-period=60s CMD ["nbdstore", "pool", "show"]
+# By --server: without it, and without a server, the command would open the pool itself.
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s \
+    CMD ["nbdstore", "--server", "unix:/var/lib/nbdstore/control.sock", "pool", "show"]
 CMD ["serve", "--create", "--listen", "0.0.0.0:10809"]

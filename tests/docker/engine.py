@@ -26,6 +26,8 @@ from tests.children import Argument, Children, CommandError
 from tests.docker.machine import Machine
 
 START_TIMEOUT_S = 60.0
+# Images without a name are steps of builds, kept so that the next build is fast.
+IMAGE_LIFE = "48h"
 DOCKERD_OPTIONS = (
     # Containers are killed when the engine stops, and the tests have nothing to gain from waiting.
     *("--shutdown-timeout", "5"),
@@ -64,6 +66,7 @@ def running_engine(directory: Path) -> Iterator[Engine]:
             # What the last run has left. This one's is not removed at its end: if it had a volume
             # plugin, which has ended now, the engine would look for that for a quarter of a minute.
             engine.remove_all()
+            engine.docker("image", "prune", "--force", "--filter", f"until={IMAGE_LIFE}")
             yield engine
         finally:
             engine.stop()
