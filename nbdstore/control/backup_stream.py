@@ -212,14 +212,19 @@ class BackupReader:
         Raises:
             BadStream: it was cut off before its END.
         """
-        if not self.finished or self.begin is None:
-            raise BadStream(f"the backup stream {self._where()} is cut off: its end is missing")
+        if self.begin is None:
+            raise BadStream(
+                "the backup stream is cut off before it says what it holds: see why the sender "
+                "has ended"
+            )
+        if not self.finished:
+            raise BadStream(f"the backup stream{self._where()} is cut off: its end is missing")
         if self._buffer:
             raise BadStream(f"the backup stream has {len(self._buffer)} bytes after its end")
         return self.begin
 
     def _where(self) -> str:
-        return f"of {self.begin.name} after offset {self.position}" if self.begin else "as a whole"
+        return f" of {self.begin.name} after offset {self.position}" if self.begin else ""
 
     def _take_preamble(self) -> bool:
         preamble = bytes(self._buffer[: _PREAMBLE.size])
@@ -260,7 +265,7 @@ class BackupReader:
         return kind, offset, payload
 
     def _damaged(self) -> BadStream:
-        return BadStream(f"the backup stream {self._where()} is damaged: send it again")
+        return BadStream(f"the backup stream{self._where()} is damaged: send it again")
 
     def _take(self, kind: int, offset: int, payload: bytes) -> Part | None:
         self.n_frames += 1

@@ -118,7 +118,7 @@ def test_parts_before_the_damage_are_told_and_none_after_it() -> None:
 def test_nowhere_can_it_be_cut_off_unnoticed() -> None:
     whole = b"".join(frames())
     for stop in range(len(whole)):
-        with pytest.raises(BadStream, match=r"cut off|empty"):
+        with pytest.raises(BadStream, match="cut off"):
             read(whole[:stop])
 
 
