@@ -48,8 +48,9 @@ class BackupRoutes:
         size, older_size, extents = self._backups.diff(call.query["newer"], call.query.get("older"))
         response = web.StreamResponse(headers={"Content-Type": diff.CONTENT_TYPE})
         await response.prepare(call.request)
-        async for part in diff.lines(size, older_size, extents):
-            await response.write(part)
+        async with aclosing(extents):  # a caller may leave before the end
+            async for part in diff.lines(size, older_size, extents):
+                await response.write(part)
         await response.write_eof()
         return response
 

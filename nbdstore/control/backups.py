@@ -5,7 +5,7 @@ Joins `sending` and `receiving`, and finds what names and tokens mean.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,16 +38,19 @@ class Backups:
         image: ImageLike = self._snapshots.find(name) if "@" in name else self._usage.find(name)
         return image
 
-    def diff(self, newer: str, older: str | None) -> tuple[int, int | None, AsyncIterator[Extent]]:
+    def diff(
+        self, newer: str, older: str | None
+    ) -> tuple[int, int | None, AsyncGenerator[Extent, None]]:
         """Tell what is in image `newer` and not the same in `older`; see `BackupService`.
 
-        Returns the sizes of both, and the extents, ascending and not adjacent.
+        Returns the sizes of both, and the extents, ascending and not adjacent; until that is
+        exhausted or closed, snapshots among the two cannot be deleted.
         """
         now = self.find(newer)
         before = None if older is None else self.find(older)
         return now.size, before.size if before else None, self._changed(before, now)
 
-    async def _changed(self, before: Any | None, now: Any) -> AsyncIterator[Extent]:
+    async def _changed(self, before: Any | None, now: Any) -> AsyncGenerator[Extent, None]:
         with ExitStack() as users:
             for image in (before, now):
                 if image is not None and "@" in image.name:
