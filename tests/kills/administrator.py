@@ -1,4 +1,5 @@
-"""Somebody who makes, imports, resizes, renames and deletes volumes while the server is killed.
+"""Somebody who makes, imports, resizes, renames, snapshots, clones, rolls back and deletes volumes
+while the server is killed.
 
 What the control API has acknowledged must be there after a kill; the one call that was on its way
 may have been done or not, but not by half. An import that was cut off may leave its volume behind,
@@ -15,19 +16,20 @@ from typing import Final
 from nbdstore.control.client import ControlClient
 from nbdstore.control.model import VolumeInfo
 from nbdstore.control.stream import Piece
-from nbdstore.errors import ControlError, NoSpace
+from nbdstore.errors import Busy, ControlError, NoSpace
 from tests.load.model import Violation
 from tests.load.stamps import SECTOR, sequences, stamped
 
 PREFIX: Final = "extra-"
 IMPORTED_BYTES: Final = 256 << 10
 MAX_VOLUMES: Final = 6
+MAX_SNAPSHOTS: Final = 6
 REFUSED_PAUSE_S: Final = 0.1
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A volume as it must be: `n_imported` bytes of content number `number`, then zeroes."""
+    """A volume or snapshot: `n_imported` bytes of content number `number`, then zeroes."""
 
     number: int
     size: int
@@ -65,7 +67,7 @@ class Administrator:
                 await asyncio.to_thread(self._do_something)
             except (ControlError, OSError):
                 return
-            except NoSpace:
+            except (NoSpace, Busy):
                 self._on_its_way = None  # refused: nothing was done
                 await asyncio.sleep(REFUSED_PAUSE_S)
             else:
@@ -74,11 +76,17 @@ class Administrator:
     # --- Calls ---
 
     def _do_something(self) -> None:
-        kinds = [self._create, self._import]
-        if len(self._volumes) >= MAX_VOLUMES:
+        n_snapshots = sum(map(is_snapshot, self._volumes))
+        n_volumes = len(self._volumes) - n_snapshots
+        kinds = [self._create, self._import, *([self._clone] if n_snapshots else [])]
+        if n_volumes >= MAX_VOLUMES:
             kinds = [self._delete]
-        elif self._volumes:
+        elif n_volumes:
             kinds += [self._resize, self._rename, self._delete]
+        if n_snapshots:
+            kinds += [self._drop, self._roll_back]
+        if n_volumes and n_snapshots < MAX_SNAPSHOTS:
+            kinds += [self._snapshot, self._snapshot]
         self._source.choice(kinds)()
         assert self._on_its_way
         for name, extra in self._on_its_way.after.items():
@@ -91,9 +99,12 @@ class Administrator:
         self._next_number += 1
         return f"{PREFIX}{self._next_number}", Extra(self._next_number, 1 << 20, n_imported)
 
-    def _any(self) -> tuple[str, Extra]:
-        name = self._source.choice(sorted(self._volumes))
+    def _any(self, *, snapshot: bool = False) -> tuple[str, Extra]:
+        name = self._source.choice([n for n in sorted(self._volumes) if is_snapshot(n) is snapshot])
         return name, self._volumes[name]
+
+    def _snapshots_of(self, name: str) -> list[str]:
+        return [found for found in self._volumes if found.startswith(f"{name}@")]
 
     def _create(self) -> None:
         name, extra = self._new(0)
@@ -118,13 +129,42 @@ class Administrator:
         name, extra = self._any()
         self._next_number += 1
         new_name = f"{PREFIX}{self._next_number}"
-        self._on_its_way = Call({name: None, new_name: extra})
+        after: dict[str, Extra | None] = {name: None, new_name: extra}
+        for snapshot in self._snapshots_of(name):
+            after[snapshot] = None
+            after[new_name + snapshot.removeprefix(name)] = self._volumes[snapshot]
+        self._on_its_way = Call(after)
         self._control.update_volume(name, new_name=new_name)
 
     def _delete(self) -> None:
+        """Into the trash, with its snapshots: nobody sees those any more either."""
         name, _ = self._any()
+        self._on_its_way = Call(dict.fromkeys([name, *self._snapshots_of(name)]))
+        self._control.delete_volume(name, snapshots=True)
+
+    def _snapshot(self) -> None:
+        """Of one volume or two, all or none."""
+        self._next_number += 1
+        names = {self._any()[0] for _ in range(2)}
+        after = {f"{name}@s{self._next_number}": self._volumes[name] for name in sorted(names)}
+        self._on_its_way = Call({**after})
+        self._control.create_snapshots([*after])
+
+    def _drop(self) -> None:
+        name, _ = self._any(snapshot=True)
         self._on_its_way = Call({name: None})
-        self._control.delete_volume(name)
+        self._control.delete_snapshot(name)
+
+    def _clone(self) -> None:
+        snapshot, extra = self._any(snapshot=True)
+        name, _ = self._new(0)
+        self._on_its_way = Call({name: extra})
+        self._control.clone(snapshot, name)
+
+    def _roll_back(self) -> None:
+        snapshot, extra = self._any(snapshot=True)
+        self._on_its_way = Call({snapshot.partition("@")[0]: extra})
+        self._control.rollback(snapshot)
 
     # --- Afterwards ---
 
@@ -134,6 +174,7 @@ class Administrator:
         Raises Violation or Garbage if that must not be.
         """
         found = {info.name: info for info in self._control.volumes() if _is_extra(info)}
+        snapshots = [info for info in self._control.snapshots() if info.volume in found]
         before, call = self._volumes, self._on_its_way
         if call is not None and call.imports in found and found[call.imports].importing:
             self._control.delete_volume(call.imports)  # cut off, and says so
@@ -143,6 +184,7 @@ class Administrator:
             after = {**before, **call.after}
             allowed.append({name: extra for name, extra in after.items() if extra is not None})
         shown = {name: info.size for name, info in found.items()}
+        shown |= {info.snapshot: info.size for info in snapshots}
         for state in allowed:
             if shown == {name: extra.size for name, extra in state.items()}:
                 self._volumes = state
@@ -151,7 +193,8 @@ class Administrator:
             raise Violation(f"volumes {shown}; allowed: {allowed}")
         self._on_its_way = None
         for name, extra in self._volumes.items():
-            self._verify(name, extra)
+            if not is_snapshot(name):  # what those hold is told by their clones
+                self._verify(name, extra)
 
     def _verify(self, name: str, extra: Extra) -> None:
         content = bytearray(extra.size)
@@ -161,6 +204,11 @@ class Administrator:
         n_sectors = extra.n_imported // SECTOR
         if not (stamps[:n_sectors] == 1).all() or stamps[n_sectors:].any():
             raise Violation(f"volume {name} has not the content that was imported: {extra}")
+
+
+def is_snapshot(name: str) -> bool:
+    """Tell whether it is the name of a snapshot."""
+    return "@" in name
 
 
 def _is_extra(info: VolumeInfo) -> bool:

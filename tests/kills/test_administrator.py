@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.model import VolumeInfo
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
-from tests.kills.administrator import Administrator
+from tests.kills.administrator import Administrator, is_snapshot
 from tests.load.model import Violation
 from tests.load.stamps import Garbage
 
@@ -40,7 +41,28 @@ class Volumes:
                 **cast("dict[str, Any]", unset),
             )
             for name, content in self.contents.items()
+            if not is_snapshot(name)
         ]
+
+    def snapshots(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(snapshot=name, volume=name.partition("@")[0], size=len(content))
+            for name, content in self.contents.items()
+            if is_snapshot(name)
+        ]
+
+    def create_snapshots(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.contents[name] = bytearray(self.contents[name.partition("@")[0]])
+
+    def delete_snapshot(self, name: str) -> None:
+        del self.contents[name]
+
+    def clone(self, name: str, new_name: str) -> None:
+        self.contents[new_name] = bytearray(self.contents[name])
+
+    def rollback(self, name: str) -> None:
+        self.contents[name.partition("@")[0]] = bytearray(self.contents[name])
 
     def create_volume(self, name: str, size: int) -> None:
         self._live()
@@ -58,9 +80,16 @@ class Volumes:
         content = self.contents.pop(name)
         content.extend(bytes(max(0, (size or 0) - len(content))))
         self.contents[new_name or name] = content
+        for snapshot in self._snapshots_of(name):
+            held = self.contents.pop(snapshot)
+            self.contents[(new_name or name) + snapshot.removeprefix(name)] = held
 
-    def delete_volume(self, name: str) -> None:
-        del self.contents[name]
+    def _snapshots_of(self, name: str) -> list[str]:
+        return [found for found in self.contents if found.startswith(f"{name}@")]
+
+    def delete_volume(self, name: str, *, snapshots: bool = False) -> None:
+        for gone in [name, *self._snapshots_of(name)]:
+            del self.contents[gone]
 
     def read_content(self, name: str) -> Content:
         content = self.contents[name]
@@ -76,7 +105,7 @@ def volumes() -> Volumes:
 async def administrator(volumes: Volumes) -> Administrator:
     """Somebody who has made some volumes."""
     administrator = Administrator(cast("ControlClient", volumes), random.Random(1))
-    for _ in range(20):
+    for _ in range(40):
         administrator._do_something()
     administrator.recovered()
     assert any(any(content) for content in volumes.contents.values()), "nothing was imported"
@@ -84,7 +113,8 @@ async def administrator(volumes: Volumes) -> Administrator:
 
 
 def imported(volumes: Volumes) -> bytearray:
-    return next(content for content in volumes.contents.values() if any(content))
+    found = volumes.contents.items()
+    return next(content for name, content in found if any(content) and not is_snapshot(name))
 
 
 async def test_a_volume_that_is_lost_is_noticed(
@@ -150,3 +180,18 @@ async def test_an_import_that_was_cut_off_must_say_so(
     else:
         with pytest.raises(Violation, match="not the content"):
             administrator.recovered()
+
+
+async def test_a_snapshot_that_is_lost_or_that_nobody_made_is_noticed(
+    administrator: Administrator, volumes: Volumes
+) -> None:
+    administrator._snapshot()
+    administrator.recovered()
+    name = next(found for found in reversed(volumes.contents) if is_snapshot(found))
+    content = volumes.contents.pop(name)
+    with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()
+    volumes.contents[name] = content
+    volumes.contents[f"{name}0"] = content
+    with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Final
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdstore.errors import NbdstoreError
 from nbdstore.store.host import Failpoint
 from tests.simulation.export import Export
-from tests.simulation.oracle import CELL
+from tests.simulation.oracle import CELL, Stamps, zero_stamps
 from tests.simulation.server_process import BALLAST, Death, ProcessDied
+from tests.simulation.snapshots import key_of
 
 if TYPE_CHECKING:
+    from nbdstore.store import Volume
     from tests.simulation.world import World
 
 _PLACES: Final = [place for place in Failpoint if not place.name.startswith("POOL_")]
 _MOST_EXPORTS: Final = 6
+_MOST_SNAPSHOTS: Final = 4
 _MOST_NAMES: Final = 50
 """Whose volumes are made anew again and again never comes to an end."""
 _MOST_ENDS: Final = 20
@@ -77,16 +81,25 @@ class Administrator:
         """Make a volume and let it be used."""
         world, name = self._world, self.new_name()
         n_cells = self._random.randint(8, world.plan.cells)
-        world.maybe_created[name] = n_cells
+        await self._add(
+            world.pool.create_volume(name, world.plan.spread.end(n_cells * CELL)),
+            name,
+            zero_stamps(n_cells),
+        )
+
+    async def _add(self, making: Coroutine[Any, Any, Volume], name: str, content: Stamps) -> None:
+        """Have a volume made that holds `content`."""
+        world = self._world
+        world.maybe_created[name] = content
         try:
-            volume = await world.process.ask(
-                world.pool.create_volume(name, world.plan.spread.end(n_cells * CELL))
-            )
+            volume = await world.process.ask(making)
+        except ProcessDied:
+            raise
         except NbdstoreError:
             del world.maybe_created[name]
             raise
         del world.maybe_created[name]
-        world.adopt(volume.id, name, n_cells)
+        world.adopt(volume.id, name, content)
 
     async def _delete(self) -> None:
         world, export = self._world, self._some_export()
@@ -97,6 +110,7 @@ class Administrator:
             await world.process.ask(world.pool.delete_volume(world.volume(export)))
         except NbdstoreError:
             export.leaving = False
+            world.snapshots.volume_kept(export)
             raise
         world.forget(export)
 
@@ -133,6 +147,43 @@ class Administrator:
             export.resizing_to = None
             raise
         export.resized()
+
+    # --- Snapshots ---------------------------------------------------------------------------
+
+    async def _snapshot(self) -> None:
+        """Of some volumes at once."""
+        world = self._world
+        exports = [e for e in world.exports.values() if not e.leaving and e.resizing_to is None]
+        if exports and len(world.snapshots.known) < _MOST_SNAPSHOTS:
+            self._n_names += 1
+            chosen = self._random.sample(exports, self._random.randint(1, len(exports)))
+            await world.snapshots.make(chosen, f"s{self._n_names}")
+
+    async def _drop(self) -> None:
+        snapshot = self._world.snapshots.choose(self._random)
+        if snapshot is not None:
+            await self._world.snapshots.drop(snapshot)
+
+    async def _look(self) -> None:
+        snapshot = self._world.snapshots.choose(self._random)
+        if snapshot is not None:
+            await self._world.snapshots.look(snapshot)
+
+    async def _clone(self) -> None:
+        world, snapshot = self._world, self._world.snapshots.choose(self._random)
+        if snapshot is None or len(world.exports) >= _MOST_EXPORTS or self._n_names >= _MOST_NAMES:
+            return
+        content = world.snapshots.known[key_of(snapshot)]
+        if content is not None:
+            name = self.new_name()
+            await self._add(world.pool.clone(snapshot, name), name, content)
+
+    async def _flatten(self) -> None:
+        export = self._some_export()
+        if export is not None:
+            await self._world.process.ask(self._world.pool.flatten(self._world.volume(export)))
+
+    # --- The pool ----------------------------------------------------------------------------
 
     async def _enlarge(self) -> None:
         """Make the pool larger."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.client import Reply
 from tests.simulation.connection import Connection, Lost, Refused
-from tests.simulation.oracle import CELL, Effect, History, Stamps, zero_stamps
+from tests.simulation.oracle import CELL, Effect, History, Stamps
 from tests.simulation.requests import Request
 from tests.store.workload import Spread
 
@@ -42,17 +42,17 @@ class Export:
     """
 
     def __init__(
-        self, world: World, volume_id: int, name: str, n_cells: int, spread: Spread
+        self, world: World, volume_id: int, name: str, content: Stamps, spread: Spread
     ) -> None:
         self._world = world
         self.id = volume_id
         self.names = [name]
-        self.n_cells = n_cells
+        self.n_cells = len(content)
         self.block_cells = world.plan.block_size // CELL
         self.resizing_to: int | None = None
-        self.smallest = n_cells
+        self.smallest = len(content)
         self.spread = spread
-        self.history = History(zero_stamps(n_cells))
+        self.history = History(content)
         self.leaving = False
         self._shrunk = False
         self.machine = Machine(world, self)

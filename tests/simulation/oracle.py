@@ -285,6 +285,29 @@ class History:
         for effect in self._effects.values():
             self._check_whole(effect, found)
 
+    def check_moment(self, found: Stamps, start: int, now: int) -> None:
+        """Assert that `found` is what the volume held at one moment from `start` to `now`.
+
+        Whatever was acknowledged before `start` is in it, flushed or not.  A read from `start` on
+        must be going on, so that nothing of that time was forgotten.
+        """
+        if len(found) != self.n_cells:
+            raise Wrong(f"{len(found)} cells, not {self.n_cells}")
+        self._check_untouched(found)
+        spans = {
+            cell: [
+                (max(c.start, start), min(c.dead, now))
+                for c in candidates
+                if c.value == int(found[cell]) and c.start <= now and c.dead >= start
+            ]
+            for cell, candidates in self._cells.items()
+        }
+        for cell, choices in spans.items():
+            if not choices:
+                raise Wrong(self._explain(cell, int(found[cell]), f"from {start} to {now}"))
+        if spans and not _meet(spans.values()):
+            raise Wrong(self._explain_mixture(found, spans))
+
     def _check_untouched(self, found: Stamps) -> None:
         untouched = np.ones(len(found), np.bool_)
         untouched[[*self._cells]] = False

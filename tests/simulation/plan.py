@@ -70,7 +70,8 @@ class Plan:
     def may_fill(self) -> bool:
         """Whether writes may find no space."""
         much = self.block_size > 4096 or self.cells > 2048
-        return bool(self.ballast) or much or self.trouble == "full"
+        kept = self.actions.get("snapshot", 0) > 0
+        return bool(self.ballast) or much or kept or self.trouble == "full"
 
 
 def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
@@ -109,8 +110,21 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
             "relieve": int(small),
             "checkpoint": rng.choice((0, 1)),
             "wait": 2,
+            **_choose_snapshots(rng),
         },
     )
+
+
+def _choose_snapshots(rng: random.Random) -> dict[str, int]:
+    if rng.random() < 0.4:
+        return {}
+    return {
+        "snapshot": rng.choice((1, 3)),
+        "drop": rng.choice((1, 2)),
+        "look": 1,
+        "clone": rng.choice((0, 0, 1)),
+        "flatten": rng.choice((0, 1)),
+    }
 
 
 def _choose_weather(rng: random.Random) -> Weather:

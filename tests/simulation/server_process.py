@@ -98,6 +98,7 @@ class ServerProcess(Process):
         lossless: its death has taken nothing that was acknowledged.
         death: how it died.
         found: what was in its volumes when it came up, by id: name, size, content.
+        found_snapshots: what was in their snapshots, by id and the snapshot's name.
     """
 
     def __init__(self, world: World, left: SimulatedDisk, number: int) -> None:
@@ -113,6 +114,7 @@ class ServerProcess(Process):
         self.death: Death | None = None
         self.lossless = True
         self.found: dict[int, tuple[str, int, Stamps]] = {}
+        self.found_snapshots: dict[tuple[int, str], Stamps] = {}
         self.disk = _Disk(
             left,
             self._random.randrange(1 << 30),
@@ -142,6 +144,9 @@ class ServerProcess(Process):
             spread = self._world.plan.spread
             raw = await spread.read(volume)
             self.found[volume.id] = volume.name, spread.offset(volume.size), stamps_of(raw)
+            for snapshot in volume.snapshots.values():
+                key = volume.id, snapshot.info.name
+                self.found_snapshots[key] = stamps_of(await spread.read(snapshot))
 
     async def serve(self) -> None:
         """Begin to serve; from here on the disk makes trouble."""

@@ -251,3 +251,32 @@ def test_what_is_settled_is_forgotten(volume: Volume) -> None:
         volume.write(serial, 0, 1)
         volume.flush()
     assert len(volume.history._cells[0]) < 5
+
+
+# --- Snapshots -----------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_of_one_moment_between_request_and_answer(volume: Volume) -> None:
+    volume.write(1)
+    start = volume.tick()
+    volume.history.begin_read(start)
+    volume.write(2, 0, 1)
+    volume.write(3, 1, 2)
+    now = volume.tick()
+    volume.write(4, 0, 1)
+    rest = [1] * 6
+    for allowed in ([1, 1], [2, 1], [2, 3]):
+        volume.history.check_moment(holding(*allowed, *rest), start, now)
+    with pytest.raises(Wrong, match="mixture"):
+        volume.history.check_moment(holding(1, 3, *rest), start, now)
+    with pytest.raises(Wrong, match="from"):
+        volume.history.check_moment(holding(4, 3, *rest), start, now)
+
+
+def test_a_snapshot_holds_what_was_acknowledged_before_flushed_or_not(volume: Volume) -> None:
+    volume.write(1)
+    start = volume.tick()
+    with pytest.raises(Wrong, match="from"):
+        volume.history.check_moment(holding(), start, volume.tick())
+    with pytest.raises(Wrong, match="cells"):
+        volume.history.check_moment(holding()[:-1], start, volume.tick())

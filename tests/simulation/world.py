@@ -28,9 +28,10 @@ from tests.simulation.administrator import Administrator
 from tests.simulation.export import Export
 from tests.simulation.jobs import Job
 from tests.simulation.network import Network
-from tests.simulation.oracle import CELL, Wrong, stamps_of
+from tests.simulation.oracle import CELL, Stamps, Wrong, stamps_of
 from tests.simulation.plan import Plan
 from tests.simulation.server_process import Death, ProcessDied, ServerProcess
+from tests.simulation.snapshots import Snapshots
 from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
 from tests.store.crashes import load_images
 from tests.store.power_loss import assert_clean
@@ -72,7 +73,8 @@ class World:
 
     Attributes:
         exports: those that exist, by id.
-        maybe_created: sizes of volumes whose making has begun, by name.
+        maybe_created: what volumes shall hold whose making has begun, by name.
+        snapshots: what is known of them.
         process: the server, alive or dead.
         n_...: figures.
     """
@@ -84,7 +86,8 @@ class World:
         self.trace = Trace(loop)
         self.network = Network(loop, self.trace, self.random.randrange(1 << 30), plan.weather)
         self.exports: dict[int, Export] = {}
-        self.maybe_created: dict[str, int] = {}
+        self.maybe_created: dict[str, Stamps] = {}
+        self.snapshots = Snapshots(self)
         self.process: ServerProcess
         self.n_answered = self.n_lost = self.n_resent = self.n_stalls = self.n_timeouts = 0
         self.n_attached = self.n_changes = self.n_refused = self.n_restarts = self.n_errors = 0
@@ -155,9 +158,9 @@ class World:
 
     # --- Exports -----------------------------------------------------------------------------
 
-    def adopt(self, volume_id: int, name: str, n_cells: int) -> None:
-        """A volume exists: let it be used."""
-        export = Export(self, volume_id, name, n_cells, self.plan.spread)
+    def adopt(self, volume_id: int, name: str, content: Stamps) -> None:
+        """A volume exists, and holds `content`: let it be used."""
+        export = Export(self, volume_id, name, content, self.plan.spread)
         self.exports[volume_id] = export
         export.machine.start()
         for _ in range(self.plan.n_jobs):
@@ -165,6 +168,7 @@ class World:
 
     def forget(self, export: Export) -> None:
         """A volume does not exist any more."""
+        self.snapshots.volume_gone(export.id)
         self.exports.pop(export.id, None)
         export.machine.stop()
 
@@ -261,6 +265,7 @@ class World:
     def _compare(self, process: ServerProcess, *, lossless: bool) -> None:
         """Assert that what the server came up with is what may be left."""
         found = dict(process.found)
+        self.snapshots.compare(process.found_snapshots, self.trace.now)
         for export in list(self.exports.values()):
             if export.id not in found:
                 if not export.leaving:
@@ -281,9 +286,10 @@ class World:
             export.names, export.leaving = [name], False
             export.begin_anew(stamps)
         for volume_id, (name, size, stamps) in found.items():
-            if self.maybe_created.get(name, -1) * CELL != size or stamps.any():
+            content = self.maybe_created.get(name)
+            if content is None or len(content) * CELL != size or (stamps != content).any():
                 raise Wrong(f"volume {volume_id} {name} of {size} bytes comes from nowhere")
-            self.adopt(volume_id, name, size // CELL)
+            self.adopt(volume_id, name, content)
         self.maybe_created.clear()
         self.trace.note("up", process.name, len(process.found), "volumes")
 
@@ -362,6 +368,8 @@ class World:
             volume = self.volume(export)
             found = await export.spread.read(volume)
             export.history.check_crash(stamps_of(found), self.trace.now, lossless=True)
+            for snapshot in volume.snapshots.values():
+                await self.snapshots.look(snapshot)
 
     def figures(self) -> dict[str, int]:
         """What happened, in numbers."""
@@ -381,6 +389,7 @@ class World:
             "of both at failpoints": self.n_at_places,
             "restarts": self.n_restarts,
             "changes": self.n_changes,
+            "snapshots made": self.snapshots.n_made,
             "changes refused": self.n_refused,
             "virtual seconds": int(self._loop.time()),
         }
