@@ -61,7 +61,11 @@ class DockerPlatform:
             else:
                 self._client = docker.DockerClient(base_url=url, timeout=CALL_TIMEOUT_S)
             self._api = self._client.api
-            self._api.ping()
+            try:
+                self._api.ping()
+            except BaseException:
+                self._client.close()
+                raise
 
     def close(self) -> None:
         self._client.close()
