@@ -232,7 +232,7 @@ class Agent:
         """Whether `tend` has something to do for it."""
         if not attachment.settled or attachment.record.state == DETACHING:
             return True
-        health = self.attaching.health(attachment)
+        health = self.attaching.health(attachment, glance=True)
         return health is not Health.CONNECTED and not attachment.fenced
 
     def tend(self, volume: str, *, patience_s: float = 0.0) -> None:
@@ -417,4 +417,4 @@ class Agent:
             Health.WAITING: "waiting",
             Health.DEAD: "failed",
         }
-        return states[self.attaching.health(attachment)]
+        return states[self.attaching.health(attachment, glance=True)]

@@ -79,12 +79,14 @@ class Attaching:
         """Find the device that an attachment has now."""
         return self._drivers[attachment.record.driver].find(attachment.record)
 
-    def health(self, attachment: Attachment) -> Health | None:
-        """Tell how an attachment's device is; None if it has none."""
+    def health(self, attachment: Attachment, *, glance: bool = False) -> Health | None:
+        """Tell how an attachment's device is; None if it has none. See `Driver.health`."""
         device = attachment.device
         if device is None:
             return None
-        return self._drivers[attachment.record.driver].health(attachment.record, device)
+        return self._drivers[attachment.record.driver].health(
+            attachment.record, device, glance=glance
+        )
 
     def attach_new(self, request: AttachRequest) -> Attachment:
         info = self._server.volume(request.volume)

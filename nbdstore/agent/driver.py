@@ -41,8 +41,12 @@ class Driver(Protocol):
     def find(self, record: AttachRecord) -> BlockDevice | None:
         """Find the device of a record on this machine."""
 
-    def health(self, record: AttachRecord, device: BlockDevice) -> Health:
-        """Tell whether the device is connected, without waiting for it."""
+    def health(self, record: AttachRecord, device: BlockDevice, *, glance: bool = False) -> Health:
+        """Tell whether the device is connected, without waiting for it.
+
+        At a `glance` it may be told as it was a moment ago, which is for those who look at all
+        devices, and look again.
+        """
 
     def reconnect(self, record: AttachRecord, device: BlockDevice) -> AttachRecord:
         """Give the device new connections for its dead ones; return what is to be remembered.

@@ -114,7 +114,7 @@ class FuseDriver:
                 return device
         return None
 
-    def health(self, record: AttachRecord, device: BlockDevice) -> Health:
+    def health(self, record: AttachRecord, device: BlockDevice, *, glance: bool = False) -> Health:
         state = relay.read_state(self._state_path(record))
         if state is None:
             return Health.DEAD

@@ -126,17 +126,17 @@ class KernelDriver:
                 return device
         return None
 
-    def health(self, record: AttachRecord, device: BlockDevice) -> Health:
+    def health(self, record: AttachRecord, device: BlockDevice, *, glance: bool = False) -> Health:
         if not device.configured:
             return Health.DEAD
-        if record.sockets and self._are_alive(record.sockets):
+        if record.sockets and self._are_alive(record.sockets, LIST_AGE_S if glance else 0.0):
             return Health.CONNECTED
         return Health.WAITING
 
-    def _are_alive(self, sockets: Collection[int]) -> bool:
-        """Tell from a list that may be a moment old; what is not in it is looked for again."""
+    def _are_alive(self, sockets: Collection[int], max_age_s: float) -> bool:
+        """Tell from a list that may be so old; what is not in it is looked for again."""
         seen_s, live = self._live
-        if time.monotonic() - seen_s <= LIST_AGE_S and live.issuperset(sockets):
+        if time.monotonic() - seen_s < max_age_s and live.issuperset(sockets):
             return True
         self._live = (time.monotonic(), live := frozenset(live_sockets()))
         return live.issuperset(sockets)

@@ -123,7 +123,7 @@ class Watch:
             attachment.waiting_since_s = None
             return
         now_s = time.monotonic()
-        if self._agent.attaching.health(attachment) is Health.WAITING:
+        if self._agent.attaching.health(attachment, glance=True) is Health.WAITING:
             attachment.waiting_since_s = attachment.waiting_since_s or now_s
             if now_s - attachment.waiting_since_s > attachment.record.dead_timeout_s:
                 attachment.expired = True

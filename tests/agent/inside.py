@@ -10,6 +10,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,8 @@ def a_connection_is_only_taken_for_a_dead_one() -> None:
             other = dataclasses.replace(attachment.record, id="0" * 16)
             driver._offer(other, device)
         one.server.end_connections("small-0", attachment.record.epoch)
+        while driver.health(attachment.record, device) is Health.CONNECTED:
+            time.sleep(0.01)
         one.tend("small-0")
         assert driver.health(one.attachments.find("small-0").record, device) is Health.CONNECTED
         assert Path(device.path).read_bytes()[:4] == b"   0"
