@@ -99,11 +99,16 @@ class Host:
         if self.process:
             self.kill()
         ours = [mount for mount in mounts.mounts() if self._is_ours(mount)]
-        for mount in sorted(ours, key=lambda mount: mount.type == "fuse"):
-            self.children.run("umount", "--lazy", mount.path, status=None)
+        for mount in ours:
+            if mount.type != "fuse":
+                self.children.run("umount", "--lazy", mount.path, status=None)
+        # Before the files behind them are unmounted, and have no names any more.
         for device in devices.loop_devices():
             if (device.backing_file or "").startswith(str(self.directory)):
                 self.children.run("losetup", "--detach", device.path, status=None)
+        for mount in ours:
+            if mount.type == "fuse":
+                self.children.run("umount", "--lazy", mount.path, status=None)
         for path in self.state.glob("fuse/*.relay"):
             if (state := relay.read_state(path)) is not None:
                 os.kill(state[0], signal.SIGKILL)
