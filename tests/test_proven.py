@@ -21,10 +21,11 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.test_worlds import N_WORLDS
 from tests.soak import PARTS
 from tests.store.exhaustive import sequences
-from tests.store.short_plays import OPERATIONS
+from tests.store.short_plays import BASES, OPERATIONS
 from tests.store.subjects import subjects
 from tests.store.test_exhaustive import SHARES
 from tests.store.test_oracle import BROKEN as BROKEN_RULES
+from tests.store.test_snapshot_oracle import RULES as SNAPSHOT_RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,14 +34,15 @@ PROVEN = README.partition("## What is proven\n")[2].partition("\n## ")[0]
 LONGEST = max(SHARES)
 IN_CI = sum(len(sequences(length, (0, share))) for length, share in SHARES.items())
 ALL = sum(len(sequences(length)) for length in range(1, LONGEST + 1))
-N_BROKEN = len(BROKEN_RULES) + len(MUTATIONS) + len(BROKEN_PARSERS) + len(SABOTAGES)
+N_BROKEN = len(BROKEN_RULES) + len(SNAPSHOT_RULES) + len(MUTATIONS)
+N_BROKEN += len(BROKEN_PARSERS) + len(SABOTAGES)
 WORDS = {3: "three"}
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        f"every sequence of up to {LONGEST} of {len(OPERATIONS)} operations on 2 pools",
+        f"every sequence of up to {LONGEST} of {len(OPERATIONS)} operations on {len(BASES)} pools",
         f"| {IN_CI:,} sequences",
         f"all {ALL:,} sequences",
         f"{len(Failpoint)} of them",
@@ -52,6 +54,7 @@ WORDS = {3: "three"}
         f"no request may take {SLOWEST_S:.0f} s",
         f"{N_BROKEN} faults put into the store",
         f"[power_loss](tests/store/test_oracle.py) ({len(BROKEN_RULES)})",
+        f"[with snapshots](tests/store/test_snapshot_oracle.py) ({len(SNAPSHOT_RULES)})",
         f"[simulation](tests/simulation/mutations.py) ({len(MUTATIONS)})",
         f"[fuzz](tests/fuzz/test_corpus.py) ({len(BROKEN_PARSERS)})",
         f"[conformance](tests/peers/sabotage.py) ({len(SABOTAGES)})",

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from nbdstore.errors import Corruption, PoolFormatError, ReadFailed
 from nbdstore.store import layout, recovery
 from nbdstore.store.core import PoolOptions
@@ -138,6 +140,7 @@ class _Check:
             self._compare(opened, self._walk(opened))
             if self.repair and any(f.repaired for f in self._report.findings):
                 await self._write(opened)
+                await self._free_what_nobody_has(opened)
         finally:
             disk.close()
         return self._report
@@ -230,6 +233,36 @@ class _Check:
         for slot, block in opened.inline.items():
             core.data.pwritev([block], slot * core.block_size)
         await opened.services.checkpointer.run()
+
+    async def _free_what_nobody_has(self, opened: recovery.Opened) -> None:
+        """Free what only the writing has left to nobody.
+
+        What a volume shared with a part of a snapshot that is LOST now, and has replaced when it
+        was written, it took for the snapshot's.
+        """
+        slots, checkpointer = opened.services.core.slots, opened.services.checkpointer
+        opened.roots = checkpointer.roots
+        walk = TreeWalk(opened, _Quiet(), verify=False)
+        walk.run()
+        leaked = bits_set(slots.without_quarantine() & ~walk.used)
+        if len(leaked):
+            slots.correct(np.empty(0, np.int64), leaked)
+            await checkpointer.run()
+
+
+class _Quiet:
+    """What a walk reports to whose findings were told before."""
+
+    repair = False
+    n_damaged_nodes = 0
+
+    def add(
+        self, severity: str, where: str, expected: str, found: str, *, repaired: bool = False
+    ) -> None:
+        pass
+
+    def progress(self, n_done: int, n_all: int, /) -> None:
+        pass
 
 
 def _told(error: Corruption | ReadFailed) -> tuple[str, str, str]:

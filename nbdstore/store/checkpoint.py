@@ -271,6 +271,11 @@ class Checkpointer:
         await self._release_dead(frozen)
         self._core.host.reached(Failpoint.CHECKPOINT_RELEASED)
 
+    @property
+    def roots(self) -> Roots:
+        """The pool's own trees, as of the last checkpoint."""
+        return self._roots
+
     def take_id(self) -> int:
         """Return an id for a new snapshot."""
         self.next_id += 1

@@ -48,13 +48,17 @@ class Check(Protocol):
 class TreeWalk:
     """One walk.
 
+    Arguments:
+        verify: read the blocks, and not only what leads to them.
+
     Attributes:
         used: the bitmap of slots that are in use, so far.
         n_nodes, n_blocks: visited so far.
     """
 
-    def __init__(self, opened: recovery.Opened, check: Check) -> None:
+    def __init__(self, opened: recovery.Opened, check: Check, *, verify: bool = True) -> None:
         self._opened = opened
+        self._verifies = verify
         self._check = check
         self._core = opened.services.core
         slots = self._core.slots
@@ -76,7 +80,7 @@ class TreeWalk:
         self._n_total = sum(image.info.n_own for image in images)
         self._use(self._opened.roots.all_slots(), "the pool's own trees")
         for image in images:
-            if isinstance(image, Snapshot):
+            if isinstance(image, Snapshot) and not image.is_open:
                 image.open_now()
             self._visit(image)
             self._opened.services.memory.balance()
@@ -193,7 +197,8 @@ class TreeWalk:
         lost_blocks = np.flatnonzero(layout.is_lost(locations)) + start
         lost.add_blocks(lost_blocks)
         own = np.flatnonzero(layout.holds_slot_of_after(locations, image.kept_epoch))
-        self._verify(image, np.union1d(own, unread) + start)
+        if self._verifies:
+            self._verify(image, np.union1d(own, unread) + start)
         if not len(lost_blocks) and slot >= 0 and not image.map.n_dirty:
             self._seen[slot] = n_mapped, n_provisioned
         if image.map.state_bytes[leaf] == RESIDENT:
