@@ -52,6 +52,7 @@ class Client:
     Attributes:
         slowest_s: the longest that one of its writes took.
         longest_slice_s: the longest that the event loop was held up.
+        longest_cpu_s: the most that it computed at a time; the rest is the machine's, and threads'.
         journal_used: the most that was in the journal, in bytes.
     """
 
@@ -60,6 +61,7 @@ class Client:
     n_writes: int = 0
     slowest_s: float = 0.0
     longest_slice_s: float = 0.0
+    longest_cpu_s: float = 0.0
     journal_used: int = 0
 
     async def write(self, interval_s: float) -> None:
@@ -75,12 +77,13 @@ class Client:
 
     async def watch(self) -> None:
         """Find the longest time that the loop did not get to us."""
-        last = time.perf_counter()
+        last, last_cpu = time.perf_counter(), time.thread_time()
         while True:
             await asyncio.sleep(0)
-            now = time.perf_counter()
+            now, cpu = time.perf_counter(), time.thread_time()
             self.longest_slice_s = max(self.longest_slice_s, now - last)
-            last = now
+            self.longest_cpu_s = max(self.longest_cpu_s, cpu - last_cpu)
+            last, last_cpu = now, cpu
 
 
 async def _measure(
@@ -100,7 +103,8 @@ async def _measure(
         task.cancel()
     await asyncio.gather(*beside, return_exceptions=True)
     click.echo(
-        f"{name:<42} {seconds:8.2f} s   longest slice {client.longest_slice_s * 1e3:6.1f} ms   "
+        f"{name:<42} {seconds:8.2f} s   longest slice {client.longest_slice_s * 1e3:6.1f} ms "
+        f"(CPU {client.longest_cpu_s * 1e3:5.1f})   "
         f"{client.n_writes:7,} writes, slowest {client.slowest_s * 1e3:7.1f} ms   "
         f"journal {client.journal_used / pool._core.journal.size:4.0%}"
     )
