@@ -38,7 +38,8 @@ class Snapshots:
         self.known: dict[Key, Stamps | None] = {}
         self.n_made = 0
         self._made: dict[Key, Span] = {}
-        self._making: dict[Key, int] = {}
+        self._making: dict[str, dict[Key, int]] = {}
+        """By name, those asked for; several if the pool failed, and nobody knows of any."""
         self._dropping: set[Key] = set()
 
     # --- Changes -----------------------------------------------------------------------------
@@ -47,19 +48,19 @@ class Snapshots:
         """Make one of each of some volumes, all at once, and look at them."""
         world = self._world
         now = world.trace.note("snapshots", name, "of", *(export.id for export in exports))
-        self._making = {(export.id, name): now for export in exports}
+        self._making[name] = {(export.id, name): now for export in exports}
         for export in exports:
             export.history.begin_read(now)  # what was there then is not forgotten
         try:
             wanted = [(world.volume(export), name) for export in exports]
             made = await world.process.ask(world.pool.create_snapshots(wanted))
-            self._is_made(world.trace.note("snapshots", name, "made"))
+            self._is_made(name, world.trace.note("snapshots", name, "made"))
             for export, snapshot in zip(exports, made, strict=True):
                 await self._see(export, snapshot)
         except ProcessDied:
             raise  # then recovery tells
         except NbdstoreError:
-            self._making = {}
+            self._making.pop(name, None)
             self._made.clear()  # whose content nobody saw then: what it was is not known later
             self._let_go(exports, now)
             raise
@@ -69,12 +70,12 @@ class Snapshots:
         for export in exports:
             export.history.end_read(start)
 
-    def _is_made(self, now: int) -> None:
-        for key, start in self._making.items():
+    def _is_made(self, name: str, now: int) -> None:
+        making = self._making.pop(name)
+        for key, start in making.items():
             self.known[key] = None
             self._made[key] = start, now
-        self.n_made += len(self._making)
-        self._making = {}
+        self.n_made += len(making)
 
     async def _see(self, export: Export, snapshot: Snapshot) -> None:
         key = export.id, snapshot.info.name
@@ -136,13 +137,14 @@ class Snapshots:
 
     def volume_gone(self, volume: int) -> None:
         """The volume is gone with its snapshots."""
-        for key in [*self.known, *self._making]:
+        for key in [*self.known, *(key for making in self._making.values() for key in making)]:
             if key[0] == volume:
                 self._forget(key)
 
     def _forget(self, key: Key) -> None:
-        for found in (self.known, self._made, self._making):
-            found.pop(key, None)  # type: ignore[attr-defined]
+        self.known.pop(key, None)
+        self._made.pop(key, None)
+        self._making.get(key[1], {}).pop(key, None)
         self._dropping.discard(key)
 
     # --- After a crash -----------------------------------------------------------------------
@@ -156,13 +158,13 @@ class Snapshots:
                 self._forget(key)
             else:
                 raise Wrong(f"snapshot {key} is gone")
-        there = {key for key in self._making if key in found}
-        missing = {key for key in self._making if key not in found and not self._goes(key)}
-        if there and missing:
-            raise Wrong(f"of snapshots made at once, {there} are there and {missing} are not")
-        for key, start in self._making.items():
-            if key in found:
-                self._check_moment(key, found[key], start, now)
+        for making in self._making.values():
+            there = {key for key in making if key in found}
+            missing = {key for key in making if key not in found and not self._goes(key)}
+            if there and missing:
+                raise Wrong(f"of snapshots made at once, {there} are there and {missing} are not")
+            for key in there:
+                self._check_moment(key, found[key], making[key], now)
                 self.known[key] = found[key]
         nowhere = found.keys() - self.known.keys()
         if nowhere:

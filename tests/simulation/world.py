@@ -191,7 +191,8 @@ class World:
                 if not (in_trouble and isinstance(error, StoreError)):
                     raise error
                 self.trace.note(process.name, "cannot open:", type(error).__name__)
-                process.die(Death(power=False))
+                # If a sync has failed, nobody knows which pages the kernel has dropped.
+                process.die(Death(power=self.plan.trouble == "broken"))
             self._count_death(process)
             lossless &= process.lossless
             disk = await process.remains()
