@@ -20,7 +20,8 @@ def _tree(root: type[NbdstoreError]) -> Iterator[type[NbdstoreError]]:
         yield from _tree(child)
 
 
-CLASSES = {cls.code: cls for cls in _tree(NbdstoreError)}
+# What has no code of its own is something that only its own package tells from its parent.
+CLASSES = {cls.code: cls for cls in _tree(NbdstoreError) if "code" in vars(cls)}
 """Every code there is, and what it means."""
 
 
