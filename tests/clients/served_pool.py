@@ -83,8 +83,13 @@ class ServedPool:
     def stop(self) -> None:
         """Ask the server to stop, as systemd does; it must end with status 0."""
         assert self.process
+        self.process.send_signal(signal.SIGTERM)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the server, which was asked to stop; it must be with status 0."""
+        assert self.process
         process, self.process = self.process, None
-        process.send_signal(signal.SIGTERM)
         status = process.wait(STOP_TIMEOUT_S)
         if status != 0:
             raise ServerFailed(f"the server ended with status {status} after SIGTERM")
