@@ -11,8 +11,8 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from tests.closing import Closing
 
 # The kernel kills the child when the thread that started it dies.
 DIE_WITH_PARENT = ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--")
@@ -31,7 +31,7 @@ class CommandError(AssertionError):
         super().__init__(f"{shlex.join(argv)}\nended with status {status}:\n{output}")
 
 
-class Children:
+class Children(Closing):
     """A group of child processes, killed together.
 
     ``logs`` are the files that the children write; they are worth reading when a test fails.
@@ -108,14 +108,3 @@ class Children:
         for process in reversed(self.processes):
             process.wait(KILL_TIMEOUT_S)
         self.processes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

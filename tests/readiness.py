@@ -8,8 +8,8 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from tests.closing import Closing
 
 READY_TIMEOUT_S = 60.0
 
@@ -18,7 +18,7 @@ class ServerFailed(AssertionError):
     """A server did not start, stop or serve as it should."""
 
 
-class ReadinessSocket:
+class ReadinessSocket(Closing):
     """A socket that a program which is given ``env`` reports to.
 
     Arguments:
@@ -46,13 +46,5 @@ class ReadinessSocket:
             os.close(ended)
         raise ServerFailed(f"the server was not ready within {READY_TIMEOUT_S} s")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._socket.close()

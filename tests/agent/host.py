@@ -11,19 +11,19 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from nbdstore.agent import devices, mounts, relay
 from nbdstore.agent.api import AgentClient
 from tests.children import Children
 from tests.clients.served_pool import NBDSTORE, ServedPool
+from tests.closing import Closing
 from tests.readiness import ReadinessSocket
 
 STOP_TIMEOUT_S = 60.0
 
 
-class Host:
+class Host(Closing):
     """A machine that attaches volumes of `pool` with the fuse driver."""
 
     def __init__(self, children: Children, pool: ServedPool, directory: Path) -> None:
@@ -117,14 +117,3 @@ class Host:
 
     def _is_ours(self, mount: mounts.Mount) -> bool:
         return mount.path.startswith(f"{self.directory}/")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

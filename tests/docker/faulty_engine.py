@@ -12,11 +12,12 @@ import socket
 import socketserver
 import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tests.closing import Closing
 
 
-class FaultyEngine:
+class FaultyEngine(Closing):
     """Relay calls to the engine at `target`, from a socket beside it.
 
     ``calls`` are those that came since `expect`, as "POST /containers/create".
@@ -42,15 +43,7 @@ class FaultyEngine:
         self.calls = []
         self.fails = None if fails is None else (fails, done)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -9,17 +9,17 @@ import json
 import signal
 import subprocess
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tests.clients.served_pool import NBDSTORE
+from tests.closing import Closing
 from tests.docker.engine import Engine
 from tests.readiness import ReadinessSocket
 
 PLUGIN_SOCKET = "/run/docker/plugins/nbdstore.sock"
 
 
-class Storage:
+class Storage(Closing):
     """A pool, its server, an agent with the fuse driver, and the plugin, all running.
 
     Arguments:
@@ -82,12 +82,4 @@ class Storage:
 
     def __enter__(self) -> Self:
         self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        return super().__enter__()

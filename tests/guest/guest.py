@@ -14,10 +14,9 @@ import secrets
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.children import Children, CommandError
+from tests.closing import Closing
 from tests.guest.initramfs import write_initramfs
 from tests.guest.kernel import fetch_kernel
 
@@ -39,7 +38,7 @@ class GuestError(Exception):
     """The guest did not boot, died, or did not answer in time."""
 
 
-class Guest:
+class Guest(Closing):
     """A booted guest, that runs shell scripts one after the other.
 
     Arguments:
@@ -151,14 +150,3 @@ class Guest:
         self.channel.close()
         self.qemu.kill()
         self.qemu.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -14,12 +14,13 @@ import http.server
 import json
 import re
 import threading
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import kubernetes_validate
 import yaml
+
+from tests.closing import Closing
 
 SCHEMA_VERSIONS = ("1.30", "1.34")
 Json = dict[str, Any]
@@ -44,7 +45,7 @@ class Refused(Exception):
         self.status = status
 
 
-class ApiServer:
+class ApiServer(Closing):
     """Serve on a port of 127.0.0.1.
 
     ``objects`` are by (namespace, plural kind, name); ``calls`` are those that change something, as
@@ -76,15 +77,7 @@ class ApiServer:
     def names(self, plural: str) -> list[str]:
         return sorted(name for _, kind, name in self.objects if kind == plural)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
