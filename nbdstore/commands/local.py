@@ -135,24 +135,38 @@ class LocalService:
         )
 
     def delete_volume(
-        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+        self,
+        name: str,
+        *,
+        fence: bool = False,
+        snapshots: bool = False,
+        now: bool = False,
+        uuid: str | None = None,
     ) -> None:
-        self._run(self._operations.delete_volume(name, fence=fence, snapshots=snapshots, now=now))
+        self._run(
+            self._operations.delete_volume(
+                name, fence=fence, snapshots=snapshots, now=now, uuid=uuid
+            )
+        )
 
     def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
         return self._run(self._operations.snapshots.listing(volume, unique=unique))
 
-    def create_snapshots(self, names: Sequence[str]) -> list[SnapshotInfo]:
-        return self._run(self._operations.snapshots.create(names))
+    def create_snapshots(
+        self, names: Sequence[str], *, uuids: Sequence[str] | None = None
+    ) -> list[SnapshotInfo]:
+        return self._run(self._operations.snapshots.create(names, uuids=uuids))
 
-    def delete_snapshot(self, name: str) -> None:
-        self._run(self._operations.snapshots.delete(name))
+    def delete_snapshot(self, name: str, *, uuid: str | None = None) -> None:
+        self._run(self._operations.snapshots.delete(name, uuid=uuid))
 
     def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
         return self._run(self._operations.rollback(name, fence=fence))
 
-    def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
-        return self._run(self._operations.clone(name, new_name, allow))
+    def clone(
+        self, name: str, new_name: str, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        return self._run(self._operations.clone(name, new_name, allow, uuid=uuid))
 
     def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
         async def start() -> OperationInfo:

@@ -1,6 +1,7 @@
 """Kinds of command line values that click does not know: sizes, durations and addresses.
 
-Each is a function from the text to the value, given to click as ``type=``.
+Each is a function from the text to the value, given to click as ``type=``. And the options that
+several commands have in common.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from nbdstore.sizes import parse_size
 
 DURATIONS_S = {"s": 1, "m": 60, "h": 60 * 60, "d": 24 * 60 * 60}
 MAX_AMOUNT = 1e6
+
+uuid_option = click.option(
+    "--uuid", metavar="UUID", help="Of your choice: the same command again makes nothing new."
+)
 
 
 def size(text: str) -> int:

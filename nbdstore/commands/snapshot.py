@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from nbdstore.commands import parameters
 from nbdstore.commands.groups import OrderedGroup
 from nbdstore.commands.output import json_option, print_json, print_table
 from nbdstore.commands.progress import follow
@@ -35,9 +36,16 @@ def snapshot() -> None:
 
 @snapshot.command()
 @click.argument("snapshots", metavar="VOLUME@NAME...", nargs=-1, required=True)
+@click.option(
+    "--uuid",
+    "uuids",
+    multiple=True,
+    metavar="UUID",
+    help="Of your choice, one for each: the same command again makes nothing new.",
+)
 @json_option
 @pass_session
-def create(session: Session, snapshots: Sequence[str], as_json: bool) -> None:
+def create(session: Session, snapshots: Sequence[str], uuids: Sequence[str], as_json: bool) -> None:
     """Make snapshots, of one volume or of several at the same moment.
 
     They hold what was acknowledged before, whether it was flushed or not. What an application has
@@ -49,7 +57,7 @@ def create(session: Session, snapshots: Sequence[str], as_json: bool) -> None:
       nbdstore snapshot create db@release logs@release
     """
     with session.service() as service:
-        made = service.create_snapshots(snapshots)
+        made = service.create_snapshots(snapshots, uuids=uuids or None)
     if as_json:
         print_json([info.to_json() for info in made])
     else:
@@ -133,9 +141,10 @@ def rollback(session: Session, snapshot: str, fence: bool, as_json: bool) -> Non
 @click.command()
 @snapshot_argument
 @click.argument("name")
+@parameters.uuid_option
 @json_option
 @pass_session
-def clone(session: Session, snapshot: str, name: str, as_json: bool) -> None:
+def clone(session: Session, snapshot: str, name: str, uuid: str | None, as_json: bool) -> None:
     """Make volume NAME that begins as a snapshot.
 
     Done at once, whatever its size: it shares all blocks with the snapshot, and takes space for
@@ -147,7 +156,7 @@ def clone(session: Session, snapshot: str, name: str, as_json: bool) -> None:
       nbdstore clone db@monday db-test
     """
     with session.service() as service:
-        info = service.clone(snapshot, name)
+        info = service.clone(snapshot, name, uuid=uuid)
     if as_json:
         print_json(info.to_json())
     else:

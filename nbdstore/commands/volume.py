@@ -31,17 +31,26 @@ def volume() -> None:
     "--size", type=parameters.size, required=True, metavar="SIZE", help="As in 10G, 512M, 1.5T."
 )
 @click.option("--allow", multiple=True, metavar="CERT", help="See 'nbdstore volume allow'.")
+@parameters.uuid_option
 @json_option
 @pass_session
-def create(session: Session, name: str, size: int, allow: Sequence[str], as_json: bool) -> None:
+def create(
+    session: Session,
+    name: str,
+    size: int,
+    allow: Sequence[str],
+    uuid: str | None,
+    as_json: bool,
+) -> None:
     """Create an empty volume NAME.
 
     \b
     Examples:
       nbdstore volume create db --size 10G
+      nbdstore volume create db --size 10G --uuid "$UUID"   # may be repeated
     """
     with session.service() as service:
-        info = service.create_volume(name, size, allow)
+        info = service.create_volume(name, size, allow, uuid=uuid)
     _print_done(info, as_json, f"created volume {info.name}, {format_size(info.size)}")
 
 

@@ -129,9 +129,8 @@ class ControlClient:
     def create_volume(
         self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
     ) -> VolumeInfo:
-        body = {"name": name, "size": size, "allow": list(allow)}
-        body |= {"uuid": uuid} if uuid is not None else {}
-        return VolumeInfo.from_json(self._call("POST", "/v1/volumes", body))
+        body = {"name": name, "size": size, "allow": list(allow), "uuid": _chosen(uuid)}
+        return VolumeInfo.from_json(self._call_twice("POST", "/v1/volumes", body))
 
     def update_volume(
         self,
@@ -160,11 +159,17 @@ class ControlClient:
         return VolumeInfo.from_json(self._call("PATCH", _volume_path(name), body))
 
     def delete_volume(
-        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+        self,
+        name: str,
+        *,
+        fence: bool = False,
+        snapshots: bool = False,
+        now: bool = False,
+        uuid: str | None = None,
     ) -> None:
         wanted = {"fence": fence, "snapshots": snapshots, "now": now}
-        query = urlencode({key: "1" for key, value in wanted.items() if value})
-        self._call("DELETE", _volume_path(name) + (f"?{query}" if query else ""))
+        query = {key: "1" for key, value in wanted.items() if value}
+        self._delete(_volume_path(name), query, uuid)
 
     # Snapshots, clones, the trash
 
@@ -174,20 +179,26 @@ class ControlClient:
         listing = self._list("/v1/snapshots" + (f"?{query}" if query else ""), "snapshots")
         return [SnapshotInfo.from_json(item) for item in listing]
 
-    def create_snapshots(self, names: Sequence[str]) -> list[SnapshotInfo]:
-        made = self._call("POST", "/v1/snapshots", {"snapshots": list(names)})
+    def create_snapshots(
+        self, names: Sequence[str], *, uuids: Sequence[str] | None = None
+    ) -> list[SnapshotInfo]:
+        chosen = [str(uuid4()) for _ in names] if uuids is None else list(uuids)
+        body = {"snapshots": list(names), "uuids": chosen}
+        made = self._call_twice("POST", "/v1/snapshots", body)
         return [SnapshotInfo.from_json(item) for item in made["snapshots"]]
 
-    def delete_snapshot(self, name: str) -> None:
-        self._call("DELETE", _snapshot_path(name))
+    def delete_snapshot(self, name: str, *, uuid: str | None = None) -> None:
+        self._delete(_snapshot_path(name), {}, uuid)
 
     def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
         body = {"fence": fence}
         return VolumeInfo.from_json(self._call("POST", _snapshot_path(name) + "/rollback", body))
 
-    def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
-        body = {"name": new_name, "allow": list(allow)}
-        return VolumeInfo.from_json(self._call("POST", _snapshot_path(name) + "/clone", body))
+    def clone(
+        self, name: str, new_name: str, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        body = {"name": new_name, "allow": list(allow), "uuid": _chosen(uuid)}
+        return VolumeInfo.from_json(self._call_twice("POST", _snapshot_path(name) + "/clone", body))
 
     def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
         body = {"id": operation_id or uuid4().hex}
@@ -320,6 +331,24 @@ class ControlClient:
             response = self._send(connection, method, path, payload)
             content = self._read(response)
         return _decode(content) if content else None
+
+    def _call_twice(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Call, and once more if the answer got lost: for what does nothing when it was done.
+
+        A caller that waited in vain for an answer is not made to wait again.
+        """
+        try:
+            return self._call(method, path, body)
+        except ControlError as error:
+            if not isinstance(error.__cause__, ConnectionError | http.client.HTTPException):
+                raise
+        return self._call(method, path, body)
+
+    def _delete(self, path: str, query: dict[str, str], uuid: str | None) -> None:
+        """Delete what is at `path`; what has no uuid may be another thing the second time."""
+        query |= {} if uuid is None else {"uuid": uuid}
+        call = self._call if uuid is None else self._call_twice
+        call("DELETE", path + (f"?{urlencode(query)}" if query else ""))
 
     def _list(self, path: str, member: str) -> list[Any]:
         answer = self._call("GET", path)
@@ -468,6 +497,11 @@ def _snapshot_path(name: str) -> str:
 
 def _trash_path(which: str) -> str:
     return "/v1/trash/" + quote(which, safe="")
+
+
+def _chosen(uuid: str | None) -> str:
+    """The uuid of what is to be made, by which it is known again if the answer gets lost."""
+    return str(uuid4()) if uuid is None else uuid
 
 
 def _decode(content: bytes) -> Any:

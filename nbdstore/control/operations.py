@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from uuid import UUID
 
 from nbdstore import __version__, lease, qos
 from nbdstore.control import capacity, content, metrics, space
@@ -24,6 +23,7 @@ from nbdstore.control.backups import Backups
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
 from nbdstore.control.events import Events
+from nbdstore.control.identity import checked_uuid, is_gone, uuid_of
 from nbdstore.control.leases import Leases
 from nbdstore.control.long_operations import LongOperations
 from nbdstore.control.model import AttachmentInfo, PoolInfo, ServerInfo, VolumeInfo
@@ -144,13 +144,11 @@ class Operations:
     ) -> tuple[VolumeInfo, bool]:
         """Create a volume as `create_volume`; tell whether it is new."""
         properties = {"allow": checked_names(allow)} if allow else {}
-        wanted = None if uuid is None else _checked_uuid(uuid)
+        wanted = None if uuid is None else checked_uuid(uuid)
         async with self._usage.turn:
             there = self._pool.volumes.get(name)
-            if wanted is not None and there is not None:
-                status = there.status()
-                if (status["uuid"], status["size"]) == (str(wanted), size):
-                    return self._describe(there), False
+            if there is not None and (uuid_of(there), there.size) == (wanted, size):
+                return self._describe(there), False
             volume = await self._pool.create_volume(name, size, properties, uuid=wanted)
             self.events.tell("volume.created", name, size=size)
             return self._describe(volume), True
@@ -215,14 +213,24 @@ class Operations:
             await self._pool.resize_volume(volume, size, force=force)
 
     async def delete_volume(
-        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+        self,
+        name: str,
+        *,
+        fence: bool = False,
+        snapshots: bool = False,
+        now: bool = False,
+        uuid: str | None = None,
     ) -> None:
         """Put a volume that nobody uses into the trash; with `now`, delete it for good.
 
         With `fence` its lease and connections are ended first. With `snapshots` it takes those
-        along; without, having some is Busy.
+        along; without, having some is Busy. With its `uuid` another one of that name stays, and
+        nothing is done if it is gone already.
         """
+        wanted = None if uuid is None else checked_uuid(uuid)
         async with self._usage.turn:
+            if wanted is not None and is_gone(self._pool, name, wanted, for_good=now):
+                return
             volume = self._usage.find(name)
             if fence:
                 self._usage.require_no_import(volume, "deleting it")
@@ -239,12 +247,27 @@ class Operations:
         self.events.tell("volume.changed", info.name, rolled_back_to=name)
         return info
 
-    async def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
-        """Make a volume that begins as a snapshot, durably; `allow` as in `VolumeInfo`."""
-        properties = {"allow": checked_names(allow)} if allow else {}
-        info = self._describe(await self.snapshots.clone(name, new_name, properties))
-        self.events.tell("volume.created", info.name, size=info.size)
+    async def clone(
+        self, name: str, new_name: str, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        """Make a volume that begins as a snapshot, durably; `allow` as in `VolumeInfo`.
+
+        With the `uuid` of the clone of this name, made by a call before, return that.
+        """
+        info, _ = await self.clone_once(name, new_name, allow, uuid=uuid)
         return info
+
+    async def clone_once(
+        self, name: str, new_name: str, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> tuple[VolumeInfo, bool]:
+        """Clone as `clone`; tell whether it is new."""
+        properties = {"allow": checked_names(allow)} if allow else {}
+        wanted = None if uuid is None else checked_uuid(uuid)
+        volume, is_new = await self.snapshots.clone(name, new_name, properties, wanted)
+        info = self._describe(volume)
+        if is_new:
+            self.events.tell("volume.created", info.name, size=info.size)
+        return info, is_new
 
     async def restore(self, which: str, name: str | None = None) -> VolumeInfo:
         """Take a volume out of the trash."""
@@ -349,15 +372,6 @@ class Operations:
                 "scrub_damaged": scrub.damaged if scrub else 0,
             }
         )
-
-
-def _checked_uuid(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise InvalidArgument(
-            f"'{text:.60}' is no uuid: write it as 01234567-89ab-cdef-0123-456789abcdef"
-        ) from None
 
 
 def checked_names(names: Sequence[str]) -> list[str]:

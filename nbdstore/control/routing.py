@@ -77,9 +77,9 @@ Answer: TypeAlias = type[Record] | Listing | Media | None
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A record with another status than the route's first, or with headers."""
+    """An answer with another status than the route's first, or with headers."""
 
-    record: Record
+    content: Record | Sequence[Record]
     status: int
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -226,16 +226,18 @@ def _answered(entry: Route, result: Result) -> web.StreamResponse:
     if entry.answer is None:
         assert result is None, entry.path
         return web.Response(status=204)
-    if isinstance(entry.answer, Listing):
-        assert isinstance(result, Sequence), entry.path
-        listing = [record.to_json() for record in result]
-        return web.json_response({entry.answer.member: listing})
-    reply = result if isinstance(result, Reply) else None
-    record = reply.record if reply else result
-    status = reply.status if reply else entry.statuses[0]
-    assert not isinstance(entry.answer, Media), entry.path
-    assert isinstance(record, entry.answer), f"{entry.path}: {record!r:.80}"
-    assert status in entry.statuses, f"{entry.path}: {status}"
+    assert result is not None, entry.path
+    reply = result if isinstance(result, Reply) else Reply(result, entry.statuses[0])
+    assert reply.status in entry.statuses, f"{entry.path}: {reply.status}"
     return web.json_response(
-        record.to_json(), status=status, headers=dict(reply.headers) if reply else None
+        _as_json(entry, reply.content), status=reply.status, headers=dict(reply.headers)
     )
+
+
+def _as_json(entry: Route, content: Record | Sequence[Record]) -> dict[str, Any]:
+    if isinstance(entry.answer, Listing):
+        assert isinstance(content, Sequence), entry.path
+        return {entry.answer.member: [record.to_json() for record in content]}
+    assert isinstance(entry.answer, type), entry.path
+    assert isinstance(content, entry.answer), f"{entry.path}: {content!r:.80}"
+    return content.to_json()

@@ -126,28 +126,48 @@ class VolumeService(Protocol):
         """
 
     def delete_volume(
-        self, name: str, *, fence: bool = False, snapshots: bool = False, now: bool = False
+        self,
+        name: str,
+        *,
+        fence: bool = False,
+        snapshots: bool = False,
+        now: bool = False,
+        uuid: str | None = None,
     ) -> None:
         """Put a volume into the trash, or with `now` delete it and its data for good.
 
         Busy while leased or attached, unless `fence` ends that; Busy with snapshots, unless
-        `snapshots` takes them along.
+        `snapshots` takes them along. With its `uuid` another one of that name stays, and nothing
+        is done if it is gone already.
         """
 
     def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
         """List snapshots, of one volume or of all; with `unique`, tell what each holds alone."""
 
-    def create_snapshots(self, names: Sequence[str]) -> list[SnapshotInfo]:
-        """Make snapshots ``VOLUME@NAME``, all of one moment; durable on return."""
+    def create_snapshots(
+        self, names: Sequence[str], *, uuids: Sequence[str] | None = None
+    ) -> list[SnapshotInfo]:
+        """Make snapshots ``VOLUME@NAME``, all of one moment; durable on return.
 
-    def delete_snapshot(self, name: str) -> None:
-        """Delete a snapshot, and free what only it holds; Busy with clones, or attached."""
+        With `uuids` that the caller chose, the same call again returns those that are there.
+        """
+
+    def delete_snapshot(self, name: str, *, uuid: str | None = None) -> None:
+        """Delete a snapshot, and free what only it holds; Busy with clones, or attached.
+
+        With its `uuid` another one of that name stays, and nothing is done if it is gone already.
+        """
 
     def rollback(self, name: str, *, fence: bool = False) -> VolumeInfo:
         """Make a volume what its snapshot is; Busy while leased or attached, unless `fence`."""
 
-    def clone(self, name: str, new_name: str, allow: Sequence[str] = ()) -> VolumeInfo:
-        """Make a volume that begins as a snapshot and shares its blocks; durable on return."""
+    def clone(
+        self, name: str, new_name: str, allow: Sequence[str] = (), *, uuid: str | None = None
+    ) -> VolumeInfo:
+        """Make a volume that begins as a snapshot and shares its blocks; durable on return.
+
+        With a `uuid` that the caller chose, the same call again returns the clone that is there.
+        """
 
     def start_flatten(self, name: str, *, operation_id: str | None = None) -> OperationInfo:
         """Begin to copy what a clone shares with its origin; ids as in `start_scrub`."""

@@ -32,28 +32,40 @@ class SnapshotRoutes:
         query = call.query
         return await self._snapshots.listing(query.get("volume"), unique=query.get("unique", False))
 
-    @route("POST", "/v1/snapshots", body={"snapshots": "names"}, answer=SNAPSHOTS)
-    async def create_snapshots(self, call: Call) -> list[SnapshotInfo]:
+    @route(
+        "POST",
+        "/v1/snapshots",
+        body={"snapshots": "names", "uuids": "names?"},
+        answer=SNAPSHOTS,
+        statuses=(201, 200),
+    )
+    async def create_snapshots(self, call: Call) -> Reply:
         """Make snapshots, each VOLUME@NAME, all of one moment, durably.
 
-        They hold what was acknowledged before the call; clients are not held up.
+        They hold what was acknowledged before the call; clients are not held up. uuids that the
+        caller chose, one for each, make this idempotent: the same names and uuids again are
+        answered 200 with the snapshots that are there. What is taken otherwise is 409.
         """
-        made = await self._snapshots.create(call.body["snapshots"])
-        log.info("made %s", ", ".join(info.snapshot for info in made))
-        return made
+        made, are_new = await self._snapshots.create_once(
+            call.body["snapshots"], uuids=call.body.get("uuids")
+        )
+        if are_new:
+            log.info("made %s", ", ".join(info.snapshot for info in made))
+        return Reply(made, 201 if are_new else 200)
 
     @route("GET", "/v1/snapshots/{snapshot}", answer=SnapshotInfo)
     async def snapshot(self, call: Call) -> SnapshotInfo:
         """Describe one snapshot, VOLUME@NAME."""
         return await self._snapshots.show(call["snapshot"])
 
-    @route("DELETE", "/v1/snapshots/{snapshot}", answer=None)
+    @route("DELETE", "/v1/snapshots/{snapshot}", query={"uuid": "text?"}, answer=None)
     async def delete_snapshot(self, call: Call) -> None:
         """Delete a snapshot; what only it holds is free then.
 
-        Busy while it is attached, has clones, or two things continue from it.
+        Busy while it is attached, has clones, or two things continue from it. With its uuid this is
+        idempotent: if it is gone already that is no error, and another one of its name stays.
         """
-        await self._snapshots.delete(call["snapshot"])
+        await self._snapshots.delete(call["snapshot"], uuid=call.query.get("uuid"))
         log.info("snapshot %s deleted", call["snapshot"])
 
     @route(
@@ -75,16 +87,26 @@ class SnapshotRoutes:
     @route(
         "POST",
         "/v1/snapshots/{snapshot}/clone",
-        body={"name": "text", "allow": "names?"},
+        body={"name": "text", "allow": "names?", "uuid": "text?"},
         answer=VolumeInfo,
-        statuses=(201,),
+        statuses=(201, 200),
     )
     async def clone(self, call: Call) -> Reply:
-        """Make a volume that begins as the snapshot and shares its blocks, durably, at once."""
+        """Make a volume that begins as the snapshot and shares its blocks, durably, at once.
+
+        A uuid that the caller chose makes this idempotent: the same snapshot, name and uuid again
+        are answered 200 with the clone that is there. A name or uuid that is taken otherwise is
+        409.
+        """
         body = call.body
-        info = await self._operations.clone(call["snapshot"], body["name"], body.get("allow", ()))
-        log.info("volume %s cloned from %s", info.name, call["snapshot"])
-        return Reply(info, 201, {"Location": f"/v1/volumes/{quote(info.name, safe='')}"})
+        info, is_new = await self._operations.clone_once(
+            call["snapshot"], body["name"], body.get("allow", ()), uuid=body.get("uuid")
+        )
+        if is_new:
+            log.info("volume %s cloned from %s", info.name, call["snapshot"])
+        return Reply(
+            info, 201 if is_new else 200, {"Location": f"/v1/volumes/{quote(info.name, safe='')}"}
+        )
 
     @route(
         "POST",

@@ -9,14 +9,21 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 from nbdstore.control.contracts import PoolLike, VolumeLike
 from nbdstore.control.events import Events
+from nbdstore.control.identity import (
+    checked_uuid,
+    checked_uuids,
+    snapshots_made_before,
+    uuid_of,
+)
 from nbdstore.control.leases import Leases
 from nbdstore.control.long_operations import LongOperations, Task
 from nbdstore.control.model import OperationInfo, SnapshotInfo, TrashInfo
 from nbdstore.control.usage import Usage
-from nbdstore.errors import Busy, InvalidArgument, NotFound
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound
 
 FLATTEN = "flatten"
 """The kind of that operation."""
@@ -95,32 +102,64 @@ class Snapshots:
 
     # -- making and deleting ----------------------------------------------------------------
 
-    async def create(self, names: Sequence[str]) -> list[SnapshotInfo]:
-        """Make snapshots ``VOLUME@NAME``, all of one moment, durably."""
+    async def create(
+        self, names: Sequence[str], *, uuids: Sequence[str] | None = None
+    ) -> list[SnapshotInfo]:
+        """Make snapshots ``VOLUME@NAME``, all of one moment, durably.
+
+        With the `uuids` of those very ones, made by a call before, return them.
+        """
+        infos, _ = await self.create_once(names, uuids=uuids)
+        return infos
+
+    async def create_once(
+        self, names: Sequence[str], *, uuids: Sequence[str] | None = None
+    ) -> tuple[list[SnapshotInfo], bool]:
+        """Make snapshots as `create`; tell whether they are new."""
         if not names:
             raise InvalidArgument("name at least one snapshot to make: VOLUME@NAME")
-        wanted = []
-        for name in names:
-            volume_name, at, snapshot_name = name.partition("@")
-            if not at:
-                raise InvalidArgument(f"'{name}' names no snapshot: write it as VOLUME@NAME")
-            volume = self._usage.find(volume_name)
-            self._usage.require_no_import(volume, "making a snapshot of it")
-            wanted.append((volume, snapshot_name))
-        made = [self._describe(made) for made in await self._pool.create_snapshots(wanted)]
-        for info in made:
-            self._events.tell("snapshot.created", info.snapshot, size=info.size)
-        return made
-
-    async def delete(self, name: str) -> None:
-        """Delete a snapshot; what only it holds is free then. Busy while a client reads it."""
+        chosen = None if uuids is None else checked_uuids(uuids, len(names))
         async with self._usage.turn:
+            wanted = [self._wanted(name) for name in names]
+            if chosen is not None:
+                before = snapshots_made_before(self._pool, wanted, chosen)
+                if before:
+                    return [self._describe(snapshot) for snapshot in before], False
+            for volume, _ in wanted:
+                self._usage.require_no_import(volume, "making a snapshot of it")
+            texts = None if chosen is None else [str(uuid) for uuid in chosen]
+            made = await self._pool.create_snapshots(wanted, uuids=texts)
+            infos = [self._describe(snapshot) for snapshot in made]
+            for info in infos:
+                self._events.tell("snapshot.created", info.snapshot, size=info.size)
+            return infos, True
+
+    def _wanted(self, name: str) -> tuple[VolumeLike, str]:
+        volume_name, at, snapshot_name = name.partition("@")
+        if not at:
+            raise InvalidArgument(f"'{name}' names no snapshot: write it as VOLUME@NAME")
+        return self._usage.find(volume_name), snapshot_name
+
+    async def delete(self, name: str, *, uuid: str | None = None) -> None:
+        """Delete a snapshot; what only it holds is free then. Busy while a client reads it.
+
+        With its `uuid` another one of that name stays, and nothing is done if it is gone already.
+        """
+        wanted = None if uuid is None else checked_uuid(uuid)
+        async with self._usage.turn:
+            if wanted is not None and self._is_gone(name, wanted):
+                return
             snapshot = self.find(name)
             # What it is to be received over must stay, or that could not be given up.
             self._usage.require_no_import(snapshot.volume, f"deleting '{name}'")
             self._usage.require_detached(snapshot, "deleting it")
             await self._pool.delete_snapshot(snapshot)
             self._events.tell("snapshot.deleted", name)
+
+    def _is_gone(self, name: str, uuid: UUID) -> bool:
+        volume, snapshot_name = self._wanted(name)
+        there = volume.snapshots.get(snapshot_name)
+        return there is None or uuid_of(there) != uuid
 
     # -- volumes from snapshots -------------------------------------------------------------
 
@@ -138,11 +177,25 @@ class Snapshots:
                 await self._pool.rollback(volume, snapshot)
         return volume
 
-    async def clone(self, name: str, new_name: str, properties: dict[str, Any]) -> VolumeLike:
-        """Make a volume that begins as a snapshot, and shares its blocks; durable on return."""
+    async def clone(
+        self, name: str, new_name: str, properties: dict[str, Any], uuid: UUID | None
+    ) -> tuple[VolumeLike, bool]:
+        """Make a volume that begins as a snapshot, and shares its blocks; durable on return.
+
+        With the `uuid` of the clone of this name, made by a call before, return that. Returns the
+        volume, and whether it is new.
+        """
         async with self._usage.turn:
-            made: VolumeLike = await self._pool.clone(self.find(name), new_name, properties)
-            return made
+            snapshot = self.find(name)
+            there = self._pool.volumes.get(new_name)
+            if there is not None and uuid_of(there) == uuid:
+                if self._pool.origin(there) is snapshot:
+                    return there, False
+                raise AlreadyExists(
+                    f"the uuid {uuid} is that of volume '{new_name}', which is no clone of {name}, "
+                    "or none any more: take a new uuid and another name"
+                )
+            return await self._pool.clone(snapshot, new_name, properties, uuid=uuid), True
 
     def flatten(self, name: str, *, operation_id: str | None = None) -> tuple[OperationInfo, bool]:
         """Begin to copy what a clone shares with its origin; it may be used meanwhile.

@@ -105,17 +105,19 @@ class VolumeRoutes:
     @route(
         "DELETE",
         "/v1/volumes/{name}",
-        query={"fence": "flag?", "snapshots": "flag?", "now": "flag?"},
+        query={"fence": "flag?", "snapshots": "flag?", "now": "flag?", "uuid": "text?"},
         answer=None,
     )
     async def delete_volume(self, call: Call) -> None:
         """Put a volume into the trash; if now is 1, delete it and its data for good.
 
         Busy while it is leased or attached, unless fence is 1: that ends its lease and connections.
-        Busy if it has snapshots, unless snapshots is 1: they go along.
+        Busy if it has snapshots, unless snapshots is 1: they go along. With its uuid this is
+        idempotent: if it is gone already that is no error, and another one of its name stays.
         """
         query = {name: call.query.get(name, False) for name in ("fence", "snapshots", "now")}
-        await self._operations.delete_volume(call["name"], **query)
+        uuid = call.query.get("uuid")
+        await self._operations.delete_volume(call["name"], **query, uuid=uuid)
         log.info("volume %s deleted%s", call["name"], " for good" if query["now"] else "")
 
     @route("GET", "/v1/volumes/{name}/data", answer=CONTENT)

@@ -86,7 +86,7 @@ class Administration:
     ) -> Volume:
         async with self.turn():
             self.check_new(name)
-            self._check_new_uuid(uuid)
+            self.check_new_uuid(uuid)
             host = self._core.host
             info = VolumeInfo(
                 self._checkpointer.next_id,
@@ -98,7 +98,8 @@ class Administration:
             )
             return await self.add(info)
 
-    def _check_new_uuid(self, uuid: UUID | None) -> None:
+    def check_new_uuid(self, uuid: UUID | None) -> None:
+        """Raise AlreadyExists if `uuid` is, or was, that of another volume; None is of none."""
         for volume in self._registry.by_id.values():
             if uuid is not None and volume.info.uuid == str(uuid):
                 raise AlreadyExists(

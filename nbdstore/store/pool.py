@@ -317,7 +317,8 @@ class Pool:
         They hold what was acknowledged before the call, and nothing acknowledged after it.
 
         Arguments:
-            uuids: of snapshots in another pool, of which these are copies; None = new ones.
+            uuids: by which their maker knows them again, or of snapshots in another pool, of which
+                these are copies; None = new ones.
 
         Raises:
             InvalidArgument, AlreadyExists: of the names.
@@ -354,16 +355,24 @@ class Pool:
         return sum(image.info.n_own for image in images) * self._core.block_size
 
     async def clone(
-        self, snapshot: Snapshot, name: str, properties: dict[str, Any] | None = None
+        self,
+        snapshot: Snapshot,
+        name: str,
+        properties: dict[str, Any] | None = None,
+        *,
+        uuid: UUID | None = None,
     ) -> Volume:
         """Make a volume that begins as `snapshot` and shares its blocks; durable when this returns.
 
+        Arguments:
+            uuid: by which its maker knows it again; None = a new one.
+
         Raises:
-            InvalidArgument, AlreadyExists: of name and properties.
+            InvalidArgument, AlreadyExists: of name, properties and uuid.
             NoSpace: the pool is nearly full, or has not left what the snapshot had set aside.
         """
         await self._require_room("clones")
-        return await self._snapshots.clone(snapshot, name, properties or {})
+        return await self._snapshots.clone(snapshot, name, properties or {}, uuid)
 
     async def rollback(self, volume: Volume, snapshot: Snapshot) -> None:
         """Make a volume what its snapshot is; durable when this returns.

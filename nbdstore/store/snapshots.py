@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+from uuid import UUID
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
 from nbdstore.store import catalogue, layout
@@ -195,24 +196,29 @@ class Snapshots:
 
     # -- volumes from snapshots -------------------------------------------------------------
 
-    async def clone(self, snapshot: Snapshot, name: str, properties: dict[str, Any]) -> Volume:
+    async def clone(
+        self, snapshot: Snapshot, name: str, properties: dict[str, Any], uuid: UUID | None = None
+    ) -> Volume:
         """See Pool.clone."""
         catalogue.check_name(name)
         check_properties(name, properties)
-        return await self._administration.alone(self._clone(snapshot, name, properties))
+        return await self._administration.alone(self._clone(snapshot, name, properties, uuid))
 
-    async def _clone(self, snapshot: Snapshot, name: str, properties: dict[str, Any]) -> Volume:
+    async def _clone(
+        self, snapshot: Snapshot, name: str, properties: dict[str, Any], uuid: UUID | None
+    ) -> Volume:
         async with self._administration.turn():
             snapshot.check_there()
             check_staying(snapshot.volume)
             self._administration.check_new(name)
+            self._administration.check_new_uuid(uuid)
             host, source = self._core.host, snapshot.info
             self._check_space(source)
             info = VolumeInfo(
                 self._checkpointer.next_id,
                 name,
                 source.size,
-                uuid=str(host.new_uuid()),
+                uuid=str(uuid or host.new_uuid()),
                 created=int(host.time()),
                 epoch=source.epoch + 1,
                 parent=source.id,

@@ -69,7 +69,7 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/v1/operations/mine?wait=60", None, 200),
     ("GET", "/v1/operations", None, 200),
     ("DELETE", "/v1/operations/mine", None, 200),
-    ("POST", "/v1/snapshots", {"snapshots": ["db@a"]}, 200),
+    ("POST", "/v1/snapshots", {"snapshots": ["db@a"]}, 201),
     ("GET", "/v1/snapshots?volume=db&unique=1", None, 200),
     ("GET", "/v1/snapshots/db@a", None, 200),
     ("GET", "/v1/space", None, 200),
