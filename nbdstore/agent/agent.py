@@ -20,6 +20,7 @@ import logging
 
 from nbdstore.agent.attaching import AgentOptions, Attaching
 from nbdstore.agent.attachments import Attachment, Attachments
+from nbdstore.agent.devices import BlockDevice
 from nbdstore.agent.driver import Health
 from nbdstore.agent.drivers import Drivers
 from nbdstore.agent.mounting import Mounting
@@ -283,7 +284,7 @@ class Agent:
             self._mount(attachment, request)
 
     def grow(self, volume: str, size: int) -> None:
-        """Let the device and the filesystem of a volume grow with it.
+        """Let the device and the filesystem of a volume grow with it; see `Mounting.grow`.
 
         Raises:
             NbdstoreError: it could not be done; try again later.
@@ -291,20 +292,25 @@ class Agent:
         with self.attachments.turn(volume, "growing", patience_s=0.0):
             attachment = self.attachments.find(volume)
             device = self.attaching.find_device(attachment)
-            if device is None or device.size >= size:
+            if device is None:
                 return
-            driver = self.drivers[attachment.record.driver]
-            if not driver.grow(attachment.record, device, size):
-                attachment.problem = (
-                    f"the volume has {size} bytes now; the {driver.name} driver shows that when it "
-                    "is attached again"
-                )
+            if device.size < size and not self._grow_device(attachment, device, size):
                 return
-            self.attachments.save(dataclasses.replace(attachment.record, size=size))
-            log.info("%s has %d bytes now", device.path, size)
             mounts = self.mounting.mounts_of(device)
             if mounts and not mounts[0].read_only:
                 self.mounting.grow(attachment, device, mounts[0].path)
+
+    def _grow_device(self, attachment: Attachment, device: BlockDevice, size: int) -> bool:
+        driver = self.drivers[attachment.record.driver]
+        if not driver.grow(attachment.record, device, size):
+            attachment.problem = (
+                f"the volume has {size} bytes now; the {driver.name} driver shows that when it "
+                "is attached again"
+            )
+            return False
+        self.attachments.save(dataclasses.replace(attachment.record, size=size))
+        log.info("%s has %d bytes now", device.path, size)
+        return True
 
     def renew(self, volume: str) -> None:
         """Give a volume whose device or filesystem has failed a new device, and mount it again.
@@ -372,7 +378,7 @@ class Agent:
             device=device.name if device else "",
             driver=record.driver,
             state=state,
-            message=attachment.problem,
+            message=attachment.problem or record.too_small,
             size=device.size if device else record.size,
             read_only=record.read_only,
             holder=self.options.holder,

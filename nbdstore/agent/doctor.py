@@ -12,6 +12,7 @@ does what it knows to be safe; it never touches a device that is in use, or not 
     read-only        the kernel made the filesystem read-only after errors: unmounted, checked,
                      mounted again
     size             the volume has grown: device and filesystem grow; it has shrunk: none
+    filesystem       it is smaller than its device, and could not grow: tried once more
     orphan-device    a device of this agent without a record: detached, unless in use
     foreign-device   a device of another agent: none
     orphan-lease     a lease of this agent without a record: given back
@@ -33,7 +34,7 @@ from nbdstore.agent.kernel_driver import KernelDriver
 from nbdstore.agent.mounts import mounted_at
 from nbdstore.agent.records import DETACHING
 from nbdstore.control.model import LeaseInfo, VolumeInfo
-from nbdstore.errors import NbdstoreError, NotFound
+from nbdstore.errors import DeviceError, NbdstoreError, NotFound
 
 PATIENCE_S: Final = 30.0
 
@@ -116,6 +117,7 @@ class Doctor:
         else:
             yield from self._health(attachment, device)
             yield from self._size(attachment, device)
+            yield from self._filesystem(attachment)
             yield from self._mounts(attachment, device)
 
     def _absent(self, attachment: Attachment) -> Iterator[Finding]:
@@ -192,6 +194,16 @@ class Doctor:
             advice=advice,
             fixable=not advice,
         )
+
+    def _filesystem(self, attachment: Attachment) -> Iterator[Finding]:
+        record = attachment.record
+        if record.too_small:
+            yield Finding(
+                kind="filesystem",
+                subject=record.volume,
+                text=f"volume {record.volume}: {record.too_small}",
+                fixable=True,
+            )
 
     def _mounts(self, attachment: Attachment, device: BlockDevice) -> Iterator[Finding]:
         record = attachment.record
@@ -272,6 +284,10 @@ class Doctor:
         elif finding.kind == "size":
             assert self._volumes
             agent.grow(finding.subject, self._volumes[finding.subject].size)
+        elif finding.kind == "filesystem":
+            agent.grow(finding.subject, 0)
+            if left := agent.attachments.find(finding.subject).record.too_small:
+                raise DeviceError(left)
         elif finding.kind in ("failed", "read-only"):
             agent.renew(finding.subject)
         else:

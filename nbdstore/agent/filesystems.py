@@ -62,7 +62,7 @@ class Filesystem(Protocol):
         """Bring one that is unclean into order; DeviceError if that cannot be done safely."""
 
     def grow(self, path: str, mountpoint: str) -> None:
-        """Let a mounted filesystem fill its device. Nothing if it does."""
+        """Let a mounted filesystem fill its device; nothing if it does. DeviceError: it cannot."""
 
 
 class Ext4:
@@ -88,7 +88,11 @@ class Ext4:
             )
 
     def grow(self, path: str, mountpoint: str) -> None:
-        programs.run("resize2fs", path)
+        done = programs.run("resize2fs", path, accept=range(256))
+        if done.status:
+            said = " ".join(done.output.split())[-programs.MAX_SHOWN :]
+            lacking = "" if "Permission denied" not in said else "it takes CAP_SYS_RESOURCE; "
+            raise DeviceError(f"{lacking}resize2fs ended with status {done.status}: {said}")
 
 
 class Xfs:

@@ -139,11 +139,26 @@ class Mounting:
         self._attachments.save(dataclasses.replace(record, filesystem=owned))
 
     def grow(self, attachment: Attachment, device: BlockDevice, path: str) -> None:
-        """Let a mounted filesystem fill its device, if it is smaller."""
+        """Let a mounted filesystem fill its device, if it is smaller.
+
+        One that cannot grow is as good as it was before: the record tells why (`too_small`), and
+        what is mounted stays mounted.
+        """
         superblock = filesystems.read_superblock(device.path)
+        volume, too_small = attachment.record.volume, ""
         if superblock is not None and device.size - superblock.size >= SLACK_BYTES:
-            log.info("growing the filesystem of volume %s", attachment.record.volume)
-            filesystem(superblock.type).grow(device.path, path)
+            log.info("growing the filesystem of volume %s", volume)
+            try:
+                filesystem(superblock.type).grow(device.path, path)
+            except DeviceError as error:
+                too_small = (
+                    f"the filesystem has {superblock.size} of the {device.size} bytes of "
+                    f"{device.path}, and cannot grow now: {error}"
+                )
+        if too_small != attachment.record.too_small:
+            self._attachments.save(dataclasses.replace(attachment.record, too_small=too_small))
+            if too_small:
+                log.warning("volume %s: %s", volume, too_small)
 
     def mounts_of(self, device: BlockDevice | None) -> list[Mount]:
         """List where a device is mounted, as far as this mount namespace shows."""
@@ -170,7 +185,8 @@ class Mounting:
         left = tuple(mount for mount in before.mounts if mount.path != path)
         if forget:
             # Before: what a killed agent has unmounted is not to be mounted again.
-            self._attachments.save(dataclasses.replace(before, mounts=left))
+            too_small = before.too_small if left else ""
+            self._attachments.save(dataclasses.replace(before, mounts=left, too_small=too_small))
         timeout_s = FORCED_TIMEOUT_S if force else mounts.UNMOUNT_TIMEOUT_S
         try:
             while self._is_ours(attachment, path):

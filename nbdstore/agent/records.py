@@ -75,7 +75,7 @@ class AttachRecord:
     export: the name that is asked of the server, with the lease's secret. epoch: the lease's; 0
     without one. device: the name that it got last. sockets: inode numbers of the connections that
     the kernel was given. explicit: whether it was asked for by itself, so that it outlives its
-    mounts.
+    mounts. too_small: why its filesystem could not grow to fill its device, for people.
     """
 
     id: str
@@ -94,6 +94,7 @@ class AttachRecord:
     sockets: tuple[int, ...] = ()
     device: str = ""
     explicit: bool = False
+    too_small: str = ""
     filesystem: FilesystemRecord | None = None
     mounts: tuple[MountRecord, ...] = ()
     state: str = ATTACHED

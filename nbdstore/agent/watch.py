@@ -3,7 +3,8 @@
     at once      the kernel says that a device lost its connection (LINK_DEAD)
     every tick   what has no connection, no device, or is being detached; what failed before is
                  tried again, less and less often
-    every poll   sizes: what has grown in the store grows here
+    every poll   sizes: what has grown in the store grows here; a filesystem that could not is
+                 tried again after minutes, for that takes somebody to change something
 
 Attachments are tended by a few threads, so that one that waits for its server holds up no other.
 Looking at all of them costs a read from sysfs for each; none is ever waited for.
@@ -34,6 +35,7 @@ POLL_S: Final = 5.0
 N_THREADS: Final = 8
 FIRST_RETRY_S: Final = 0.2
 LAST_RETRY_S: Final = 5.0
+LAST_FILESYSTEM_RETRY_S: Final = 300.0
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 class _Care:
     """The course of an attachment that needs care. said: the problem that was logged last."""
 
+    last_pause_s: float = LAST_RETRY_S
     running: concurrent.futures.Future[None] | None = None
     next_s: float = 0.0
     pause_s: float = FIRST_RETRY_S
@@ -129,9 +132,11 @@ class Watch:
                 attachment.expired = True
         self._begin(volume, functools.partial(self._agent.tend, volume))
 
-    def _begin(self, subject: str, work: Callable[[], None]) -> None:
+    def _begin(
+        self, subject: str, work: Callable[[], None], last_pause_s: float = LAST_RETRY_S
+    ) -> None:
         """Have something done by a thread, unless it is being done, or failed just now."""
-        care = self._care.setdefault(subject, _Care())
+        care = self._care.setdefault(subject, _Care(last_pause_s))
         idle = care.running is None or care.running.done()
         if idle and time.monotonic() >= care.next_s:
             care.running = self._pool.submit(self._do, subject, care, work)
@@ -148,7 +153,7 @@ class Watch:
         except Exception:
             log.exception("tending volume %s has a bug", subject)
         care.next_s = time.monotonic() + care.pause_s
-        care.pause_s = min(care.pause_s * 2, LAST_RETRY_S)
+        care.pause_s = min(care.pause_s * 2, care.last_pause_s)
 
     def _mount(self, request: MountRequest) -> None:
         """Mount what this agent was started to mount; it is tried until it succeeds once."""
@@ -175,9 +180,16 @@ class Watch:
             log.info("the server is back")
         self._server_away = False
         for attachment in attachments:
+            volume = attachment.record.volume
             size = sizes.get(attachment.record.volume_uuid, 0)
             if attachment.device is not None and size > attachment.device.size:
-                self._pool.submit(self._grow, attachment.record.volume, size)
+                self._pool.submit(self._grow, volume, size)
+            subject = f"{volume}'s filesystem"
+            if attachment.record.too_small:
+                work = functools.partial(self._agent.grow, volume, size)
+                self._begin(subject, work, LAST_FILESYSTEM_RETRY_S)
+            else:
+                self._care.pop(subject, None)
 
     def _grow(self, volume: str, size: int) -> None:
         try:

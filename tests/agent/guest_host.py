@@ -25,7 +25,7 @@ WAIT: Final = "/run/guest/busybox usleep 100000"
 CONTAINER: Final = """
 mount -t tmpfs -o mode=755 tmpfs /dev
 mknod /dev/null c 1 3; mknod /dev/urandom c 1 9
-exec {nbdstore} agent --request-timeout {request_timeout_s} "$@"
+exec $AS {nbdstore} agent --request-timeout {request_timeout_s} "$@"
 """
 # One question to the agent, by a python that loads nothing else.
 ASK: Final = """
@@ -54,11 +54,17 @@ class GuestHost:
             f"cat >/run/container.sh <<'END'\n{container}END\ncat >/run/ask.py <<'END'\n{ASK}END\n"
         )
 
-    def start(self, *options: str) -> None:
-        """Start the agent in a new container, and return when it answers."""
+    def start(self, *options: str, without: str = "") -> None:
+        """Start the agent in a new container, and return when it answers.
+
+        Arguments:
+            without: a capability that the container does not have, such as "sys_resource".
+        """
         arguments = " ".join(options)
+        prefix = f"setpriv --bounding-set -{without}" if without else ""
         self.guest.run(
-            f"{self.environment}unshare --mount --pid --mount-proc --fork --kill-child "
+            f"{self.environment}export AS='{prefix}'\n"
+            f"unshare --mount --pid --mount-proc --fork --kill-child "
             f"--propagation unchanged sh /run/container.sh {arguments} >/dev/console 2>&1 & "
             f"echo $! >/run/agent.pid\nuntil [ -S {SOCKET} ] && kill -0 $(cat /run/agent.pid); do "
             f"{WAIT}; done"

@@ -53,6 +53,12 @@ class Host(Closing):
         __tracebackhide__ = True
         return self.children.run(NBDSTORE, *arguments, env=self.env, status=status)
 
+    def run_without(self, capability: str, *arguments: str | Path, status: int = 0) -> str:
+        """Run a command there that lacks a capability, such as "sys_resource"."""
+        __tracebackhide__ = True
+        prefix = ("setpriv", "--bounding-set", f"-{capability}")
+        return self.children.run(*prefix, NBDSTORE, *arguments, env=self.env, status=status)
+
     def start(self, *options: str) -> None:
         """Start an agent there and return when it answers."""
         with ReadinessSocket(self.directory / "notify.sock") as readiness:

@@ -110,6 +110,31 @@ def test_detaching_what_is_mounted_or_open_is_refused(host: Host) -> None:
     assert not is_mounted(where)
 
 
+def test_a_filesystem_that_cannot_grow_is_mounted_as_it_is(host: Host) -> None:
+    """A container has no CAP_SYS_RESOURCE by itself, without which a mounted ext4 cannot grow."""
+    where = host.directory / "mnt"
+    host.nbdstore("mount", "db", where)
+    (where / "file").write_text("content")
+    host.nbdstore("umount", "db")
+    host.pool.nbdstore("volume", "resize", "db", "192M")
+    host.run_without("sys_resource", "mount", "db", where)
+    assert (where / "file").read_text() == "content"
+    assert f"has {128 << 20} of the {192 << 20} bytes" in host.nbdstore("agent", "status")
+    said = host.run_without("sys_resource", "doctor", "--fix", status=1)
+    assert "it takes CAP_SYS_RESOURCE" in said
+    host.nbdstore("umount", "db")
+
+    # What lets it grow may come later, and need not be the agent.
+    device = host.nbdstore("attach", "db", "--driver", "fuse").splitlines()[0]
+    host.children.run("e2fsck", "-f", "-p", device, status=None)
+    host.children.run("resize2fs", device)
+    host.run_without("sys_resource", "mount", "db", where)
+    assert host.status("db")["message"] == ""
+    assert "all is well" in host.nbdstore("doctor")
+    host.nbdstore("umount", "db")
+    host.nbdstore("detach", "db")
+
+
 def test_mistakes_are_explained(host: Host) -> None:
     where = host.directory / "mnt"
     if not Path("/sys/module/nbd").exists():
