@@ -11,6 +11,7 @@ not there           nothing; a full stream makes it
 as in the base      the snapshot that the stream builds on, and not changed since then
 half received       ``receiving``: all bytes before `position` are as in the new snapshot, and are
                     durable; those behind it are as in the base, or as in the new one
+being given up      ``receiving`` with position 0 while what came is taken back; then that goes, too
 received            the snapshot, with the name and uuid that it has where it was sent;
                     ``receiving`` goes away after it has come, so a crash between leaves both, and
                     receiving it again, or the next one, or aborting, takes it away
@@ -141,6 +142,9 @@ class Receiving:
                     self._events.tell("volume.deleted", name)
                     return
                 base = self._base(volume, progress.base, progress.name)
+                # Should a crash come after the rollback, nobody may go on where it was broken off.
+                nothing = dataclasses.replace(progress, position=0)
+                await self._usage.set(volume, receiving=nothing.to_json())
                 await self._pool.rollback(volume, base)
                 self._events.tell("volume.changed", name, rolled_back_to=base.name)
             await _unmark(self._usage, volume)

@@ -116,7 +116,10 @@ def test_at_any_moment(sender: Sender, seed: int) -> None:
         after.assert_clean()
 
 
-def test_while_it_is_given_up(sender: Sender) -> None:
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_while_it_is_given_up(sender: Sender, goes_on: bool) -> None:
+    """What the crash leaves can be given up again, or gone on with where it says."""
+
     async def give_up(there: Site) -> None:
         await there.receive("db", sender.streams["db@a"])
         with pytest.raises(Exception, match="cut off"):
@@ -125,6 +128,10 @@ def test_while_it_is_given_up(sender: Sender) -> None:
         await there.backups.receiving.abort("db")
 
     async def look(there: Site) -> None:
+        if goes_on and there.token("db"):
+            await there.receive("db", sender.streams["db@b"])  # what is there already is left out
+            assert await there.content("db@b") == sender.contents["db@b"]
+            return
         if there.token("db"):
             await there.backups.receiving.abort("db")
         assert there.visible() == ["db", "db@a"]
