@@ -55,6 +55,9 @@ PARTS: Final = {
     "exhaustive": Part("tests.store.exhaustive", "every short sequence, crashed at every moment"),
     "faults": Part("tests.store.fault_sweep", "whatever call of the disk fails, nothing is lost"),
     "state-machine": Part("tests.store.state_machine", "a pool holds what bytearrays hold"),
+    "backups": Part(
+        "tests.control.backup_power_loss", "backups arrive, whoever dies on the way", share=0.5
+    ),
     "simulation": Part("tests.simulation", "the whole server, in simulated worlds", share=2),
     "damage": Part("tests.store.damage", "damage is reported, and costs no more than it must"),
     "fuzz": Part("tests.fuzz", "no bytes of a peer do harm"),

@@ -13,6 +13,7 @@ import pytest
 from nbdstore.store.host import Failpoint
 from tests.conformance.case import RULES
 from tests.conformance.cases import all_cases
+from tests.control.test_backup_power_loss import RULES as BACKUP_RULES
 from tests.fuzz.test_corpus import BROKEN as BROKEN_PARSERS
 from tests.load.scene import HOSTILE_SHARE, SLOWEST_S
 from tests.peers.sabotage import SABOTAGES
@@ -35,7 +36,7 @@ LONGEST = max(SHARES)
 IN_CI = sum(len(sequences(length, (0, share))) for length, share in SHARES.items())
 ALL = sum(len(sequences(length)) for length in range(1, LONGEST + 1))
 N_BROKEN = len(BROKEN_RULES) + len(SNAPSHOT_RULES) + len(MUTATIONS)
-N_BROKEN += len(BROKEN_PARSERS) + len(SABOTAGES)
+N_BROKEN += len(BACKUP_RULES) + len(BROKEN_PARSERS) + len(SABOTAGES)
 WORDS = {3: "three"}
 
 
@@ -55,6 +56,7 @@ WORDS = {3: "three"}
         f"{N_BROKEN} faults put into the store",
         f"[power_loss](tests/store/test_oracle.py) ({len(BROKEN_RULES)})",
         f"[with snapshots](tests/store/test_snapshot_oracle.py) ({len(SNAPSHOT_RULES)})",
+        f"[of backups](tests/control/test_backup_power_loss.py) ({len(BACKUP_RULES)})",
         f"[simulation](tests/simulation/mutations.py) ({len(MUTATIONS)})",
         f"[fuzz](tests/fuzz/test_corpus.py) ({len(BROKEN_PARSERS)})",
         f"[conformance](tests/peers/sabotage.py) ({len(SABOTAGES)})",
