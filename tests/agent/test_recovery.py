@@ -93,8 +93,8 @@ def test_a_stop_detaches_and_the_next_start_brings_it_back(host: Host, pool: Ser
     spec = f"volume=new,path={host.directory}/new,size=64M,owner=5:6"
     host.start("--mount", spec)
     new, db = host.directory / "new", mount(host, "db")
-    until(lambda: is_mounted(new), "what the agent was started for is mounted")
-    assert (new.stat().st_uid, new.stat().st_gid) == (5, 6)
+    # It has its owner a moment after it is mounted.
+    until(lambda: is_mounted(new) and owner(new) == (5, 6), "what it was started for is mounted")
     (db / "file").write_text("content")
     with (new / "open").open("w"):
         host.stop()
@@ -108,6 +108,11 @@ def test_a_stop_detaches_and_the_next_start_brings_it_back(host: Host, pool: Ser
     assert not is_mounted(new)
     assert not is_mounted(db)
     assert leases(pool) == []
+
+
+def owner(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_uid, found.st_gid
 
 
 def leases(pool: ServedPool) -> list[dict[str, object]]:
