@@ -191,8 +191,9 @@ def _run_agent(
     keep: bool,
     log_level: str,
 ) -> None:
-    from nbdstore.agent import life
+    from nbdstore.agent import first_process, life
 
+    first_process.split_if_first()
     wanted = [parse_mount(spec).checked() for spec in mounts]
     logs.set_up(log_level, session.environ)
     setting = _setting(

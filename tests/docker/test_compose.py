@@ -78,8 +78,16 @@ def test_what_the_sample_writes_survives(engine: Engine, tmp_path: Path, fs: str
     engine.docker("kill", project.container("server"))
     engine.docker("start", project.container("server"))
     assert project.advance()[: len(first)] == first
+    deadline = time.monotonic() + 60
     started = engine.inspect(project.container("app-fuse"))
     assert started["RestartCount"] == 0
+
+    # What a relay leaves behind when it ends is nobody's child there, and still goes.
+    project.run("server", "nbdstore", "volume", "create", "extra", "--size", "64M")
+    project.run("agent-fuse", "nbdstore", "attach", "extra")
+    project.run("agent-fuse", "nbdstore", "detach", "extra")
+    while ") Z " in project.run("agent-fuse", "sh", "-c", "cat /proc/[0-9]*/stat 2>/dev/null"):
+        assert time.monotonic() < deadline, "what has ended is reaped"
 
     # All stop in order, and start again; then all containers are removed, and made anew.
     project.compose("stop")
