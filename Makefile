@@ -7,6 +7,8 @@
 #   make tests         the tests alone; ARGS="tests/store -k journal" chooses
 #   make soak          the long tests, for MINUTES=10, from SEED=... on; see tests/soak.py
 #   make memory-test   100 volumes of 1 TiB with 1 GiB in each: 100 GiB of disk, a quarter of an hour
+#   make compose-kernel-test
+#                      the Compose file with the kernel's nbd driver, in an emulated machine; minutes
 #   make bench-quick   nbdstore beside nbdkit, qemu-nbd and nbd-server, in under three minutes
 #   make bench         every benchmark; ARGS="fsync --rounds 9" chooses; see benchmarks/README.md
 #   make format        rewrite the code as ruff wants it
@@ -22,7 +24,7 @@ MINUTES ?= 10
 SEED ?=
 LISTEN ?= 127.0.0.1:10809
 
-.PHONY: serve test lint types tests soak memory-test bench bench-quick format packages clean
+.PHONY: serve test lint types tests soak memory-test compose-kernel-test bench bench-quick format packages clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.ready
@@ -48,6 +50,9 @@ soak: $(VENV)/.ready-test
 
 memory-test: $(VENV)/.ready-test
 	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py
+
+compose-kernel-test: $(VENV)/.ready-test
+	NBDSTORE_COMPOSE_KERNEL_TEST=1 $(BIN)/pytest tests/docker/test_kernel_driver.py
 
 bench: $(VENV)/.ready-bench
 	@scripts/install-packages benchmarks/debian-packages.txt

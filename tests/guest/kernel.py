@@ -2,11 +2,12 @@
 
 Owns the cache of kernels; knows nothing of booting one. A kernel in the cache is a directory::
 
-    RELEASE/vmlinuz         the image that QEMU boots
-    RELEASE/modules/        the modules of MODULES and what they depend on, not compressed
-    RELEASE/load-order      their file names, one per line, in an order in which insmod works
+    RELEASE.SELECTION/vmlinuz     the image that QEMU boots
+    RELEASE.SELECTION/modules/    the modules of MODULES and what they depend on, not compressed
+    RELEASE.SELECTION/load-order  their file names, one per line, in an order in which insmod works
 
-A kernel is unpacked beside its final place and renamed into it, so what has a name is complete.
+SELECTION stands for MODULES: a kernel with another choice of modules is not taken. A kernel is
+unpacked beside its final place and renamed into it, so what has a name is complete.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +38,11 @@ MODULES = (
     "crc32c_generic",
     "ext4",
     "xfs",
+    # For a Docker engine in the guest.
+    "bridge",
+    "veth",
 )
+SELECTION = f"{zlib.crc32(' '.join(MODULES).encode()):08x}"
 DOWNLOAD_TIMEOUT_S = 300
 
 
@@ -75,7 +81,7 @@ def fetch_kernel(cache: Path | None = None) -> Kernel:
     cache = cache or cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / "lock"):
-        cached = sorted(cache.glob("*/load-order"))
+        cached = sorted(cache.glob(f"*.{SELECTION}/load-order"))
         if cached:
             return Kernel(cached[-1].parent)
         for unfinished in cache.glob("new-*"):
@@ -128,8 +134,9 @@ def unpack_kernel(packages: list[Path], work: Path, cache: Path) -> Kernel:
     shutil.copy(image, kernel / "vmlinuz")
     names = [unpack_module(path, kernel / "modules") for path in load_order(work / "root", release)]
     (kernel / "load-order").write_text("".join(f"{name}\n" for name in names))
-    kernel.rename(cache / release)
-    return Kernel(cache / release)
+    complete = cache / f"{release}.{SELECTION}"
+    kernel.rename(complete)
+    return Kernel(complete)
 
 
 def load_order(root: Path, release: str) -> list[Path]:
