@@ -14,7 +14,8 @@ that is "creating" was promised to nobody: if it was never written, it is made a
 goes into the store's trash.
 
 Looking answers from the records and never waits for the server: Docker takes an error for "no such
-volume", and forgets it. What is wrong stands in the status.
+volume", and forgets it. What is wrong stands in the status. Only the size is the store's, if it can
+be had at once: a volume may have been resized.
 
 A mount ID that Docker never takes back (it was killed, or the plugin was, in the middle) keeps a
 volume mounted until it is removed. Docker asks that only for a volume that no container uses.
@@ -33,6 +34,7 @@ from nbdstore.control.model import VolumeInfo
 from nbdstore.control.service import VolumeService
 from nbdstore.docker_plugin.options import VolumeOptions
 from nbdstore.docker_plugin.records import CREATING, READY, Records, VolumeRecord
+from nbdstore.docker_plugin.stored_size import StoredSizes
 from nbdstore.docker_plugin.turns import Turns
 from nbdstore.errors import AlreadyExists, InvalidArgument, NbdstoreError, NotFound, StoreError
 from nbdstore.sizes import format_size
@@ -72,6 +74,7 @@ class VolumeDriver:
         self._agent = agent
         self._default_size = default_size
         self._turns = Turns()
+        self._sizes = StoredSizes(service)
 
     # Each call may raise any NbdstoreError.
 
@@ -133,7 +136,10 @@ class VolumeDriver:
 
     def describe(self, name: str) -> dict[str, Any]:
         """Describe one volume as the protocol wants it."""
-        return self._describe(self._find(name), self._attachments())
+        described = self._describe(self._find(name), self._attachments())
+        if size := self._sizes.of(name):
+            described["Status"]["size_bytes"] = size
+        return described
 
     def list(self) -> list[dict[str, Any]]:
         """Describe all volumes; see `describe`."""
