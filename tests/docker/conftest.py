@@ -1,4 +1,4 @@
-"""What the tests with a Docker engine share: the engine, one for all tests of a file."""
+"""What the tests with a Docker engine share: an engine and its storage, for all tests of a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from tests.children import Children
 from tests.docker.engine import Engine, running_engine
+from tests.docker.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +23,17 @@ def engine(module_engine: Engine, children: Children) -> Engine:
     module_engine.remove_all()
     children.logs += module_engine.children.logs
     return module_engine
+
+
+@pytest.fixture(scope="module")
+def module_storage(
+    module_engine: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Storage]:
+    with Storage(module_engine, tmp_path_factory.mktemp("storage")) as storage:
+        yield storage
+
+
+@pytest.fixture
+def storage(module_storage: Storage, engine: Engine) -> Storage:
+    """A server, an agent and the plugin beside the engine; no volumes."""
+    return module_storage

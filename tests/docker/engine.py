@@ -119,7 +119,9 @@ class Engine:
         """Kill dockerd; its containers go on."""
         self.machine.kill(self.dockerd, signal.SIGKILL)
 
-    def docker(self, *argv: Argument, timeout_s: float = 60, status: int | None = 0) -> str:
+    def docker(
+        self, *argv: Argument, timeout_s: float = 60, status: int | None = 0, stdin: str = ""
+    ) -> str:
         """Run docker's command line; see `Children.run`."""
         __tracebackhide__ = True
         env = {
@@ -127,7 +129,8 @@ class Engine:
             "DOCKER_BUILDKIT": "0",
             "DOCKER_CONFIG": str(self.socket.parent),
         }
-        return self.children.run("docker", *argv, timeout_s=timeout_s, status=status, env=env)
+        words = ("docker", *argv)
+        return self.children.run(*words, timeout_s=timeout_s, status=status, env=env, stdin=stdin)
 
     def compose(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,12 +18,17 @@ from nbdstore.orchestration.docker_platform import DockerPlatform
 from tests.docker.engine import Engine
 from tests.docker.faulty_engine import FaultyEngine
 from tests.docker.images import base_image
+from tests.docker.storage import Storage
 
 pytestmark = [
     pytest.mark.requires("root", "dockerd", "docker", "mmdebstrap", "iptables"),
     pytest.mark.requires("slirp4netns", "/dev/net/tun"),
     pytest.mark.timeout(900),
 ]
+
+storage_programs = pytest.mark.requires(
+    *("/dev/fuse", "/dev/loop-control", "nbdfuse", "fusermount3", "mkfs.ext4", "mkfs.xfs")
+)
 
 # Writes a line into its volume at each start, and stops when it is told to.
 APPLICATION = """
@@ -32,12 +39,18 @@ while :; do sleep 1000 & wait $!; done
 """
 
 
-def application(image: str, word: str, replicas: int = 1) -> ContainerApp:
+LOCAL = Volume("data", "/data", driver="local")
+STORED = Volume("data", "/data", size="300M")
+
+
+def application(
+    image: str, word: str, *volumes: Volume, replicas: int = 1, name: str = "writer"
+) -> ContainerApp:
     return ContainerApp(
-        "writer",
+        name,
         image,
         command=["sh", "-c", APPLICATION],
-        volumes=[Volume("data", "/data", driver="local")],
+        volumes=volumes,
         env={"WORD": word},
         replicas=replicas,
     )
@@ -58,7 +71,7 @@ def run(engine: Engine, name: str, app: ContainerApp, url: str | None = None) ->
 def test_an_application_starts_scales_changes_and_stops_and_keeps_its_data(engine: Engine) -> None:
     image = base_image(engine)
     with Orchestration(DockerPlatform(engine.url), name="shop") as shop:
-        shop.add_container_app(application(image, "one", replicas=2))
+        shop.add_container_app(application(image, "one", LOCAL, replicas=2))
         (status,) = shop.start()
         assert [(replica.name, replica.state) for replica in status.replicas] == [
             ("shop-writer-0", "running"),
@@ -75,7 +88,7 @@ def test_an_application_starts_scales_changes_and_stops_and_keeps_its_data(engin
         assert starts(engine, "shop-writer-1") == ["one", "one"]
 
         with Orchestration(DockerPlatform(engine.url), name="shop") as later:
-            later.add_container_app(application(image, "two", replicas=2))
+            later.add_container_app(application(image, "two", LOCAL, replicas=2))
             later.start()
             assert starts(engine, "shop-writer-0") == ["one", "two"]
             assert [line.text for line in later.logs("writer")] == ["started with two"] * 2
@@ -93,40 +106,81 @@ def test_an_application_starts_scales_changes_and_stops_and_keeps_its_data(engin
         assert engine.docker("volume", "ls", "--quiet") == ""
 
 
+@storage_programs
+def test_what_changes_of_an_application_finds_its_data(storage: Storage) -> None:
+    """Another image, environment and command, a larger volume, one more, and one less."""
+    engine, images = storage.engine, [base_image(storage.engine), "nbdstore-tests/changed"]
+    engine.docker("build", "--tag", images[1], "-", stdin=f"FROM {images[0]}\nENV CHANGED=yes\n")
+    # Growing a mounted ext4 wants CAP_SYS_RESOURCE, which not every machine gives.
+    data = Volume("data", "/data", size="300M", fs="xfs")
+    more = Volume("more", "/more", size="300M")
+
+    run(engine, "shop", application(images[0], "one", data))
+    run(engine, "shop", application(images[1], "two", data))
+    assert starts(engine, "shop-writer-0") == ["one", "two"]
+    assert "yes" in engine.docker("exec", "shop-writer-0", "sh", "-c", "echo $CHANGED")
+    run(engine, "shop", application(images[1], "three", data, more))
+    engine.docker("exec", "shop-writer-0", "sh", "-c", "echo kept > /more/file")
+
+    # A volume is never changed by itself: what to do is said, does it, and counts at once.
+    larger = dataclasses.replace(data, size="400M")
+    with pytest.raises(InvalidArgument, match="and should have 400 MiB") as refused:
+        run(engine, "shop", application(images[1], "four", larger, more))
+    (advice,) = re.findall("'nbdstore (.*)'", str(refused.value))
+    storage.nbdstore(*advice.split())
+    run(engine, "shop", application(images[1], "four", larger, more))
+    with Orchestration(DockerPlatform(engine.url), name="shop") as shop:
+        shop.stop_all()
+    storage.nbdstore("volume", "resize", "shop-writer-data-0", "500M")
+    run(engine, "shop", application(images[0], "five", dataclasses.replace(data, size="500M")))
+    assert storage.volume("shop-writer-data-0")["size"] == 500 << 20
+    run(engine, "shop", application(images[0], "six", data, more))
+    assert starts(engine, "shop-writer-0") == ["one", "two", "three", "four", "five", "six"]
+    assert engine.docker("exec", "shop-writer-0", "cat", "/more/file") == "kept\n"
+
+
+@storage_programs
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
-def test_a_second_start_completes_what_any_failure_interrupted(engine: Engine, done: bool) -> None:
-    image = base_image(engine)
+def test_a_second_start_completes_what_any_failure_interrupted(
+    storage: Storage, done: bool
+) -> None:
+    """A first start, and changes: each with another word, and another second volume."""
+    engine, image = storage.engine, base_image(storage.engine)
+
+    def changed(word: str) -> ContainerApp:
+        return application(image, word, STORED, Volume(f"more{word}", "/more", driver="local"))
+
     with FaultyEngine(engine.socket) as faulty:
         faulty.expect()
-        run(engine, "whole", application(image, "0"), faulty.url)
-        n_first = len(faulty.calls)
-        assert n_first >= 4, faulty.calls  # network, volume, container, start
+        run(engine, "whole", application(image, "0", STORED), faulty.url)
+        first = faulty.calls
+        assert len(first) >= 4, first  # network, volume, container, start
         faulty.expect()
-        run(engine, "whole", application(image, "1"), faulty.url)
-        n_change = len(faulty.calls)
-        assert n_change >= 4, faulty.calls  # stop, remove, create, start
+        run(engine, "whole", changed("1"), faulty.url)
+        change = faulty.calls
+        assert len(change) >= 5, change  # volume, stop, remove, container, start
         faulty.expect()
-        run(engine, "whole", application(image, "1"), faulty.url)
+        run(engine, "whole", changed("1"), faulty.url)
         assert faulty.calls == []
 
-        for fails in range(1, n_first + 1):
-            project = f"part{fails}"
+        for fails in range(1, len(first) + 1):
+            project, app = f"part{fails}", application(image, "0", STORED)
             faulty.expect(fails, done=done)
             with pytest.raises(PlatformError, match="do it again"):
-                run(engine, project, application(image, "0"), faulty.url)
-            run(engine, project, application(image, "0"))
+                run(engine, project, app, faulty.url)
+            run(engine, project, app)
             assert starts(engine, f"{project}-writer-0")[-1] == "0"
             assert len(engine.docker("ps", "-aq", "--filter", f"name={project}-").split()) == 1
             assert engine.docker("volume", "ls", "-q", "--filter", f"name={project}-") == (
                 f"{project}-writer-data-0\n"
             )
         words = starts(engine, "whole-writer-0")
-        for fails in range(1, n_change + 1):
+        for fails in range(1, len(change) + 1):
             words.append(f"change{fails}")
             faulty.expect(fails, done=done)
             with pytest.raises(PlatformError, match="do it again"):
-                run(engine, "whole", application(image, words[-1]), faulty.url)
-            run(engine, "whole", application(image, words[-1]))
+                run(engine, "whole", changed(words[-1]), faulty.url)
+            run(engine, "whole", changed(words[-1]))
             assert starts(engine, "whole-writer-0") == words
             assert len(engine.docker("ps", "-aq", "--filter", "name=whole-").split()) == 1
 
@@ -151,7 +205,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(engine: Engine) -> No
         "only one container of a host can have port 80",
         ContainerApp("web", image, ports={80: 80}, replicas=2),
     )
-    refuse(AlreadyExists, "docker rm other-writer-0", application(image, ""), "other")
+    refuse(AlreadyExists, "docker rm other-writer-0", application(image, "", LOCAL), "other")
     refuse(
         InvalidArgument,
         "created with type=tmpfs, and now type=ext4",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +20,6 @@ pytestmark = [
     pytest.mark.requires("nbdfuse", "fusermount3", "mkfs.ext4", "mkfs.xfs"),
     pytest.mark.timeout(900),
 ]
-
-
-@pytest.fixture(scope="module")
-def module_storage(
-    module_engine: Engine, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Storage]:
-    with Storage(module_engine, tmp_path_factory.mktemp("storage")) as storage:
-        yield storage
-
-
-@pytest.fixture
-def storage(module_storage: Storage, engine: Engine) -> Storage:
-    """A server, an agent and the plugin beside the engine; no volumes."""
-    return module_storage
 
 
 def create(engine: Engine, name: str, *options: str, status: int = 0) -> str:
