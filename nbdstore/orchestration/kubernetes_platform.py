@@ -2,11 +2,13 @@
 
 Owns how the objects of `manifests` get there: by server-side apply, which creates or changes an
 object to what it should be and may be repeated. All objects are tried with a dry run first, so what
-the cluster refuses is refused before anything is changed.
+the cluster refuses is refused before anything is changed, and what it would not change is left
+alone (an API server may give an object a new version for nothing).
 
-What Kubernetes does not change in place: a StatefulSet's claim templates. If they differ, the
-StatefulSet is deleted and its pods left running (propagation "Orphan"), and made anew: it adopts
-them. The claims themselves can grow.
+What Kubernetes does not change in place: a StatefulSet's claim templates and the name of its
+service, and whether a service has an address. If they differ, the object is deleted and made anew
+once it is gone; a StatefulSet's pods are left running (propagation "Orphan") and adopted. The
+claims themselves can grow, once they are bound.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from types import ModuleType
@@ -37,6 +40,9 @@ PATHS: Final = {
     "Pod": "/api/v1/namespaces/{}/pods",
 }
 WORKLOADS: Final = ("StatefulSet", "Deployment")
+BOOKS: Final = ("managedFields", "resourceVersion", "generation")
+GOING_TIMEOUT_S: Final = 60
+GOING_POLL_S: Final = 0.2
 
 
 def import_kubernetes() -> ModuleType:
@@ -77,18 +83,15 @@ class KubernetesPlatform:
     # Platform; see there
 
     def apply(self, project: str, apps: Sequence[ContainerApp]) -> None:
-        wanted = [(app, item) for app in apps for item in manifests.manifests(project, app)]
-        for _, item in wanted:
-            found = self._get(item["kind"], item["metadata"]["name"])
-            _check_owner(project, item, found)
-            if not _templates_differ(item, found):
-                self._apply(item, dry_run=True)
-        for app, item in wanted:
-            if _templates_differ(item, self._get(item["kind"], item["metadata"]["name"])):
-                self._delete(item["kind"], item["metadata"]["name"], propagation="Orphan")
-            self._apply(item)
-            if item["kind"] in WORKLOADS:
-                self._delete_other_kind(project, app, item["kind"])
+        wanted = [(app, manifests.manifests(project, app)) for app in apps]
+        for_change = [
+            [item for item in items if self._would_change(project, item)] for _, items in wanted
+        ]
+        for (app, items), changed in zip(wanted, for_change, strict=True):
+            for item in changed:
+                self._make_way(item)
+                self._apply(item)
+            self._prune(project, app, items)
 
     def remove(self, project: str, apps: Sequence[str] | None, *, delete_volumes: bool) -> None:
         kinds = [*WORKLOADS, "Service", *(["PersistentVolumeClaim"] if delete_volumes else [])]
@@ -142,24 +145,54 @@ class KubernetesPlatform:
             query = {"labelSelector": selector} if selector else {}
             return list(self._call("GET", self._path(kind), query).get("items") or [])
 
-    def _apply(self, item: Json, *, dry_run: bool = False) -> None:
+    def _would_change(self, project: str, item: Json) -> bool:
+        """Return whether an object is not there as it should be; raise if it cannot be."""
+        found = self._get(item["kind"], item["metadata"]["name"])
+        _check_owner(project, item, found)
+        if found is not None and (_is_going(found) or _must_be_replaced(item, found)):
+            return True
+        return _essence(self._apply(item, dry_run=True)) != _essence(found)
+
+    def _make_way(self, item: Json) -> None:
+        """Delete what cannot be changed to what it should be, and wait until nothing goes away."""
+        kind, name = item["kind"], item["metadata"]["name"]
+        found = self._get(kind, name)
+        if found is not None and not _is_going(found) and _must_be_replaced(item, found):
+            self._delete(kind, name, propagation="Orphan")
+            found = self._get(kind, name)
+        deadline_s = time.monotonic() + GOING_TIMEOUT_S
+        while found is not None and _is_going(found):
+            if time.monotonic() > deadline_s:
+                raise PlatformError(
+                    f"{kind} {name} is being deleted, and not gone after {GOING_TIMEOUT_S} s: "
+                    f"'kubectl describe {kind.lower()} {name}' tells what holds it; do it again "
+                    "when it is gone"
+                )
+            time.sleep(GOING_POLL_S)
+            found = self._get(kind, name)
+
+    def _apply(self, item: Json, *, dry_run: bool = False) -> Json:
+        """Create or change an object, or only try to; return what it is then."""
         name = item["metadata"]["name"]
         query = {"fieldManager": manifests.MANAGER, "force": "true"}
         if dry_run:
             query["dryRun"] = "All"
+        path = self._path(item["kind"], name)
         with self._errors(f"apply {item['kind']} {name}"):
-            self._call("PATCH", self._path(item["kind"], name), query, item, content_type=APPLY)
+            return self._call("PATCH", path, query, item, content_type=APPLY)
 
     def _delete(self, kind: str, name: str, *, propagation: str = "Background") -> None:
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
         with self._errors(f"delete {kind} {name}", missing_is_fine=True):
             self._call("DELETE", self._path(kind, name), body=body)
 
-    def _delete_other_kind(self, project: str, app: ContainerApp, kind: str) -> None:
-        """Delete what an application was before it got its first volume, or lost its last."""
-        (other,) = set(WORKLOADS) - {kind}
-        for item in self._list(other, manifests.selector(project, app.name)):
-            self._delete(other, item["metadata"]["name"])
+    def _prune(self, project: str, app: ContainerApp, items: Sequence[Json]) -> None:
+        """Delete what an application was before: a workload of the other kind, other services."""
+        wanted = {(item["kind"], item["metadata"]["name"]) for item in items}
+        for kind in (*WORKLOADS, "Service"):
+            for item in self._list(kind, manifests.selector(project, app.name)):
+                if (kind, item["metadata"]["name"]) not in wanted:
+                    self._delete(kind, item["metadata"]["name"])
 
     def _call(
         self,
@@ -259,27 +292,40 @@ def _check_owner(project: str, item: Json, found: Json | None) -> None:
         )
 
 
-def _templates_differ(item: Json, found: Json | None) -> bool:
-    """Return whether a StatefulSet's claim templates must change, which Kubernetes refuses.
+def _is_going(found: Json) -> bool:
+    """Return whether an object was deleted, and is there until something lets go of it."""
+    return "deletionTimestamp" in found["metadata"]
 
-    A cluster adds defaults to templates, so only what is asked for is compared.
-    """
-    if item["kind"] != "StatefulSet" or found is None:
+
+def _essence(found: Json | None) -> Json | None:
+    """Return an object without the cluster's books on it, which change by themselves."""
+    if found is None:
+        return None
+    metadata = {key: it for key, it in found["metadata"].items() if key not in BOOKS}
+    return {key: it for key, it in found.items() if key != "status"} | {"metadata": metadata}
+
+
+def _must_be_replaced(item: Json, found: Json) -> bool:
+    """Return whether Kubernetes refuses to change an object in place; see the module."""
+    wanted, there = item["spec"], found["spec"]
+    if item["kind"] == "Service":
+        return bool(wanted.get("clusterIP") == "None") != bool(there.get("clusterIP") == "None")
+    if item["kind"] != "StatefulSet":
         return False
+    templates = [it.get("volumeClaimTemplates") or [] for it in (wanted, there)]
+    claimed = [[_claimed(it) for it in listed] for listed in templates]
+    return claimed[0] != claimed[1] or bool(wanted["serviceName"] != there["serviceName"])
 
-    def essence(templates: list[Json]) -> list[Any]:
-        return [
-            (
-                template["metadata"]["name"],
-                template["spec"]["storageClassName"],
-                template["spec"]["resources"]["requests"]["storage"],
-                (template["spec"].get("dataSource") or {}).get("name"),
-            )
-            for template in templates
-        ]
 
-    there = found["spec"].get("volumeClaimTemplates") or []
-    return essence(item["spec"]["volumeClaimTemplates"]) != essence(there)
+def _claimed(template: Json) -> tuple[str, str, int, str | None]:
+    """Return what a claim template asks for; a cluster adds defaults, and writes sizes its way."""
+    spec = template["spec"]
+    return (
+        template["metadata"]["name"],
+        spec["storageClassName"],
+        parse_quantity(spec["resources"]["requests"]["storage"]),
+        (spec.get("dataSource") or {}).get("name"),
+    )
 
 
 def _status(pod: Json, app: str, place: int) -> ReplicaStatus:
@@ -327,7 +373,8 @@ def parse_quantity(text: str) -> int:
 
 
 def _reason(error: Any) -> str:
-    """Return the message of the API's answer, or else the HTTP reason."""
+    """Return what the API's answer says, or else the HTTP reason."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
-        return str(json.loads(error.body)["message"])
+        # What follows the first line compares the objects as a program would print them.
+        return str(json.loads(error.body)["message"]).partition("\n")[0]
     return f"{error.status} {error.reason}"

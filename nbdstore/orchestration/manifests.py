@@ -2,11 +2,12 @@
 
 Owns what is applied; knows neither a cluster nor the client library. An application becomes::
 
-    with volumes       StatefulSet, a headless Service, and for each replica that runs and each
+    with volumes       StatefulSet PROJECT-APP, a Service PROJECT-APP-replicas without an address,
+                       that gives each replica a name, and for each replica that runs and each
                        volume the PersistentVolumeClaim that the StatefulSet looks for:
                        VOLUME-PROJECT-APP-ORDINAL
-    without volumes    Deployment
-    with ports         Service
+    without volumes    Deployment PROJECT-APP
+    with ports         Service PROJECT-APP
 
 Claims are made beside the StatefulSet, not by it alone: so their size can be raised later. Objects
 say whose they are in the labels that Kubernetes recommends, and claims are never owned by what uses
@@ -51,8 +52,10 @@ def manifests(project: str, app: ContainerApp) -> list[Json]:
         for ordinal in range(app.replicas)
         for volume in app.volumes
     ]
-    if app.ports or app.volumes:
+    if app.ports:
         found.append(service(project, app))
+    if app.volumes:
+        found.append(replicas_service(project, app))
     found.append(stateful_set(project, app) if app.volumes else deployment(project, app))
     return found
 
@@ -81,16 +84,27 @@ def storage_class(volume: Volume) -> str:
 
 
 def service(project: str, app: ContainerApp) -> Json:
-    """Return the service: with an address of its own, or naming each replica if they differ."""
-    spec: Json = {"selector": labels(project, app.name)}
-    if app.ports:
-        spec["ports"] = [
-            {"name": f"port-{port}", "port": port, "targetPort": inside, "protocol": "TCP"}
-            for port, inside in app.ports.items()
-        ]
-    if app.volumes:
-        spec["clusterIP"] = "None"
+    """Return the service by whose address, and at whose ports, the application is reached."""
+    ports = [
+        {"name": f"port-{port}", "port": port, "targetPort": inside, "protocol": "TCP"}
+        for port, inside in app.ports.items()
+    ]
+    spec = {"selector": labels(project, app.name), "ports": ports}
     return _object("v1", "Service", project, app, object_name(project, app), spec)
+
+
+def replicas_service(project: str, app: ContainerApp) -> Json:
+    """Return the service that gives replicas which differ names of their own.
+
+    It is not the one with the ports: without an address there is nothing that maps them.
+    """
+    spec = {"selector": labels(project, app.name), "clusterIP": "None"}
+    return _object("v1", "Service", project, app, replicas_service_name(project, app), spec)
+
+
+def replicas_service_name(project: str, app: ContainerApp) -> str:
+    """Name the service of a StatefulSet, which Kubernetes does not let it change."""
+    return f"{object_name(project, app)}-replicas"
 
 
 def stateful_set(project: str, app: ContainerApp) -> Json:
@@ -103,7 +117,10 @@ def stateful_set(project: str, app: ContainerApp) -> Json:
         }
         for volume in app.volumes
     ]
-    spec = _workload_spec(project, app) | {"serviceName": name, "volumeClaimTemplates": templates}
+    spec = _workload_spec(project, app) | {
+        "serviceName": replicas_service_name(project, app),
+        "volumeClaimTemplates": templates,
+    }
     return _object("apps/v1", "StatefulSet", project, app, name, spec)
 
 

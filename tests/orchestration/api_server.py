@@ -4,7 +4,9 @@ No real one can run on the development machines: no package registry that they r
 one keeps objects, answers as the real one does to what `kubernetes_platform` asks - list by labels,
 get, server-side apply with dry run, delete - and refuses what the published schemas do not allow
 (the PyPI package kubernetes-validate), a change of an immutable field, and a call that a test
-breaks. It runs no controllers: pods are what a test puts there.
+breaks. As the real one it gives each write a new version, writes sizes in its own way, and keeps a
+StatefulSet whose pods are to stay until a controller has let go of them: here, until it was looked
+at ``lingers`` times. It runs no controllers: pods are what a test puts there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ from tests.closing import Closing
 SCHEMA_VERSIONS = ("1.30", "1.34")
 Json = dict[str, Any]
 PATH = re.compile(r"/(?:api/v1|apis/apps/v1)/namespaces/(\w+)/(\w+)(?:/([\w-]+))?(/log)?")
+SIZE = re.compile('"storage": "([0-9]+)"')
+IMMUTABLE = {
+    "PersistentVolumeClaim": ("storageClassName", "dataSource"),
+    "StatefulSet": ("volumeClaimTemplates", "serviceName"),
+    "Service": ("clusterIP",),
+}
 
 
 @functools.cache  # reading the schemas takes long, and the same is applied again and again
@@ -58,6 +66,8 @@ class ApiServer(Closing):
         self.calls: list[str] = []
         self.fails: tuple[int, bool] | None = None
         self.refuses = ""
+        self.lingers = 2
+        self.version = 0
         api = self
 
         class Handler(_Handler):
@@ -96,23 +106,47 @@ class ApiServer(Closing):
 
     def found(self, key: tuple[str, str, str]) -> Json:
         try:
-            return self.objects[key]
+            found = self.objects[key]
         except KeyError:
             raise Refused(404, f'{key[1]} "{key[2]}" not found') from None
+        left = found["metadata"].get("lingers")
+        if left == 0:
+            del self.objects[key]
+        elif left is not None:
+            found["metadata"]["lingers"] = left - 1
+        return found
+
+    def delete(self, key: tuple[str, str, str], policy: str) -> Json:
+        found = self.found(key)
+        if policy == "Orphan":
+            found["metadata"] |= {"deletionTimestamp": "now", "lingers": self.lingers}
+        else:
+            del self.objects[key]
+        return found
 
     def apply(self, key: tuple[str, str, str], item: Json, *, dry_run: bool) -> Json:
         if fault := schema_fault(json.dumps(item)):
             raise Refused(422, f"{key[1]} {key[2]} is invalid: {fault}")
         if key[2] == self.refuses:
             raise Refused(403, f"{key[1]} {key[2]} is forbidden: exceeded quota")
+        item = json.loads(SIZE.sub(_in_words, json.dumps(item)))
         old = self.objects.get(key)
-        if old and item["kind"] == "StatefulSet":
-            templates = [it["spec"].get("volumeClaimTemplates") for it in (old, item)]
-            if templates[0] != templates[1]:
-                raise Refused(422, "updates to statefulset spec are forbidden")
-        if not dry_run:
-            self.objects[key] = item
+        for field in IMMUTABLE.get(item["kind"], ()):
+            if old and old["spec"].get(field) != item["spec"].get(field):
+                raise Refused(
+                    422, f"spec.{field}: Forbidden: field is immutable\n  and a long list"
+                )
+        if dry_run:
+            return item
+        self.version += 1
+        item["metadata"]["resourceVersion"] = str(self.version)
+        self.objects[key] = item
         return item
+
+
+def _in_words(match: re.Match[str]) -> str:
+    n_bytes = int(match[1])
+    return f'"storage": "{n_bytes // 10**9}G"' if n_bytes % 10**9 == 0 else match[0]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -160,10 +194,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             assert self.headers["Content-Type"] == "application/apply-patch+yaml"
             assert query["fieldManager"]
             return api.apply(key, yaml.safe_load(body), dry_run=query.get("dryRun") == "All")
-        found = api.found(key)
         if self.command == "DELETE":
-            del api.objects[key]
-        return found
+            return api.delete(key, json.loads(body)["propagationPolicy"])
+        return api.found(key)
 
     do_GET = do_PATCH = do_DELETE = _answer  # noqa: N815
 

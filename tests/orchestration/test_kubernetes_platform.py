@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import kubernetes_validate
 import pytest
 
 from nbdstore.errors import AlreadyExists, InvalidArgument, PlatformError
-from nbdstore.orchestration import ContainerApp, Orchestration, Volume
+from nbdstore.orchestration import ContainerApp, Orchestration, Volume, kubernetes_platform
 from nbdstore.orchestration.kubernetes_platform import KubernetesPlatform, parse_quantity
 from nbdstore.orchestration.manifests import manifests
 from tests.orchestration.api_server import SCHEMA_VERSIONS, ApiServer
@@ -52,6 +53,14 @@ def start(platform: KubernetesPlatform, *apps: ContainerApp) -> Orchestration:
     return orchestration
 
 
+def contents(api: ApiServer) -> dict[tuple[str, str, str], Any]:
+    """Return what objects there are, without their versions."""
+    found = copy.deepcopy(api.objects)
+    for item in found.values():
+        del item["metadata"]["resourceVersion"]
+    return found
+
+
 def pod(name: str, app: str, phase: str, **container: Any) -> dict[str, Any]:
     labels = {
         "app.kubernetes.io/managed-by": "nbdstore",
@@ -91,17 +100,18 @@ def test_claims_have_the_names_that_a_stateful_set_looks_for() -> None:
     }
     assert claims[1]["spec"]["dataSource"]["name"] == "nightly"
     stateful_set = objects[-1]
-    assert stateful_set["metadata"]["name"] == stateful_set["spec"]["serviceName"] == "shop-db"
+    assert stateful_set["metadata"]["name"] == "shop-db"
+    assert stateful_set["spec"]["serviceName"] == "shop-db-replicas"
 
 
 def test_start_is_idempotent_and_stop_keeps_the_claims(
     api: ApiServer, platform: KubernetesPlatform
 ) -> None:
     shop = start(platform, DATABASE, WEB)
-    objects = dict(api.objects)
+    objects = copy.deepcopy(api.objects)
     assert api.names("statefulsets") == ["shop-db"]
     assert api.names("deployments") == ["shop-web"]
-    assert api.names("services") == ["shop-db", "shop-web"]
+    assert api.names("services") == ["shop-db", "shop-db-replicas", "shop-web"]
     shop.start()
     assert api.objects == objects
     shop.scale("db", 3)
@@ -121,7 +131,6 @@ def test_a_larger_volume_replaces_the_stateful_set_and_keeps_its_pods(
     start(platform, ContainerApp("db", "db:1", volumes=[Volume("data", "/data", "20G", "xfs")]))
     assert api.calls == [
         "PATCH persistentvolumeclaims/data-shop-db-0",
-        "PATCH services/shop-db",
         "DELETE statefulsets/shop-db",
         "PATCH statefulsets/shop-db",
     ]
@@ -129,12 +138,80 @@ def test_a_larger_volume_replaces_the_stateful_set_and_keeps_its_pods(
     assert claim["spec"]["resources"]["requests"]["storage"] == str(20 << 30)
 
 
-def test_an_application_that_gets_its_first_volume_is_one_workload(
+def test_an_application_is_what_it_should_be_and_no_more_what_it_was(
     api: ApiServer, platform: KubernetesPlatform
 ) -> None:
-    start(platform, ContainerApp("db", "db:1"))
+    for app, deployments, sets, services in (
+        (ContainerApp("db", "db:1"), ["shop-db"], [], []),
+        (ContainerApp("db", "db:1", volumes=[DATA]), [], ["shop-db"], ["shop-db-replicas"]),
+        (
+            ContainerApp("db", "db:1", volumes=[DATA], ports={80: 80}),
+            *([], ["shop-db"], ["shop-db", "shop-db-replicas"]),
+        ),
+        (ContainerApp("db", "db:1", ports={80: 80}), ["shop-db"], [], ["shop-db"]),
+    ):
+        start(platform, app)
+        assert api.names("deployments") == deployments
+        assert api.names("statefulsets") == sets
+        assert api.names("services") == services
+    assert api.names("persistentvolumeclaims") == ["data-shop-db-0"]
+
+
+def test_ports_are_those_of_a_service_with_an_address() -> None:
+    """A service without one names its pods, and maps no ports."""
+    objects = manifests("shop", ContainerApp("db", "db:1", volumes=[DATA], ports={15432: 5432}))
+    services = [item["spec"] for item in objects if item["kind"] == "Service"]
+    assert [spec.get("clusterIP") for spec in services] == [None, "None"]
+    assert services[0]["ports"][0]["port"] == 15432
+    assert services[0]["ports"][0]["targetPort"] == 5432
+
+
+def test_a_service_that_had_no_address_gets_one(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    app = ContainerApp("web", "web:1", ports={80: 8080})
+    start(platform, app)
+    api.objects["shop", "services", "shop-web"]["spec"]["clusterIP"] = "None"
+    start(platform, app)
+    assert "clusterIP" not in api.objects["shop", "services", "shop-web"]["spec"]
+
+
+def test_a_size_that_the_cluster_writes_another_way_is_the_same_size(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    app = ContainerApp("db", "db:1", volumes=[Volume("data", "/data", size=5 * 10**9)])
+    start(platform, app)
+    claim = api.objects["shop", "persistentvolumeclaims", "data-shop-db-0"]
+    assert claim["spec"]["resources"]["requests"]["storage"] == "5G"
+    api.expect()
+    start(platform, app)
+    assert api.calls == []
+
+
+def test_what_does_not_go_away_is_told(
+    api: ApiServer, platform: KubernetesPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes_platform, "GOING_TIMEOUT_S", 0)
     start(platform, ContainerApp("db", "db:1", volumes=[DATA]))
-    assert (api.names("deployments"), api.names("statefulsets")) == ([], ["shop-db"])
+    api.lingers = 1000
+    larger = ContainerApp("db", "db:1", volumes=[Volume("data", "/data", "20G", "xfs")])
+    with pytest.raises(PlatformError, match="kubectl describe statefulset shop-db"):
+        start(platform, larger)
+    # It goes at last: what was begun is completed.
+    api.objects["shop", "statefulsets", "shop-db"]["metadata"]["lingers"] = 0
+    start(platform, larger)
+    assert "deletionTimestamp" not in api.objects["shop", "statefulsets", "shop-db"]["metadata"]
+
+
+def test_another_filesystem_of_a_claim_is_refused_in_a_line(
+    api: ApiServer, platform: KubernetesPlatform
+) -> None:
+    start(platform, ContainerApp("db", "db:1", volumes=[DATA]))
+    api.expect()
+    other = ContainerApp("db", "db:1", volumes=[Volume("data", "/data", "10G", "ext4")])
+    with pytest.raises(PlatformError, match=r"storageClassName: Forbidden.*immutable$"):
+        start(platform, other)
+    assert api.calls == []
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
@@ -148,7 +225,7 @@ def test_a_second_start_completes_what_any_failure_interrupted(
         start(platform, *before)
         api.expect()
         start(platform, *after)
-        n_calls, whole = len(api.calls), dict(api.objects)
+        n_calls, whole = len(api.calls), contents(api)
         for fails in range(1, n_calls + 1):
             api.expect()
             api.objects.clear()
@@ -158,7 +235,7 @@ def test_a_second_start_completes_what_any_failure_interrupted(
                 start(platform, *after)
             api.expect()
             start(platform, *after)
-            assert api.objects == whole
+            assert contents(api) == whole
 
 
 def test_what_the_cluster_refuses_is_refused_before_anything_is_made(
