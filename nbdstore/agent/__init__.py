@@ -6,10 +6,12 @@ CAP_SYS_ADMIN. It is never between an application and its data: killing it inter
 
     agent            what can be asked: attach, detach, mount, umount, status
     api              the same over a unix socket
-    records          what the agent has promised, on disk, written before it acts
-    reconcile        from the records and the machine, what to do at the start
+    records          what the agent has promised, on disk, written before it acts;   attachments
+    attaching        from a volume to a device, and back, with the lease
+    mounting         from a device to a mounted filesystem, and back;   repairs
     watch            connections that died, volumes that grew, while it runs
     doctor           what is wrong on this machine, why, and what helps
+    life             the process, from its start to a clean stop;   local, first_process
     kernel_driver    the kernel's nbd driver, by netlink;   netlink, nbd_family
     fuse_driver      nbdfuse and a loop device, for kernels without nbd;   relay
     filesystems      format once, check, grow;   mounts, devices, programs

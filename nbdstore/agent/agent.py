@@ -27,6 +27,7 @@ from nbdstore.agent.mounting import Mounting
 from nbdstore.agent.mounts import mounted_at
 from nbdstore.agent.programs import ProgramTimeout
 from nbdstore.agent.records import DETACHING, MountRecord, new_id
+from nbdstore.agent.repairs import Repairs
 from nbdstore.agent.requests import AttachmentStatus, AttachRequest, MountRequest
 from nbdstore.agent.store_server import StoreServer
 from nbdstore.errors import (
@@ -50,7 +51,7 @@ class Agent:
         self.server = server
         self.drivers = drivers
         self.options = options
-        self.mounting = Mounting(attachments)
+        self.mounting = Mounting(attachments, Repairs(server))
         self.attaching = Attaching(attachments, server, drivers, self.mounting, options)
         self.pending: dict[tuple[str, str], tuple[MountRequest, str]] = {}
         """Mounts that were wanted from the start and have not succeeded yet, and why not."""

@@ -37,6 +37,8 @@ FSCK_MODES: Final = ("auto", "never", "repair")
 E2FSCK_REPAIRED: Final = (0, 1, 2)
 """Exit status (e2fsck(8)): nothing wrong, errors corrected, corrected and a reboot advised, which
 is meant for the root filesystem."""
+XFS_REPAIRED: Final = 4
+"""Exit status of xfs_repair(8) with -e: it has repaired something."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,12 @@ class Filesystem(Protocol):
     def make(self, path: str) -> None:
         """Format a device that holds nothing."""
 
-    def check(self, path: str, mode: str) -> None:
-        """Bring one that is unclean into order; DeviceError if that cannot be done safely."""
+    def check(self, path: str, mode: str) -> bool:
+        """Bring one that is unclean into order, and return whether anything was wrong.
+
+        Raises:
+            DeviceError: that cannot be done, or not safely, and the mode is not "repair".
+        """
 
     def grow(self, path: str, mountpoint: str) -> None:
         """Let a mounted filesystem fill its device; nothing if it does. DeviceError: it cannot."""
@@ -77,15 +83,16 @@ class Ext4:
             # Before e2fsprogs 1.47 the option is unknown, which is refused before any write.
             programs.run("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=1", path)
 
-    def check(self, path: str, mode: str) -> None:
+    def check(self, path: str, mode: str) -> bool:
         how = "-y" if mode == "repair" else "-p"
         done = programs.run("e2fsck", how, path, accept=range(256), timeout_s=CHECK_TIMEOUT_S)
         if done.status not in E2FSCK_REPAIRED:
             raise DeviceError(
                 f"the filesystem on {path} needs repair that may lose data (e2fsck status "
-                f"{done.status}): export a copy of the volume, then mount it with --fsck repair; "
+                f"{done.status}): mount it with --fsck repair, which takes a snapshot before; "
                 f"e2fsck said: {' '.join(done.output.split())[-programs.MAX_SHOWN :]}"
             )
+        return done.status != 0
 
     def grow(self, path: str, mountpoint: str) -> None:
         done = programs.run("resize2fs", path, accept=range(256))
@@ -103,9 +110,13 @@ class Xfs:
     def make(self, path: str) -> None:
         programs.run("mkfs.xfs", "-q", "-K", path)
 
-    def check(self, path: str, mode: str) -> None:
-        if mode == "repair":
-            programs.run("xfs_repair", path, timeout_s=CHECK_TIMEOUT_S)
+    def check(self, path: str, mode: str) -> bool:
+        if mode != "repair":
+            return False
+        done = programs.run(
+            "xfs_repair", "-e", path, accept=(0, XFS_REPAIRED), timeout_s=CHECK_TIMEOUT_S
+        )
+        return done.status == XFS_REPAIRED
 
     def grow(self, path: str, mountpoint: str) -> None:
         programs.run("xfs_growfs", mountpoint)

@@ -22,6 +22,7 @@ from nbdstore.agent.devices import BlockDevice
 from nbdstore.agent.filesystems import Superblock, filesystem
 from nbdstore.agent.mounts import Mount
 from nbdstore.agent.records import FilesystemRecord, MountRecord
+from nbdstore.agent.repairs import Repairs
 from nbdstore.agent.requests import MountRequest, parse_mode, parse_owner
 from nbdstore.control.model import VolumeInfo
 from nbdstore.errors import Busy, DeviceError, InvalidArgument
@@ -40,8 +41,9 @@ log = logging.getLogger(__name__)
 class Mounting:
     """What an agent does with filesystems; each call is made by whoever has the volume's turn."""
 
-    def __init__(self, attachments: Attachments) -> None:
+    def __init__(self, attachments: Attachments, repairs: Repairs) -> None:
         self._attachments = attachments
+        self._repairs = repairs
 
     def prepare(
         self, attachment: Attachment, device: BlockDevice, request: MountRequest, info: VolumeInfo
@@ -88,15 +90,21 @@ class Mounting:
             found = FilesystemRecord(type=superblock.type, made=FOUND)
             record = dataclasses.replace(record, filesystem=found)
             self._attachments.save(record)
-        self._check(record.volume, device, request.fsck, superblock, record.read_only)
+        self._check(attachment, device, request.fsck, superblock)
 
     def _check(
-        self, volume: str, device: BlockDevice, mode: str, superblock: Superblock, read_only: bool
+        self, attachment: Attachment, device: BlockDevice, mode: str, superblock: Superblock
     ) -> None:
-        if mode == "never" or read_only or (superblock.clean and mode != "repair"):
+        record, kind = attachment.record, filesystem(superblock.type)
+        if mode == "never" or record.read_only or (superblock.clean and mode != "repair"):
             return
-        log.info("checking the filesystem of volume %s", volume)
-        filesystem(superblock.type).check(device.path, mode)
+        log.info("checking the filesystem of volume %s", record.volume)
+        if mode != "repair":
+            kind.check(device.path, mode)
+            return
+        attachment.problem = self._repairs.repair(record, lambda: kind.check(device.path, mode))
+        if attachment.problem:
+            log.info("volume %s: %s", record.volume, attachment.problem)
 
     def require_kind(self, attachment: Attachment, request: MountRequest) -> None:
         """Raise InvalidArgument if another kind of filesystem is asked for than there is."""
@@ -158,7 +166,7 @@ class Mounting:
         if too_small != attachment.record.too_small:
             self._attachments.save(dataclasses.replace(attachment.record, too_small=too_small))
             if too_small:
-                log.warning("volume %s: %s", volume, too_small)
+                log.info("volume %s: %s", volume, too_small)
 
     def mounts_of(self, device: BlockDevice | None) -> list[Mount]:
         """List where a device is mounted, as far as this mount namespace shows."""

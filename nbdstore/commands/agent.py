@@ -489,6 +489,8 @@ def _print_attached(item: AttachmentStatus, running: bool, as_json: bool) -> Non
         print_json(item.to_json())
     else:
         click.echo(item.path)
+    if item.message:
+        note(item.message)
     if item.driver == "fuse":
         note("attached by nbdfuse and a loop device: the kernel's nbd cannot be used here")
     if not running:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from tests.agent.host import Host
 
 pytestmark = [
     pytest.mark.requires("root", "/dev/fuse", "/dev/loop-control", "nbdfuse", "fusermount3"),
-    pytest.mark.requires("losetup", "mount", "mkfs.ext4", "e2fsck", "mkfs.xfs", "setsid"),
+    pytest.mark.requires(
+        "losetup", "mount", "mkfs.ext4", "e2fsck", "debugfs", "mkfs.xfs", "setsid"
+    ),
     pytest.mark.timeout(180),
 ]
 
@@ -90,6 +93,31 @@ def test_mkfs_that_was_killed_is_begun_again(host: Host) -> None:
     assert json.loads(record_path.read_text())["filesystem"]["made"] == "owned"
     host.nbdstore("umount", "web")
     host.nbdstore("detach", "web")
+
+
+def test_a_repair_leaves_a_snapshot_of_what_was_there_before(host: Host) -> None:
+    where = host.directory / "mnt"
+    host.nbdstore("mount", "db", where)
+    (where / "file").write_text("content")
+    host.nbdstore("umount", "db")
+    host.nbdstore("mount", "db", where, "--fsck", "repair")
+    host.nbdstore("umount", "db")
+    assert "before-fsck" not in host.nbdstore("snapshot", "list"), "nothing was wrong"
+
+    device = host.nbdstore("attach", "db", "--driver", "fuse").splitlines()[0]
+    for request in ("clri <2>", "ssv state 2"):  # the root directory, and that there are errors
+        host.children.run("debugfs", "-w", "-R", request, device)
+    host.nbdstore("detach", "db")
+    refused = host.nbdstore("mount", "db", where, status=1)
+    assert "mount it with --fsck repair, which takes a snapshot before" in refused
+    assert "before-fsck" not in host.nbdstore("snapshot", "list")
+    said = host.nbdstore("mount", "db", where, "--fsck", "repair")
+    assert is_mounted(where)
+    (before,) = re.findall(r"the snapshot (db@before-fsck-[\dT.]*Z) holds", said)
+    assert before in host.nbdstore("snapshot", "list", "db")
+    host.nbdstore("umount", "db")
+    host.nbdstore("snapshot", "rollback", before)
+    assert "mount it with --fsck repair" in host.nbdstore("mount", "db", where, status=1)
 
 
 def test_detaching_what_is_mounted_or_open_is_refused(host: Host) -> None:

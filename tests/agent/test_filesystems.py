@@ -12,7 +12,7 @@ from tests.children import Children
 
 SIZE = 320 << 20
 
-pytestmark = pytest.mark.requires("mkfs.ext4", "mkfs.xfs", "e2fsck", "debugfs")
+pytestmark = pytest.mark.requires("mkfs.ext4", "mkfs.xfs", "e2fsck", "debugfs", "xfs_db")
 
 
 @pytest.fixture
@@ -55,7 +55,8 @@ def test_what_only_a_person_may_decide_is_not_repaired(image: Path, children: Ch
     children.run("debugfs", "-w", "-R", "ssv state 2", image)
     with pytest.raises(DeviceError, match="--fsck repair"):
         filesystem("ext4").check(str(image), "auto")
-    filesystem("ext4").check(str(image), "repair")
+    assert filesystem("ext4").check(str(image), "repair")
+    assert not filesystem("ext4").check(str(image), "repair")
     children.run("e2fsck", "-f", "-n", image)
 
 
@@ -75,3 +76,12 @@ def test_other_bytes_are_no_superblock() -> None:
 def test_other_kinds_cannot_be_made() -> None:
     with pytest.raises(InvalidArgument, match=r"'ntfs' is no filesystem.*ext4 and xfs"):
         filesystem("ntfs")
+
+
+def test_an_xfs_is_repaired_when_asked_for(image: Path, children: Children) -> None:
+    filesystem("xfs").make(str(image))
+    assert not filesystem("xfs").check(str(image), "repair")
+    children.run("xfs_db", "-x", "-c", "sb 0", "-c", "write fdblocks 1", image)
+    assert not filesystem("xfs").check(str(image), "auto")
+    assert filesystem("xfs").check(str(image), "repair")
+    children.run("xfs_repair", "-n", image)

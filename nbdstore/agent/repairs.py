@@ -1,0 +1,76 @@
+"""Repairing a filesystem, which may lose data, with a way back: a snapshot taken before.
+
+    snapshot VOLUME@before-fsck-TIME, repair:   nothing was wrong     the snapshot is deleted
+                                                repaired, or in vain  it stays, people are told
+
+An agent tries again what it was started to mount. As long as a repair is in vain and nobody else
+has had the lease meanwhile, what the volume held before the first attempt is what matters, and
+there is one snapshot of it, not one for each attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+from nbdstore.agent.records import AttachRecord
+from nbdstore.agent.store_server import StoreServer
+from nbdstore.errors import DeviceError, NbdstoreError
+
+PREFIX: Final = "before-fsck-"
+
+log = logging.getLogger(__name__)
+
+
+class Repairs:
+    """Repairs filesystems of volumes of `server`; each is done by whoever has the volume's turn."""
+
+    def __init__(self, server: StoreServer) -> None:
+        self._server = server
+        self._in_vain: dict[str, tuple[str, int]] = {}
+        """By the volume's uuid: the snapshot before a repair that failed, and the lease's epoch."""
+
+    def repair(self, record: AttachRecord, check: Callable[[], bool]) -> str:
+        """Have `check` repair the filesystem of a volume, whose device must have been synced.
+
+        Arguments:
+            check: returns whether it has changed anything; raises DeviceError in vain.
+
+        Returns:
+            What people are to know; "" if nothing was wrong.
+
+        Raises:
+            DeviceError: it was in vain, or is not begun, for there is no room for a snapshot.
+        """
+        before = self._snapshot(record)
+        self._in_vain[record.volume_uuid] = (before, record.epoch)
+        try:
+            changed = check()
+        except DeviceError as error:
+            raise DeviceError(
+                f"{error}; the snapshot {before} holds what was there before"
+            ) from error
+        del self._in_vain[record.volume_uuid]
+        if changed:
+            return f"the filesystem was repaired; the snapshot {before} holds what was there before"
+        try:
+            self._server.control.delete_snapshot(before)
+        except NbdstoreError as error:
+            log.warning("the snapshot %s is not needed, and stays: %s", before, error)
+        return ""
+
+    def _snapshot(self, record: AttachRecord) -> str:
+        before, epoch = self._in_vain.get(record.volume_uuid, ("", 0))
+        if before and record.epoch - epoch <= 1:
+            return before
+        name = f"{record.volume}@{PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        try:
+            self._server.control.create_snapshots([name])
+        except NbdstoreError as error:
+            raise DeviceError(
+                f"the filesystem of volume {record.volume} is not repaired, for no snapshot could "
+                f"be taken before ({error}): make that possible, and try again"
+            ) from error
+        return name
