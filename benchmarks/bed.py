@@ -26,7 +26,7 @@ _SPARE_BYTES: Final = 256 << 20
 
 def check_space(directory: Path, stage: Stage, n_peers: int) -> None:
     """Raise LeftOut if the disk is too small for all peers' volumes of `stage`."""
-    written = stage.stored_bytes * n_peers
+    written = stage.written_bytes * n_peers
     needed = written * _SPACE_FACTOR + _SPARE_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:

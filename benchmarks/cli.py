@@ -173,9 +173,10 @@ def _scale(
         raise click.UsageError("give one of --quick, --full and --smoke")
     name = "quick" if quick else "full" if full else "smoke" if smoke else "normal"
     scale = SCALES[name]
-    return dataclasses.replace(
-        scale, rounds=rounds or scale.rounds, runtime_s=runtime or scale.runtime_s
-    )
+    if runtime is not None:
+        warm_up_s = min(scale.warm_up_s, runtime / 4)
+        scale = dataclasses.replace(scale, runtime_s=runtime, warm_up_s=warm_up_s)
+    return dataclasses.replace(scale, rounds=rounds or scale.rounds)
 
 
 def _peers(names: str | None, against: Sequence[Path]) -> list[Peer]:

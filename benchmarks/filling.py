@@ -16,10 +16,14 @@ def fill(server: Server, stage: Stage, tools: Tools) -> None:
         case Filling.SCATTERED:
             options = {"zonerange": str(stage.spacing_bytes), "number_ios": str(stage.n_scattered)}
             fio.run_nbd(server, "fill-scattered", options, tools)
+        case Filling.MAPPED:
+            server.map_whole()
         case Filling.NOTHING:
             pass
     if stage.aging_writes:
         fio.run_nbd(server, "age", {"number_ios": str(stage.aging_writes)}, tools)
     if stage.n_snapshots:
         server.keep_snapshots(stage.n_snapshots)
+        # It was restarted, and has its map in memory again once all was read.
+        fio.run_nbd(server, "sequential-read-1m", {"time_based": None, "runtime": None}, tools)
     page_cache.sync(server.files())

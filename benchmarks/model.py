@@ -68,6 +68,7 @@ class Filling(enum.Enum):
     NOTHING = "nothing written"
     WHOLE = "written once, in order"
     SCATTERED = "blocks of 4 KiB written at even distances"
+    MAPPED = "mapped in full, to zeros that are holes of the host"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,14 @@ class Stage:
 
     @property
     def stored_bytes(self) -> int:
-        """What is written to each volume."""
-        return self.size if self.filling is Filling.WHOLE else self.filled_bytes
+        """What each volume stores."""
+        is_whole = self.filling in (Filling.WHOLE, Filling.MAPPED)
+        return self.size if is_whole else self.filled_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """What of that is written to the disk."""
+        return self.size // 128 if self.filling is Filling.MAPPED else self.stored_bytes
 
     @property
     def n_scattered(self) -> int:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from benchmarks import history
-from benchmarks.model import BenchmarkFailed, Need, Stage, Transport
+from benchmarks.model import BenchmarkFailed, Filling, Need, Stage, Transport
 from benchmarks.scale import GIB
 from benchmarks.server import START_TIMEOUT_S, Server
 from nbdstore.control.client import ControlClient
@@ -49,10 +49,20 @@ class Nbdstore(Server):
                 self.control().create_volume(self.export(volume), stage.size)
             self.stop()
 
+    def map_whole(self) -> None:
+        with self._paused():
+            history.map_whole(self.pool, self.export())
+
     def keep_snapshots(self, n_snapshots: int) -> None:
+        with self._paused():
+            history.keep_snapshots(self.pool, self.export(), n_snapshots)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Stop, and start again as it was."""
         transport = self.transport
         self.stop()
-        history.keep_snapshots(self.pool, self.export(), n_snapshots)
+        yield
         self.start(transport)
 
     def control(self) -> ControlClient:
@@ -134,8 +144,11 @@ class QemuNbdQcow2(QemuNbd):
 
     def create(self, stage: Stage) -> None:
         super().create(stage)
+        command = ["qemu-img", "create", "-q", "-f", "qcow2"]
+        if stage.filling is Filling.MAPPED:
+            command += ["-o", "preallocation=metadata"]
         for disk in self.disks:
-            self.children.run("qemu-img", "create", "-q", "-f", "qcow2", disk, str(stage.size))
+            self.children.run(*command, disk, str(stage.size))
 
 
 class NbdServer(FileServer):

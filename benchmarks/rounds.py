@@ -55,7 +55,7 @@ class Plan:
 
     def preparing_s(self, stage: Stage, n_peers: int) -> float:
         """About how long it takes to prepare a stage: 500 MB/s, 30,000 overwrites a second."""
-        written_s = stage.stored_bytes / 500e6 + stage.aging_writes / 30e3
+        written_s = stage.written_bytes / 500e6 + stage.aging_writes / 30e3
         return n_peers * (1 + written_s + 0.002 * stage.n_volumes)
 
     def takes_s(self, runtime_s: float) -> float:

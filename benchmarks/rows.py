@@ -315,7 +315,9 @@ def opening_rows(scale: Scale) -> list[Row]:
     for size in scale.thin_bytes:
         found += _opening_pair(_scattered("opening", scale, size), "thin", size)
     for size in scale.mapped_bytes:
-        found += _opening_pair(Stage(name="opening", size=size), "mapped", size)
+        found += _opening_pair(
+            Stage(name="opening", size=size, filling=Filling.MAPPED), "mapped", size
+        )
     return found
 
 

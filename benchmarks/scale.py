@@ -32,7 +32,7 @@ class Scale:
         journal_bytes: how long the journals are that recovery has to replay.
         volume_counts: how many volumes a server opens.
         thin_bytes: sizes of volumes, mostly holes, that a server opens.
-        mapped_bytes: the same, written in full.
+        mapped_bytes: the same, mapped in full.
     """
 
     name: str
@@ -95,7 +95,7 @@ NORMAL: Final = Scale(
     journal_bytes=(0, MIB, 4 * MIB, 16 * MIB),
     volume_counts=(1, 10, 100, 1000),
     thin_bytes=THIN_BYTES,
-    mapped_bytes=(GIB,),
+    mapped_bytes=(GIB, 10 * GIB, 100 * GIB),
 )
 FULL: Final = Scale(
     name="full",
@@ -110,6 +110,6 @@ FULL: Final = Scale(
     journal_bytes=(0, MIB, 4 * MIB, 16 * MIB, 56 * MIB),
     volume_counts=(1, 10, 100, 1000),
     thin_bytes=THIN_BYTES,
-    mapped_bytes=(GIB, 10 * GIB, 100 * GIB),
+    mapped_bytes=(GIB, 10 * GIB, 100 * GIB, TIB),
 )
 SCALES: Final = {scale.name: scale for scale in (SMOKE, QUICK, NORMAL, FULL)}

@@ -61,6 +61,9 @@ class Server(ABC):
     def create(self, stage: Stage) -> None:
         """Make the disks of `stage`; called once, before the first start."""
 
+    def map_whole(self) -> None:  # noqa: B027 - what most peers do, not all must
+        """Map all of the first volume without writing it; nothing to do where there is no map."""
+
     def keep_snapshots(self, n_snapshots: int) -> None:
         """Take snapshots of the first volume, with writes between them.
 
