@@ -9,6 +9,7 @@ Owns every exception that nbdstore raises on purpose; imports nothing, is import
      |   +- BadStream          a backup is damaged, cut off, or none     exit 1, HTTP 400
      |   +- WrongBase          a backup needs another state to build on  exit 1, HTTP 409
      +- Busy                   somebody uses it now                      exit 1, HTTP 409
+     +- Cancelled              somebody ended the operation              exit 1, HTTP 409
      +- StoreError             the pool cannot do it
      |   +- PoolLocked         another process serves this pool
      |   +- PoolFormatError    not a pool, or of a format not known here
@@ -87,6 +88,13 @@ class Busy(NbdstoreError):
     """Somebody is using what should be changed."""
 
     code = "busy"
+    http_status = 409
+
+
+class Cancelled(NbdstoreError):
+    """Somebody ended the operation before it was done."""
+
+    code = "cancelled"
     http_status = 409
 
 

@@ -20,7 +20,14 @@ from nbdstore.control.backup_stream import BackupReader
 from nbdstore.control.receiving_model import ReceivedInfo
 from nbdstore.control.service import VolumeService
 from nbdstore.control.stream import Buffer
-from nbdstore.errors import BadStream, ControlError, NbdstoreError, NotFound, StoreError
+from nbdstore.errors import (
+    BadStream,
+    Cancelled,
+    ControlError,
+    NbdstoreError,
+    NotFound,
+    StoreError,
+)
 from nbdstore.sizes import format_size
 
 CHUNK_BYTES = 1 << 20
@@ -152,7 +159,7 @@ def _receive(service: VolumeService, name: str) -> ReceivedInfo:
     try:
         with Progress(f"receive {name}", None) as progress:
             return service.backups.receive(name, _watched(_stdin(), progress))
-    except (BadStream, StoreError, ControlError) as error:
+    except (BadStream, Cancelled, StoreError, ControlError) as error:
         kept = f"'nbdstore receive --resume-token {name}'"
         try:
             position = service.backups.receiving(name).position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -9,12 +10,19 @@ from contextlib import aclosing
 from aiohttp import ClientPayloadError, web
 
 from nbdstore.control import backup_stream, diff
+from nbdstore.control.backup_stream import BackupWriter, Begin
+from nbdstore.control.long_operations import LongOperations, Task
 from nbdstore.control.operations import Operations
 from nbdstore.control.receiving_model import ReceivedInfo, ReceivingInfo
 from nbdstore.control.routing import Call, Media, route
 from nbdstore.control.stream import Buffer
-from nbdstore.errors import InvalidArgument, NbdstoreError
+from nbdstore.errors import Cancelled, ControlError, InvalidArgument, NbdstoreError
 from nbdstore.sizes import format_size
+
+SEND = "send"
+"""The kind of that operation."""
+GOODBYE_S = 1.0
+"""How long a cancelled send tries to say so to who reads slowly, before it just hangs up."""
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +43,7 @@ class BackupRoutes:
 
     def __init__(self, operations: Operations) -> None:
         self._backups = operations.backups
+        self._running = operations.running
 
     @route("GET", "/v1/diff", query={"newer": "text", "older": "text?"}, answer=DIFF)
     async def diff(self, call: Call) -> web.StreamResponse:
@@ -58,17 +67,23 @@ class BackupRoutes:
     async def send(self, call: Call) -> web.StreamResponse:
         """Send a snapshot as a backup stream, or what it has beyond another one (since).
 
-        Meanwhile neither can be deleted. A failure ends the stream as FAILED.
+        Meanwhile neither can be deleted. A failure ends the stream as FAILED. It is one of the
+        operations, of kind send: when that is cancelled, the stream ends as FAILED, too.
         """
-        return await _sent(call, self._backups.send(call["snapshot"], call.query.get("since")))
+        writer = BackupWriter()
+        since = call.query.get("since")
+        frames = self._backups.send(call["snapshot"], since, writer=writer)
+        return await _sent(call, self._running, frames, writer)
 
     @route("GET", "/v1/resumed-stream", query={"token": "text"}, answer=STREAM)
     async def resume(self, call: Call) -> web.StreamResponse:
         """Send the rest of a backup stream, of which a receiver has the beginning.
 
-        The token is from the receiver.
+        The token is from the receiver. It is one of the operations, of kind send.
         """
-        return await _sent(call, self._backups.resume(call.query["token"]))
+        writer = BackupWriter()
+        frames = self._backups.resume(call.query["token"], writer=writer)
+        return await _sent(call, self._running, frames, writer)
 
     @route("POST", "/v1/volumes/{name}/receive", body=STREAM, answer=ReceivedInfo)
     async def receive(self, call: Call) -> ReceivedInfo:
@@ -76,7 +91,8 @@ class BackupRoutes:
 
         A full stream makes the volume; one that builds on a snapshot wants the volume to have that
         one, and not to have changed since. What has come before a failure, and is whole, is kept,
-        and the volume cannot be attached until the rest has been received.
+        and the volume cannot be attached until the rest has been received. It is one of the
+        operations, of kind receive; that it was cancelled is such a failure.
         """
         info = await self._backups.receiving.receive(call["name"], _chunks(call.request))
         log.info("received %s, %s of data", info.snapshot, format_size(info.data))
@@ -94,24 +110,64 @@ class BackupRoutes:
         log.info("volume %s: what was received of it was given up", call["name"])
 
 
-async def _sent(call: Call, frames: AsyncGenerator[list[Buffer], None]) -> web.StreamResponse:
+async def _sent(
+    call: Call,
+    running: LongOperations,
+    frames: AsyncGenerator[list[Buffer], None],
+    writer: BackupWriter,
+) -> web.StreamResponse:
+    """Answer with a stream; as long as that lasts it is one of the operations."""
     async with aclosing(frames):
         first = await anext(frames)  # what is wrong from the start is no stream
+        begin = writer.begun
+        assert begin is not None
         response = web.StreamResponse(headers={"Content-Type": backup_stream.CONTENT_TYPE})
         await response.prepare(call.request)
+
+        async def work(task: Task) -> None:
+            try:
+                task.reach(begin.start)
+                await response.write(b"".join(first))
+                async for some in frames:
+                    task.reach(writer.position)
+                    await response.write(b"".join(some))
+            except asyncio.CancelledError:
+                await _say_cancelled(call.request, response, writer)
+                raise
+            except ConnectionError as error:
+                raise ControlError("who should receive it has left before the end") from error
+
         try:
-            await response.write(b"".join(first))
-            async for some in frames:
-                await response.write(b"".join(some))
-        except NbdstoreError as error:  # the stream says it, too
-            log.error("sending %s failed: %s", call.request.path, error)
+            await running.attend(SEND, _request(begin), work, total=begin.size)
+        except NbdstoreError as error:  # the operation says it, and the stream
+            log.warning("sending %s: %s", begin.name, error)
         await response.write_eof()
     return response
+
+
+def _request(begin: Begin) -> dict[str, object]:
+    return {"snapshot": begin.name, "since": begin.base_name, "start": begin.start}
+
+
+async def _say_cancelled(
+    request: web.Request, response: web.StreamResponse, writer: BackupWriter
+) -> None:
+    """End a stream so that its reader knows that more was to come.
+
+    Every frame that was begun is with the transport whole: only waiting for it can be cancelled.
+    """
+    goodbye = writer.failed(Cancelled("the sender was told to end before all was sent"))
+    try:
+        async with asyncio.timeout(GOODBYE_S):
+            await response.write(b"".join(goodbye))
+    except (TimeoutError, ConnectionError):
+        if request.transport is not None:
+            request.transport.abort()  # a stream that is cut off has no end, either
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[Buffer]:
     try:
         async for chunk in request.content.iter_any():
             yield chunk
-    except ClientPayloadError as error:
+    except (ClientPayloadError, ConnectionError) as error:
         raise InvalidArgument(f"the stream was not sent whole: {error}") from error

@@ -124,15 +124,21 @@ Part = Data | Zeros
 
 
 class BackupWriter:
-    """Make a stream: lists of buffers, the payload itself not copied."""
+    """Make a stream: lists of buffers, the payload itself not copied.
+
+    begun: what it holds, None before its beginning. position: where the last part ends.
+    """
 
     def __init__(self) -> None:
+        self.begun: Begin | None = None
+        self.position = 0
         self._whole = xxhash.xxh3_128()
         self._checksum = 0
         self._n_payload_bytes = 0
 
     def begin(self, begin: Begin) -> list[Buffer]:
         """Begin the stream."""
+        self.begun, self.position = begin, begin.start
         preamble = _PREAMBLE.pack(_MAGIC, VERSION)
         self._whole.update(preamble)
         self._checksum = xxhash.xxh3_64_intdigest(preamble)
@@ -141,6 +147,7 @@ class BackupWriter:
 
     def part(self, part: Part) -> list[Buffer]:
         """Frame a part; data of at most MAX_PAYLOAD bytes."""
+        self.position = part.stop
         if isinstance(part, Zeros):
             return self._frame(FrameKind.ZERO, part.offset, [_LENGTH.pack(part.length)])
         self._n_payload_bytes += part.stop - part.offset

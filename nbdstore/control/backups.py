@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from nbdstore.control import sending
-from nbdstore.control.backup_stream import ResumeToken
+from nbdstore.control.backup_stream import BackupWriter, ResumeToken
 from nbdstore.control.contracts import ImageLike, PoolLike
 from nbdstore.control.diff import Extent, merged
 from nbdstore.control.events import Events
+from nbdstore.control.long_operations import LongOperations
 from nbdstore.control.receiving import Receiving
 from nbdstore.control.snapshots import Snapshots
 from nbdstore.control.stream import Buffer
@@ -27,11 +28,18 @@ class Backups:
     receiving: the half that takes them in.
     """
 
-    def __init__(self, usage: Usage, pool: PoolLike, snapshots: Snapshots, events: Events) -> None:
+    def __init__(
+        self,
+        usage: Usage,
+        pool: PoolLike,
+        snapshots: Snapshots,
+        running: LongOperations,
+        events: Events,
+    ) -> None:
         self._usage = usage
         self._pool = pool
         self._snapshots = snapshots
-        self.receiving = Receiving(usage, pool, events)
+        self.receiving = Receiving(usage, pool, running, events)
 
     def find(self, name: str) -> ImageLike:
         """Return the volume ``VOLUME`` or the snapshot ``VOLUME@NAME``; NotFound if it is none."""
@@ -58,7 +66,9 @@ class Backups:
             async for extent in merged(self._pool.changes(before, now)):
                 yield extent
 
-    def send(self, name: str, since: str | None = None) -> AsyncGenerator[list[Buffer], None]:
+    def send(
+        self, name: str, since: str | None = None, *, writer: BackupWriter | None = None
+    ) -> AsyncGenerator[list[Buffer], None]:
         """Send a snapshot, or what it has beyond an older one; see `sending.stream`."""
         if "@" not in name:
             raise InvalidArgument(
@@ -66,16 +76,18 @@ class Backups:
                 f"'nbdstore snapshot create {name}@NAME', and send that"
             )
         base = None if since is None else self._snapshots.find(since)
-        return sending.stream(self._pool, self._snapshots.find(name), base)
+        return sending.stream(self._pool, self._snapshots.find(name), base, writer=writer)
 
-    def resume(self, token: str) -> AsyncGenerator[list[Buffer], None]:
+    def resume(
+        self, token: str, *, writer: BackupWriter | None = None
+    ) -> AsyncGenerator[list[Buffer], None]:
         """Go on with a transfer that broke off."""
         found = ResumeToken.decode(token)
         snapshot = self._by_uuid(found.uuid)
         if found.start > snapshot.size:
             raise InvalidArgument(f"the resume token goes beyond the end of {snapshot.name}")
         base = None if found.base is None else self._by_uuid(found.base)
-        return sending.stream(self._pool, snapshot, base, found.start)
+        return sending.stream(self._pool, snapshot, base, found.start, writer=writer)
 
     def _by_uuid(self, uuid: str) -> Any:
         for snapshot in self._pool.snapshots.values():

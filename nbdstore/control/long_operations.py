@@ -11,7 +11,8 @@ the answer starts it again under the same id and gets the same operation.
                  an hour has passed, or MAX_ENDED newer ones have ended -> forgotten
 
 An operation does not outlive the server: what must go on after a restart keeps its own record of
-how far it came, as a scrub does.
+how far it came, as a scrub does. One that is attended (`attend`) does not outlive the call that
+waits for it, either: it is here to be seen, and to be cancelled by others.
 """
 
 from __future__ import annotations
@@ -27,9 +28,17 @@ from typing import Any
 from nbdstore.control import problems
 from nbdstore.control.events import Events
 from nbdstore.control.model import OperationInfo
-from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NbdstoreError, NotFound
+from nbdstore.errors import (
+    AlreadyExists,
+    Busy,
+    Cancelled,
+    InvalidArgument,
+    NbdstoreError,
+    NotFound,
+)
 
 MAX_RUNNING = 16
+"""Of those that nobody attends; the others are as many as there are callers."""
 MAX_ENDED = 256
 KEPT_S = 3600.0
 PROGRESS_EVERY_S = 1.0
@@ -46,10 +55,13 @@ class Task:
         result: what it found so far; JSON-able.
     """
 
-    def __init__(self, operation_id: str, kind: str, request: dict[str, Any]) -> None:
+    def __init__(
+        self, operation_id: str, kind: str, request: dict[str, Any], *, is_attended: bool = False
+    ) -> None:
         self.id = operation_id
         self.kind = kind
         self.request = request
+        self.is_attended = is_attended
         self.done = 0
         self.total = 0
         self.result: dict[str, Any] = {}
@@ -65,6 +77,10 @@ class Task:
         """Report that `n_bytes` more are done."""
         self.done += n_bytes
         self.on_progress()
+
+    def reach(self, n_bytes: int) -> None:
+        """Report that `n_bytes` are done in all."""
+        self.advance(n_bytes - self.done)
 
     def info(self) -> OperationInfo:
         """Describe it."""
@@ -119,17 +135,45 @@ class LongOperations:
         """
         if (known := self._known(kind, request, operation_id)) is not None:
             return known.info(), False
-        n_running = sum(task.state == "running" for task in self._tasks.values())
+        n_running = sum(
+            task.state == "running" and not task.is_attended for task in self._tasks.values()
+        )
         if n_running >= MAX_RUNNING:
             raise Busy(f"{n_running} operations are running: wait for one, or cancel one")
         task = Task(operation_id or uuid.uuid4().hex, kind, request)
         task.total, task.result = total, result or {}
+        self._run(task, work)
+        return task.info(), True
+
+    async def attend(
+        self, kind: str, request: dict[str, Any], work: Work, *, total: int = 0
+    ) -> None:
+        """Run an operation, and return at its end; it ends at once when the caller is cancelled.
+
+        Raises:
+            Cancelled: somebody else has cancelled it. And all that `work` raises.
+        """
+        task = Task(uuid.uuid4().hex, kind, request, is_attended=True)
+        task.total = total
+        running = self._run(task, work)
+        try:
+            await asyncio.wait([running])
+        finally:
+            if not running.done():
+                running.cancel()
+                await asyncio.wait([running])
+        if running.cancelled():
+            raise Cancelled(f"{kind} was cancelled, as operation {task.id}")
+        running.result()
+
+    def _run(self, task: Task, work: Work) -> asyncio.Task[None]:
+        self._forget_old()
         self._tasks[task.id] = task
-        self._events.tell("operation.started", task.id, kind=kind, request=request)
+        self._events.tell("operation.started", task.id, kind=task.kind, request=task.request)
         task.on_progress = _Progress(task, self._events).tell
         task.running = asyncio.create_task(work(task))
         task.running.add_done_callback(lambda _: self._ended(task))
-        return task.info(), True
+        return task.running
 
     def known(
         self, kind: str, request: dict[str, Any], operation_id: str | None

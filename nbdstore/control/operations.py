@@ -66,7 +66,7 @@ class Operations:
         self.scrubs = Scrubber(pool, self._usage, self.running)
         self.snapshots = Snapshots(self._usage, pool, self.leases, self.running, self.events)
         """Its snapshots, and its trash."""
-        self.backups = Backups(self._usage, pool, self.snapshots, self.events)
+        self.backups = Backups(self._usage, pool, self.snapshots, self.running, self.events)
         """Changed blocks and backups."""
 
     async def close(self) -> None:

@@ -28,6 +28,7 @@ from typing import Final
 from nbdstore.control.backup_stream import BackupReader, Begin, Part, ResumeToken, Zeros
 from nbdstore.control.contracts import PoolLike, SnapshotLike, VolumeLike
 from nbdstore.control.events import Events
+from nbdstore.control.long_operations import LongOperations, Task
 from nbdstore.control.model import Record
 from nbdstore.control.receiving_model import ReceivedInfo, ReceivingInfo
 from nbdstore.control.stream import Buffer
@@ -41,6 +42,8 @@ from nbdstore.errors import (
     WrongBase,
 )
 
+KIND: Final = "receive"
+"""The kind of that operation."""
 _SAVE_BYTES: Final = 64 << 20
 _SAVE_S: Final = 5.0  # how much of a transfer, in bytes or time, a killed server loses at most
 
@@ -60,17 +63,22 @@ class HalfReceived(Record):
 class Receiving:
     """Receives into the volumes of one pool."""
 
-    def __init__(self, usage: Usage, pool: PoolLike, events: Events) -> None:
+    def __init__(
+        self, usage: Usage, pool: PoolLike, running: LongOperations, events: Events
+    ) -> None:
         self._usage = usage
         self._pool = pool
+        self._running = running
         self._events = events
 
     async def receive(self, name: str, chunks: AsyncIterator[Buffer]) -> ReceivedInfo:
         """Receive a stream into volume `name`; durable on return.
 
-        What came before a failure, and is whole, is kept to go on from.
+        It is one of the operations while it runs. What came before a failure, or before it was
+        cancelled, and is whole, is kept to go on from.
 
         Raises:
+            Cancelled: somebody has cancelled the operation.
             BadStream: it is damaged or cut off.
             WrongBase: the volume is not what the stream builds on.
             AlreadyExists: it has the snapshot, or holds something else.
@@ -83,14 +91,19 @@ class Receiving:
         async with self._usage.turn:
             reception = await self._begin(name, begin)
             self._usage.imports.add(reception.volume.id)
-        try:
+
+        async def work(task: Task) -> None:
             try:
-                await reception.take(first, parts)
+                await reception.take(first, parts, task)
                 reader.end()
                 await reception.complete(begin)
             except BaseException:
                 await reception.break_off()
                 raise
+
+        request = {"volume": name, "snapshot": begin.name, "since": begin.base_name}
+        try:
+            await self._running.attend(KIND, request, work, total=begin.size)
         finally:
             self._usage.imports.discard(reception.volume.id)
         made = f"{reception.volume.name}@{begin.snapshot}"
@@ -302,8 +315,9 @@ class _Reception:
         self._is_new = is_new
         self._is_unchanged = is_unchanged
 
-    async def take(self, first: Part | None, rest: AsyncIterator[Part]) -> None:
+    async def take(self, first: Part | None, rest: AsyncIterator[Part], task: Task) -> None:
         """Write the parts; now and then what is there is made durable, and that is noted."""
+        task.reach(self._position)
         if self.volume.size != self._progress.size:
             self._is_unchanged = False
             await self._pool.resize_volume(self.volume, self._progress.size, force=True)
@@ -312,6 +326,7 @@ class _Reception:
             n_unsaved += await self._write(first)
         async for part in rest:
             n_unsaved += await self._write(part)
+            task.reach(self._position)
             if n_unsaved >= _SAVE_BYTES or time.monotonic() - saved_at >= _SAVE_S:
                 await self._save()
                 n_unsaved, saved_at = 0, time.monotonic()

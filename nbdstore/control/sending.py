@@ -22,7 +22,12 @@ _BATCH_PIECES: Final = 64
 
 
 async def stream(
-    pool: PoolLike, snapshot: Any, base: Any | None, start: int = 0
+    pool: PoolLike,
+    snapshot: Any,
+    base: Any | None,
+    start: int = 0,
+    *,
+    writer: BackupWriter | None = None,
 ) -> AsyncGenerator[list[Buffer], None]:
     """Yield a backup stream of `snapshot`, some frames at a time.
 
@@ -31,8 +36,9 @@ async def stream(
     Arguments:
         base: the snapshot that the receiver has, None if it has none.
         start: bytes of the volume that the receiver has of this snapshot already.
+        writer: for who wants to see how far it is, or to end the stream when it goes on no more.
     """
-    writer = BackupWriter()
+    writer = writer or BackupWriter()
     with ExitStack() as users:
         for image in (snapshot, *([] if base is None else [base])):
             users.enter_context(image.in_use())

@@ -9,7 +9,7 @@ import pytest
 from nbdstore.control import long_operations
 from nbdstore.control.events import Events
 from nbdstore.control.long_operations import LongOperations, Task
-from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
+from nbdstore.errors import AlreadyExists, Busy, Cancelled, InvalidArgument, NoSpace, NotFound
 
 REQUEST = {"volume": "db"}
 
@@ -134,3 +134,64 @@ async def test_events_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert told[2] is not None
     assert told[2].detail == {"state": "done", "result": {"found": 3}, "error": None}
+
+
+async def test_one_that_is_attended_ends_with_its_call(running: LongOperations) -> None:
+    await running.attend("work", REQUEST, at_once, total=5)
+    (info,) = running.list()
+    assert (info.state, info.done, info.total) == ("done", 10, 10)
+
+
+async def test_an_attended_one_that_fails_fails_the_call(running: LongOperations) -> None:
+    async def fail(_task: Task) -> None:
+        raise NoSpace("the pool is full")
+
+    with pytest.raises(NoSpace, match="is full"):
+        await running.attend("work", REQUEST, fail)
+    assert [info.state for info in running.list()] == ["failed"]
+
+
+async def test_an_attended_one_that_others_cancel(running: LongOperations) -> None:
+    call = asyncio.create_task(running.attend("work", REQUEST, for_ever))
+    await asyncio.sleep(0)
+    (info,) = running.list()
+    assert (await running.cancel(info.id)).state == "cancelled"
+    with pytest.raises(Cancelled, match=info.id):
+        await call
+
+
+async def test_when_the_call_is_cancelled_the_operation_is(running: LongOperations) -> None:
+    cleaned = []
+
+    async def work(_task: Task) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append(True)
+
+    call = asyncio.create_task(running.attend("work", REQUEST, work))
+    while not running.list():
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert cleaned == [True]
+    assert [info.state for info in running.list()] == ["cancelled"]
+
+
+async def test_attended_ones_do_not_keep_others_from_starting(running: LongOperations) -> None:
+    calls = [
+        asyncio.create_task(running.attend("work", REQUEST, for_ever))
+        for _ in range(long_operations.MAX_RUNNING)
+    ]
+    while len(running.list()) < len(calls):
+        await asyncio.sleep(0)
+    assert running.start("other", REQUEST, at_once)[1]
+    await running.close()
+    assert all(isinstance(found, Cancelled) for found in await _outcomes(calls))
+
+
+async def _outcomes(calls: list[asyncio.Task[None]]) -> list[BaseException | None]:
+    return await asyncio.gather(*calls, return_exceptions=True)

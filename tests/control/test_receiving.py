@@ -394,9 +394,12 @@ async def test_who_listens_is_told_what_came_and_what_was_given_up(here: Site, t
     listener = there.operations.events.listen()
     await half_received(here, there)
     await there.backups.receiving.abort("db")
-    events = [await listener.next(60) for _ in range(3)]
-    assert [(event.kind, event.subject) for event in events if event] == [
+    events = [event for _ in range(7) if (event := await listener.next(60))]
+    told = [(event.kind, event.subject) for event in events if event.kind[:9] != "operation"]
+    assert told == [
         ("volume.created", "db"),
         ("snapshot.created", "db@a"),
         ("volume.changed", "db"),
     ]
+    ends = [event.detail["state"] for event in events if event.kind == "operation.ended"]
+    assert ends == ["done", "failed"]

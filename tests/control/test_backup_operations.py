@@ -1,0 +1,166 @@
+"""send and receive as operations: seen while they run, how far they are, and cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from nbdstore.control.backup_stream import BackupReader
+from nbdstore.control.model import OperationInfo
+from nbdstore.control.receiving_model import ReceivedInfo
+from nbdstore.control.stream import Buffer
+from nbdstore.errors import Cancelled
+from tests.control.real_pool import TIMEOUT_S, Served
+from tests.store.workload import joined
+
+MIB = 1 << 20
+SIZE = 32 * MIB
+"""More than all buffers between a server and who does not read."""
+
+
+@pytest.fixture
+def filled(served: Served) -> Served:
+    """A pool with ``db@a`` of random bytes."""
+
+    async def fill() -> None:
+        volume = await served.pool.create_volume("db", SIZE)
+        for offset in range(0, SIZE, MIB):
+            await volume.write(offset, os.urandom(MIB))
+        await served.pool.create_snapshots([(volume, "a")])
+
+    served.run(fill())
+    return served
+
+
+def begun(pool: Served, kind: str) -> OperationInfo:
+    """The running operation of that kind, once it has done something."""
+
+    async def look() -> OperationInfo:
+        while True:
+            for info in pool.operations.running.list():
+                if info.kind == kind and info.is_running and info.done:
+                    return info
+            await asyncio.sleep(0)
+
+    return pool.run(look())
+
+
+def content(pool: Served, name: str) -> bytes:
+    return joined(pool.run(pool.pool.snapshots[name].read(0, SIZE)))
+
+
+class Sender:
+    """Gives the beginning of a stream, and the rest when it is told to."""
+
+    def __init__(self, stream: bytes, n_first: int) -> None:
+        self._stream = stream
+        self._n_first = n_first
+        self.go_on = threading.Event()
+
+    def chunks(self) -> Iterator[Buffer]:
+        yield self._stream[: self._n_first]
+        assert self.go_on.wait(TIMEOUT_S)
+        for at in range(self._n_first, len(self._stream), MIB):
+            yield self._stream[at : at + MIB]
+
+
+def begin_to_receive(
+    pool: Served, sender: Sender, threads: ThreadPoolExecutor
+) -> Future[ReceivedInfo]:
+    return threads.submit(pool.client.backups.receive, "copy", sender.chunks())
+
+
+def test_a_send_is_an_operation_while_it_runs(filled: Served) -> None:
+    chunks = filled.client.backups.send("db@a")
+    received = [next(chunks)]
+    info = begun(filled, "send")
+    assert info.request == {"snapshot": "db@a", "since": None, "start": 0}
+    assert (info.total, info.state) == (SIZE, "running")
+    assert 0 < info.done < SIZE
+    received += chunks
+    ended = filled.client.operation(info.id, wait_s=60)
+    assert (ended.state, ended.progress, ended.done) == ("done", 1.0, SIZE)
+    assert filled.client.backups.receive("copy", received).data == SIZE
+
+
+def test_a_cancelled_send_ends_as_what_is_not_whole(filled: Served) -> None:
+    chunks = filled.client.backups.send("db@a")
+    received = [next(chunks)]
+    info = begun(filled, "send")
+    assert filled.client.cancel_operation(info.id).state == "cancelled"
+    received += chunks
+    reader = BackupReader()
+    with pytest.raises(Cancelled, match="told to end"):
+        for chunk in received:
+            for _ in reader.feed(chunk):
+                pass
+    assert not reader.finished
+    with pytest.raises(Cancelled):
+        filled.client.backups.receive("copy", received)
+    half = filled.client.backups.receiving("copy")
+    assert 0 < half.position < SIZE
+    filled.client.backups.receive("copy", filled.client.backups.resume(half.token))
+    assert content(filled, "copy@a") == content(filled, "db@a")
+    filled.client.delete_snapshot("db@a")  # nobody holds it any more
+
+
+def test_a_send_whose_receiver_leaves_has_failed(filled: Served) -> None:
+    connection = filled.connect()
+    connection.request("GET", "/v1/snapshots/db@a/stream")
+    connection.getresponse().read(1)
+    info = begun(filled, "send")
+    connection.close()
+    ended = filled.client.operation(info.id, wait_s=60)
+    assert ended.state == "failed"
+    assert ended.error is not None
+    assert "has left" in ended.error["detail"]
+
+
+def test_a_receive_is_an_operation_while_it_runs(filled: Served) -> None:
+    stream = b"".join(filled.client.backups.send("db@a"))
+    sender = Sender(stream, len(stream) // 2)
+    with ThreadPoolExecutor(1) as threads:
+        call = begin_to_receive(filled, sender, threads)
+        info = begun(filled, "receive")
+        assert info.request == {"volume": "copy", "snapshot": "db@a", "since": None}
+        assert (info.total, info.state) == (SIZE, "running")
+        assert 0 < info.done < SIZE
+        sender.go_on.set()
+        assert call.result(TIMEOUT_S).data == SIZE
+    assert filled.client.operation(info.id, wait_s=60).done == SIZE
+
+
+def test_a_cancelled_receive_goes_on_later(filled: Served) -> None:
+    stream = b"".join(filled.client.backups.send("db@a"))
+    sender = Sender(stream, len(stream) // 2)
+    with ThreadPoolExecutor(1) as threads:
+        call = begin_to_receive(filled, sender, threads)
+        info = begun(filled, "receive")
+        ended = filled.client.cancel_operation(info.id)
+        assert ended.state == "cancelled"
+        half = filled.client.backups.receiving("copy")
+        assert not half.running
+        assert half.position == ended.done > 0
+        sender.go_on.set()
+        with pytest.raises(Cancelled, match=info.id):
+            call.result(TIMEOUT_S)
+    filled.client.backups.receive("copy", filled.client.backups.resume(half.token))
+    assert content(filled, "copy@a") == content(filled, "db@a")
+
+
+def test_a_cancelled_receive_may_be_given_up(filled: Served) -> None:
+    stream = b"".join(filled.client.backups.send("db@a"))
+    sender = Sender(stream, len(stream) // 2)
+    with ThreadPoolExecutor(1) as threads:
+        call = begin_to_receive(filled, sender, threads)
+        filled.client.cancel_operation(begun(filled, "receive").id)
+        filled.client.backups.abort_receive("copy")
+        sender.go_on.set()
+        with pytest.raises(Cancelled):
+            call.result(TIMEOUT_S)
+    assert [info.name for info in filled.client.volumes()] == ["db"]
