@@ -39,7 +39,7 @@ from nbdstore.control.tokens import Tokens
 from nbdstore.control.watch import PoolWatch
 from nbdstore.errors import AlreadyExists, Busy, PoolFailed, PoolLocked
 from nbdstore.server import HasVolumes, Server, ServerOptions, TlsOptions
-from nbdstore.server.tls import make_context
+from nbdstore.server.tls import TlsFiles
 from nbdstore.store import Pool, PoolOptions
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -217,7 +217,7 @@ async def _serve(
             options.pool,
             tcp=options.control_tcp,
             tokens=options.control_tokens,
-            tls=make_context(options.control_tls) if options.control_tls else None,
+            tls=TlsFiles(options.control_tls).context if options.control_tls else None,
             sockets=options.control_sockets,
         )
         await endpoint.start()

@@ -77,7 +77,10 @@ CONTROL_SOCKET_NAME = "control"
     help="Whether clients may or must use TLS.",
 )
 @click.option(
-    "--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="Server certificate, PEM."
+    "--tls-cert",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Server certificate, PEM. Like all TLS files, it is read again when it has changed.",
 )
 @click.option(
     "--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its private key, PEM."

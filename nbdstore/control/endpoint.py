@@ -16,7 +16,7 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -41,6 +41,7 @@ ACCEPT_AGAIN_S = 1.0
 STOP_TIMEOUT_S = 5.0
 """Seconds that calls under way get to finish when the server stops."""
 
+GetContext = Callable[[], ssl.SSLContext]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Endpoint:
         directory: the pool's directory, whose lock the caller holds.
         tcp: (host, port) to listen on besides; needs tokens.
         tokens: of which callers over TCP must present one.
-        tls: for what comes over TCP; None = plain HTTP.
+        tls: returns the context for a caller who comes over TCP; None = plain HTTP.
         sockets: listening sockets handed down by systemd; those over TCP need tokens.
     """
 
@@ -64,7 +65,7 @@ class Endpoint:
         *,
         tcp: tuple[str, int] | None = None,
         tokens: Tokens | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: GetContext | None = None,
         sockets: Sequence[socket.socket] = (),
     ) -> None:
         if tokens is None and (tcp or any(sock.family != socket.AF_UNIX for sock in sockets)):
@@ -121,7 +122,7 @@ class Endpoint:
         sockets: list[socket.socket],
         *,
         tokens: Tokens | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: GetContext | None = None,
     ) -> None:
         runner = web.AppRunner(
             application(self._operations, tokens=tokens),
@@ -189,7 +190,7 @@ class _Hall:
     hands, which callers need not do for minutes.
     """
 
-    def __init__(self, entrance: _Entrance, sock: socket.socket, tls: ssl.SSLContext) -> None:
+    def __init__(self, entrance: _Entrance, sock: socket.socket, tls: GetContext) -> None:
         self._entrance = entrance
         self._sock = sock
         self._tls = tls
@@ -224,7 +225,7 @@ class _Hall:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: _Turnstile(self._entrance),
                 sock,
-                ssl=self._tls,
+                ssl=self._tls(),
                 ssl_handshake_timeout=HEAD_TIMEOUT_S,
             )
         except OSError as error:  # ssl.SSLError is one

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from nbdstore.control.routing import Access, Caller
 from nbdstore.errors import InvalidArgument
+from nbdstore.file_signature import signature
 
 MAX_BYTES = 256 << 10
 """Of a token file: each call is compared with all of its tokens."""
@@ -69,14 +70,14 @@ class TokenFile(Tokens):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._signature = _signature(path)
+        self._signature = signature(path)
         super().__init__(read(path))
 
     def find(self, secret: bytes) -> Caller | None:
         """See Tokens; reads the file first if it has changed."""
-        signature = _signature(self._path)
-        if signature != self._signature:
-            self._signature = signature
+        now = signature(self._path)
+        if now != self._signature:
+            self._signature = now
             try:
                 self._tokens = read(self._path)
                 log.info("read the token file %s again", self._path)
@@ -137,13 +138,3 @@ def _token(words: list[str], where: str) -> Token:
         )
     access = Access(role)
     return Token(secret.encode(), Caller(access, name or _ANONYMOUS[access]))
-
-
-def _signature(path: Path) -> tuple[int, ...] | None:
-    """Return what tells whether a file has changed; None while it is missing."""
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    # The change time tells of a new mode, too, and cannot be set back.
-    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns

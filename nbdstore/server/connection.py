@@ -28,7 +28,7 @@ from nbdstore.server.limiter import Limiters
 from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
-from nbdstore.server.tls import identify
+from nbdstore.server.tls import TlsFiles, identify
 from nbdstore.server.wakefulness import Wakefulness
 from nbdstore.store import Image
 
@@ -106,7 +106,7 @@ class Settings:
     budget: Budget
     wakefulness: Wakefulness
     tls_mode: TlsMode
-    tls_context: ssl.SSLContext | None
+    tls_files: TlsFiles | None
 
 
 class Connection:
@@ -262,9 +262,9 @@ class Connection:
                 handshake.receive(data)
 
     async def _start_tls(self) -> None:
-        context = self._settings.tls_context
-        assert context is not None
-        channel = await self._channel.start_tls(context)
+        files = self._settings.tls_files
+        assert files is not None
+        channel = await self._channel.start_tls(files.context())
         self._channel = channel
         self._view.identity = identify(channel.tls)
 

@@ -19,7 +19,7 @@ from nbdstore.server.exports import Exports, HasVolumes
 from nbdstore.server.limiter import Limiters, volume_of
 from nbdstore.server.listener import Listener
 from nbdstore.server.options import ServerOptions
-from nbdstore.server.tls import make_context
+from nbdstore.server.tls import TlsFiles
 from nbdstore.server.wakefulness import Wakefulness
 from nbdstore.store import Image, Volume
 
@@ -54,7 +54,7 @@ class Server:
             budget=Budget(options.limits.max_client_bytes, options.limits.max_connections),
             wakefulness=Wakefulness(),
             tls_mode=tls.mode if tls else TlsMode.OFF,
-            tls_context=make_context(tls) if tls else None,
+            tls_files=TlsFiles(tls) if tls else None,
         )
         self._listener: Listener | None = None
         self._connections: dict[Connection, asyncio.Task[None]] = {}

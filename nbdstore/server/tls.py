@@ -1,17 +1,62 @@
 """TLS: the server's context, and who a client has proved to be.
 
 X.509 only. TLS 1.2 stays allowed: nbd-client speaks nothing newer.
+
+Certificates end, and programs that renew them replace files. So the files are looked at for each
+client that comes, and read again if they are others than before; clients that are there stay.
 """
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Iterable
 from pathlib import Path
 
 from nbdstore.errors import InvalidArgument
+from nbdstore.file_signature import Signature, signature
 from nbdstore.server.exports import Identity
 from nbdstore.server.options import TlsOptions
+
+log = logging.getLogger(__name__)
+
+
+class TlsFiles:
+    """The context of a server, from its files as they are now.
+
+    Raises:
+        InvalidArgument: the files cannot be used.
+    """
+
+    def __init__(self, options: TlsOptions) -> None:
+        self._options = options
+        self._paths = [
+            path
+            for path in (options.certificate, options.key, options.client_ca)
+            if path is not None
+        ]
+        self._seen = self._look()
+        self._context = make_context(options)
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for a client that comes now.
+
+        Files that cannot be used, of which one may be there before the other, change nothing: that
+        is logged, and they are read again when they have changed again.
+        """
+        now = self._look()
+        if now != self._seen:
+            self._seen = now
+            names = " and ".join(str(path) for path in self._paths)
+            try:
+                self._context = make_context(self._options)
+                log.info("read the TLS files %s again", names)
+            except InvalidArgument as error:
+                log.error("%s; what was read before is used until they change again", error)
+        return self._context
+
+    def _look(self) -> list[Signature]:
+        return [signature(path) for path in self._paths]
 
 
 def make_context(options: TlsOptions) -> ssl.SSLContext:

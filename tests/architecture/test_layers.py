@@ -19,6 +19,7 @@ PACKAGE = Path(nbdstore.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "nbdstore": set(),
     "nbdstore.errors": set(),
+    "nbdstore.file_signature": set(),
     "nbdstore.lease": set(),
     "nbdstore.qos": set(),
     "nbdstore.sizes": set(),
@@ -26,8 +27,10 @@ LAYERS: dict[str, set[str]] = {
     "nbdstore.unix_socket": set(),
     "nbdstore.protocol": set(),
     "nbdstore.store": set(),
-    "nbdstore.server": {"protocol", "store", "lease", "qos", "unix_socket"},
-    "nbdstore.control": {"store", "server", "lease", "qos", "sizes", "unix_socket"},
+    "nbdstore.server": {"protocol", "store", "file_signature", "lease", "qos", "unix_socket"},
+    "nbdstore.control": {
+        *("store", "server", "file_signature", "lease", "qos", "sizes", "unix_socket"),
+    },
     "nbdstore.agent": {"protocol", "control", "sizes", "systemd", "unix_socket"},
     "nbdstore.docker_plugin": {"agent", "control", "sizes", "unix_socket"},
     "nbdstore.orchestration": {"sizes"},

@@ -18,7 +18,7 @@ from nbdstore.control.endpoint import MAX_CONNECTIONS, Endpoint
 from nbdstore.errors import ControlError, InvalidArgument, Unauthorized
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server import TlsOptions
-from nbdstore.server.tls import make_context
+from nbdstore.server.tls import TlsFiles
 from tests.clients.certificates import Authority
 from tests.control.conftest import READ_TOKEN, TOKEN, TOKENS, Answering
 from tests.control.memory_pool import Bench
@@ -33,7 +33,7 @@ def authority(tmp_path: Path) -> Authority:
 def url(answering: Answering, authority: Authority, tmp_path: Path) -> Iterator[str]:
     """A second endpoint on the pool of `answering`, over TLS."""
     issued = authority.issue_server()
-    tls = make_context(TlsOptions(TlsMode.REQUIRED, issued.certificate, issued.key))
+    tls = TlsFiles(TlsOptions(TlsMode.REQUIRED, issued.certificate, issued.key)).context
     directory = tmp_path / "second"
     directory.mkdir()
     second = Endpoint(
@@ -157,3 +157,53 @@ async def test_tokens_in_the_clear_are_warned_of(
 )
 def test_what_is_private(address: str, private: bool) -> None:
     assert ControlClient(address).is_private is private
+
+
+def test_a_certificate_that_was_renewed_counts_for_the_next_caller(
+    url: str, authority: Authority, tmp_path: Path
+) -> None:
+    """The endpoint runs on; who trusts only the new authority is served once it has signed."""
+    successor = Authority(tmp_path / "successor")
+    client = ControlClient(url, token=TOKEN, tls_ca=successor.certificate)
+    with pytest.raises(ControlError, match="not who it should be"):
+        client.pool()
+    renewed = successor.issue_server()
+    for new, old in (
+        (renewed.certificate, authority.directory / "server-cert.pem"),
+        (renewed.key, authority.directory / "server-key.pem"),
+    ):
+        new.replace(old)
+    assert client.pool().directory == "/memory"
+    with pytest.raises(ControlError, match="not who it should be"):
+        ControlClient(url, token=TOKEN, tls_ca=authority.certificate).pool()
+
+
+@pytest.mark.parametrize("part", ["server-cert.pem", "server-key.pem"])
+@pytest.mark.parametrize("content", ["damaged", "of another pair", "missing"])
+def test_files_that_cannot_be_used_change_nothing(
+    url: str,
+    authority: Authority,
+    tmp_path: Path,
+    part: str,
+    content: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = ControlClient(url, token=TOKEN, tls_ca=authority.certificate)
+    file = authority.directory / part
+    before = file.read_bytes()
+    if content == "damaged":
+        file.write_text("-----BEGIN nothing")
+    elif content == "missing":
+        file.unlink()
+    else:
+        other = Authority(tmp_path / "other").issue_server()
+        (other.certificate if "cert" in part else other.key).replace(file)
+    with caplog.at_level(logging.ERROR, "nbdstore.server.tls"):
+        assert client.pool() == client.pool()
+    assert len(caplog.messages) == 1, "it is said once"
+    assert "what was read before is used until they change again" in caplog.text
+    caplog.clear()
+    file.write_bytes(before)
+    with caplog.at_level(logging.INFO, "nbdstore.server.tls"):
+        assert client.pool()
+    assert "again" in caplog.text

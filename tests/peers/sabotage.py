@@ -35,7 +35,7 @@ from nbdstore.protocol.handshake import Handshake, HandshakeLimits
 from nbdstore.protocol.replies import SimpleReplies, StructuredReplies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
-from nbdstore.server import commands, connection, server
+from nbdstore.server import commands, connection, tls
 from nbdstore.server.channel import TlsChannel
 from nbdstore.server.commands import Target
 from nbdstore.server.session import Session
@@ -230,7 +230,7 @@ def old_tls_is_spoken(patch: Patch) -> None:
         context.set_ciphers("ALL:@SECLEVEL=0")
         return context
 
-    wrap(patch, server, "make_context", make)
+    wrap(patch, tls, "make_context", make)
 
 
 @breaks(11, "tls-injected", TlsMode.REQUIRED)

@@ -210,3 +210,25 @@ async def test_one_line_tells_of_a_failed_handshake(serve, connect, tls_options,
     await client.until_closed()
     await server.drain(5)
     assert [r.message for r in caplog.records if "TLS failed" in r.message]
+
+
+async def test_a_certificate_that_was_renewed_counts_for_the_next_client(serve, connect, tmp_path):
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    files = old.issue_server()
+    await serve(tls=TlsOptions(REQUIRED, files.certificate, files.key))
+    trusting = {
+        authority: ssl.create_default_context(cafile=str(authority.certificate))
+        for authority in (old, new)
+    }
+    there = await connect()
+    await begin_tls(there, trusting[old])
+    renewed = new.issue_server()
+    renewed.key.replace(files.key)
+    renewed.certificate.replace(files.certificate)
+    client = await connect()
+    await begin_tls(client, trusting[new])
+    for one in (there, client):
+        assert await one.last(Option.GO, build_info("disk")) == OptionReply.ACK
+    late = await connect()
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await begin_tls(late, trusting[old])
