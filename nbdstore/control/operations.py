@@ -224,7 +224,8 @@ class Operations:
         """Put a volume that nobody uses into the trash; with `now`, delete it for good.
 
         With `fence` its lease and connections are ended first. With `snapshots` it takes those
-        along; without, having some is Busy. With its `uuid` another one of that name stays, and
+        along; without, having some is Busy; if that, with `now`, is cut short or fails, what is
+        left is in the trash. With its `uuid` another one of that name stays, and
         nothing is done if it is gone already.
         """
         wanted = None if uuid is None else checked_uuid(uuid)
@@ -236,8 +237,10 @@ class Operations:
                 self._usage.require_no_import(volume, "deleting it")
                 await self.leases.end(volume, "the volume is deleted")
             self._usage.require_free(volume, "deleting it")
-            await self.snapshots.discard(volume, snapshots=snapshots, now=now)
+            rest = await self.snapshots.discard(volume, snapshots=snapshots, now=now)
             self.events.tell("volume.deleted", name)
+        if rest:
+            await self._pool.delete_volume(volume)
 
     # Volumes and snapshots
 

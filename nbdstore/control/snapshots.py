@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 from uuid import UUID
 
@@ -76,9 +77,16 @@ class Snapshots:
             for _, snapshot in sorted(self._pool.snapshots.items(), key=_by_volume_and_age)
             if volume in (None, snapshot.volume.name)
         ]
-        if unique:
-            return [await self._describe_whole(snapshot) for snapshot in found]
-        return [self._describe(snapshot) for snapshot in found]
+        if not unique:
+            return [self._describe(snapshot) for snapshot in found]
+        infos = []
+        for snapshot in found:
+            try:
+                infos.append(await self._describe_whole(snapshot))
+            except NotFound:  # it is being deleted, or was since it was listed
+                if snapshot.name in self._pool.snapshots:
+                    infos.append(self._describe(snapshot))
+        return infos
 
     async def show(self, name: str) -> SnapshotInfo:
         """Describe one snapshot, with what it holds alone."""
@@ -146,15 +154,18 @@ class Snapshots:
         With its `uuid` another one of that name stays, and nothing is done if it is gone already.
         """
         wanted = None if uuid is None else checked_uuid(uuid)
-        async with self._usage.turn:
-            if wanted is not None and self._is_gone(name, wanted):
-                return
-            snapshot = self.find(name)
-            # What it is to be received over must stay, or that could not be given up.
-            self._usage.require_no_import(snapshot.volume, f"deleting '{name}'")
-            self._usage.require_detached(snapshot, "deleting it")
+        with ExitStack() as going:
+            async with self._usage.turn:
+                if wanted is not None and self._is_gone(name, wanted):
+                    return
+                snapshot = self.find(name)
+                # What it is to be received over must stay, or that could not be given up.
+                self._usage.require_no_import(snapshot.volume, f"deleting '{name}'")
+                self._usage.require_detached(snapshot, "deleting it")
+                going.enter_context(snapshot.going())
+            # This may take long; nobody begins to use it any more, so others may have their turns.
             await self._pool.delete_snapshot(snapshot)
-            self._events.tell("snapshot.deleted", name)
+        self._events.tell("snapshot.deleted", name)
 
     def _is_gone(self, name: str, uuid: UUID) -> bool:
         volume, snapshot_name = self._wanted(name)
@@ -251,11 +262,13 @@ class Snapshots:
 
     async def purge(self, which: str) -> None:
         """Delete what is in the trash for good."""
-        async with self._usage.turn:
-            await self._pool.delete_volume(self.find_trashed(which))
+        await self._pool.delete_volume(self.find_trashed(which))
 
-    async def discard(self, volume: VolumeLike, *, snapshots: bool, now: bool) -> None:
+    async def discard(self, volume: VolumeLike, *, snapshots: bool, now: bool) -> bool:
         """Put a volume that nobody uses into the trash, or delete it for good, `now`.
+
+        With snapshots the latter may take long: it is in the trash then, and True is returned, for
+        the caller to delete it from there when others have their turns again.
 
         Arguments:
             snapshots: take its snapshots along; without it, having some is Busy.
@@ -269,10 +282,13 @@ class Snapshots:
             )
         if any(self._usage.attached(self._pool.snapshots[name]) for name in own):
             raise Busy(f"a snapshot of volume '{volume.name}' is attached: detach it first")
-        if now:
+        if now and not own:
             await self._pool.delete_volume(volume)
-        else:
-            await self._pool.trash_volume(volume)
+            return False
+        if now:
+            self._pool.require_deletable(volume)
+        await self._pool.trash_volume(volume)
+        return now
 
 
 def _volume_of(image: Any) -> Any:

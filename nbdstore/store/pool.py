@@ -257,6 +257,10 @@ class Pool:
         """
         await self._administration.set_properties(volume, properties)
 
+    def require_deletable(self, volume: Volume) -> None:
+        """Raise Busy while a snapshot of `volume` has clones, or is being read."""
+        self._snapshots.require_deletable(volume)
+
     async def delete_volume(self, volume: Volume) -> None:
         """Take a volume away, and its snapshots; durable when this returns.
 

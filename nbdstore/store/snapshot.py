@@ -12,7 +12,7 @@ import datetime
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from nbdstore.errors import NotFound
+from nbdstore.errors import Busy, NotFound
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import SnapshotInfo
 from nbdstore.store.extents import Extent
@@ -41,7 +41,7 @@ class Snapshot(Image):
         self.volume = volume
         self.n_users = 0
         self._is_gone = False
-        self._is_going = False
+        self._n_going = 0
         self._loading = asyncio.Lock()
 
     @property
@@ -66,9 +66,7 @@ class Snapshot(Image):
         Raises:
             NotFound: it was, or is about to be.
         """
-        self.check_there()
-        if self._is_going:
-            raise NotFound(f"snapshot {self.name!r} is being deleted")
+        self.check_staying()
         self.n_users += 1
         try:
             yield
@@ -77,12 +75,26 @@ class Snapshot(Image):
 
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
-        """While this lasts, nobody can begin to use it: it is being deleted."""
-        self._is_going = True
+        """While this lasts, nobody can begin to use it: it is being deleted.
+
+        Raises:
+            NotFound: it was.
+            Busy: somebody uses it.
+        """
+        self.check_there()
+        if self.n_users:
+            raise Busy(f"snapshot {self.name} is being read: try again when that is done")
+        self._n_going += 1
         try:
             yield
         finally:
-            self._is_going = False
+            self._n_going -= 1
+
+    def check_staying(self) -> None:
+        """Raise NotFound if it was deleted, or is about to be."""
+        self.check_there()
+        if self._n_going:
+            raise NotFound(f"snapshot {self.name!r} is being deleted")
 
     # -- the map in memory ------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ flatten       a clone that holds more of its own        called again, it goes on
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -65,6 +66,7 @@ class Snapshots:
         self._checkpointer = services.checkpointer
         self._registry = registry
         self._administration = administration
+        self._deleting = asyncio.Lock()
 
     # -- snapshots --------------------------------------------------------------------------
 
@@ -119,19 +121,35 @@ class Snapshots:
                 await self._administration.emptied(heir)
 
     async def _delete(self, snapshot: Snapshot) -> None:
-        async with self._administration.turn():
-            heirs = self._registry.heirs(snapshot)
-            self._check_deletable(snapshot, heirs)
-            removal = _Removal(self._services, self._registry, snapshot, heirs)
-            with snapshot.going():
+        async with self._deleting:  # each may be what continues from the other
+            while not await self._try_to_delete(snapshot):
+                pass  # what continues from it is another image now, which changes no more
+
+    async def _try_to_delete(self, snapshot: Snapshot) -> bool:
+        """Delete `snapshot`; False, having done nothing, if its heirs changed on the way.
+
+        Finding what it holds alone may take long.  Meanwhile other changes take their turns, and
+        checkpoints are written: only clients' writes leave its heirs what they are.
+        """
+        with contextlib.ExitStack() as stack:
+            async with self._administration.turn():
+                heirs = self._registry.heirs(snapshot)
+                self._check_deletable(snapshot, heirs)
+                stack.enter_context(snapshot.going())
+                removal = _Removal(self._services, self._registry, snapshot, heirs)
+                stack.callback(removal.forget)
+            try:
                 await _open([snapshot, *heirs])
-                try:
-                    # This may take long, and no checkpoint has to wait for it.
-                    await removal.find_dead()
-                    async with self._checkpointer.lock:
-                        await self._checkpointer.run_locked(change=removal)
-                finally:
-                    removal.forget()
+                await removal.find_dead()
+            except NotFound:
+                if removal.is_true:
+                    raise
+                return False
+            async with self._administration.turn(), self._checkpointer.lock:
+                if not removal.is_true:
+                    return False
+                await self._checkpointer.run_locked(change=removal)
+                return True
 
     def _check_deletable(self, snapshot: Snapshot, heirs: list[Image]) -> None:
         snapshot.check_there()
@@ -151,7 +169,6 @@ class Snapshots:
                 f"snapshot {snapshot.name}: {' and '.join(heir.name for heir in heirs)} both "
                 "continue from it: delete snapshots among those first"
             )
-        _check_unused(snapshot)
 
     async def n_bytes_alone(self, snapshot: Snapshot) -> int:
         """See Pool.bytes_alone."""
@@ -175,8 +192,8 @@ class Snapshots:
             if _is_clone(heir, snapshot) and not heir.is_gone
         ]
 
-    async def delete_volume(self, volume: Volume) -> None:
-        """See Pool.delete_volume."""
+    def require_deletable(self, volume: Volume) -> None:
+        """See Pool.require_deletable."""
         check_staying(volume)
         if clones := self.clones_of(volume):
             raise Busy(
@@ -184,7 +201,12 @@ class Snapshots:
                 "delete those first (and empty the trash)"
             )
         for snapshot in volume.snapshots.values():
-            _check_unused(snapshot)
+            with snapshot.going():
+                pass  # nobody reads it, or this would be Busy
+
+    async def delete_volume(self, volume: Volume) -> None:
+        """See Pool.delete_volume."""
+        self.require_deletable(volume)
         # The newest first: nothing but the volume, or nothing, continues from it.  One may have
         # been on its way.
         volume.is_going = True
@@ -208,7 +230,7 @@ class Snapshots:
         self, snapshot: Snapshot, name: str, properties: dict[str, Any], uuid: UUID | None
     ) -> Volume:
         async with self._administration.turn():
-            snapshot.check_there()
+            snapshot.check_staying()
             check_staying(snapshot.volume)
             self._administration.check_new(name)
             self._administration.check_new_uuid(uuid)
@@ -259,7 +281,7 @@ class Snapshots:
         async with self._administration.turn():
             volume.check_there()
             check_staying(volume)
-            snapshot.check_there()
+            snapshot.check_staying()
             if snapshot.volume is not volume:
                 raise InvalidArgument(
                     f"{snapshot.name} is not a snapshot of volume {volume.name}: clone it instead"
@@ -295,11 +317,6 @@ class Snapshots:
             self._check_flattenable(volume)
             await self._checkpointer.run_locked()  # writes the last of its own nodes
             await self._administration.change(volume.id, {"op": "flatten"})
-
-
-def _check_unused(snapshot: Snapshot) -> None:
-    if snapshot.n_users:
-        raise Busy(f"snapshot {snapshot.name} is being read: try again when that is done")
 
 
 def _is_clone(heir: Image, snapshot: Snapshot) -> bool:
@@ -376,6 +393,10 @@ class _Removal:
 
     What only the snapshot holds is found beforehand.  It becomes more when its heir gives up what
     it shares, and never less, so that what the heir has given up since the search began is added.
+    That holds as long as the same images continue from the same: a snapshot that is made of the
+    heir, a rollback or another size of it make what was found worthless (`is_true`).
+
+    To be made by the holder of the turn, who alone may take a volume's `on_given_up`.
 
     Arguments:
         heirs: what continues from it, one or none.
@@ -387,21 +408,33 @@ class _Removal:
         self._services = services
         self._registry = registry
         self._snapshot = snapshot
-        self._heirs = heirs
+        self._heirs = list(heirs)
         self._volumes = [heir for heir in heirs if isinstance(heir, Volume)]
         self._floor = snapshot.kept_epoch
         self._dead = SlotSet(services.core.slots)
         self._undecided: list[Undecided] = []
         self._n_kept = 0
+        self._maps = [volume.map for volume in self._volumes]
+        for volume in self._volumes:
+            volume.on_given_up = self._given_up
+
+    @property
+    def is_true(self) -> bool:
+        """What was found is so: its surroundings are as they were when the search began."""
+        return (
+            self._registry.heirs(self._snapshot) == self._heirs
+            and self._snapshot.kept_epoch == self._floor
+            and all(volume.on_given_up == self._given_up for volume in self._volumes)
+            and all(now.map is then for now, then in zip(self._volumes, self._maps, strict=True))
+        )
 
     async def find_dead(self) -> None:
         """Find the blocks that only the snapshot holds.
 
         Raises:
             Corruption, ReadFailed: of a leaf or node.
+            NotFound: the snapshot or its heir was deleted.
         """
-        for volume in self._volumes:
-            volume.on_given_up = self._given_up
         async for slots in blocks_alone(self._snapshot, self._heirs):
             self._dead.add(slots)
 
@@ -412,7 +445,8 @@ class _Removal:
     def forget(self) -> None:
         """It is over, however it went."""
         for volume in self._volumes:
-            volume.on_given_up = None
+            if volume.on_given_up == self._given_up:  # else it is a snapshot's that is being made
+                volume.on_given_up = None
 
     def begin(self, frozen: Frozen) -> None:
         frozen.dead = self._dead
@@ -431,7 +465,8 @@ class _Removal:
             _frozen_info(frozen, heir).n_own += self._n_kept
 
     def end(self, *, made: bool) -> None:
-        self.forget()
+        for volume in self._volumes:
+            volume.on_given_up = None
         if not made:
             return
         self._registry.remove_snapshot(self._snapshot)

@@ -175,6 +175,9 @@ class MemoryPool:
         self.volumes[name] = self.volumes.pop(volume.name)
         volume.name = name
 
+    def require_deletable(self, volume: Any) -> None:
+        """There are no snapshots."""
+
     async def delete_volume(self, volume: Any) -> None:
         del self.volumes[volume.name]
 

@@ -65,7 +65,7 @@ async def test_nobody_begins_to_use_a_snapshot_that_is_being_deleted(directory: 
         snapshot = await snap(pool, volume, "s")
         async with pool._checkpointer.lock:
             deleting = asyncio.ensure_future(pool.delete_snapshot(snapshot))
-            await until(lambda: snapshot._is_going)
+            await until(lambda: snapshot._n_going)
             with pytest.raises(NotFound, match="is being deleted"), snapshot.in_use():
                 pass
         await deleting
