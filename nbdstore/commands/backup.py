@@ -46,7 +46,8 @@ def send(
 
     Every frame of the stream has a checksum that vouches for all before it, and the end has one
     for the whole. With --since it has only what has changed; the receiver needs VOL@A, and nothing
-    else. Volumes may have been resized in between. Holes take no space.
+    else. Volumes may have been resized in between. Holes take no space; nor do zeros for which the
+    volume has space set aside, which is not set aside where they are received.
 
     \b
     Examples:

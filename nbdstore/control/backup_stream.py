@@ -20,6 +20,10 @@ DATA and ZERO ascend, do not overlap, and lie within the size. What no frame cov
 base, or zeros without one; beyond the end of a base that is smaller it is zeros. Members of BEGIN
 that a reader does not know are ignored; whatever else it does not know is of another version.
 
+A stream holds what is read, not what it costs: zeros for which space is set aside (NBD's
+WRITE_ZEROES with NO_HOLE) come as the other zeros, and have none set aside where they are received.
+That is a promise of one pool, which another one, with other space left, cannot be made to keep.
+
 A frame's checksum is xxh3_64 of the checksum before it (of the preamble: of its 16 bytes), its own
 first 16 bytes, and its payload. So a frame vouches for all before it: one that is lost, repeated or
 in another stream's place is noticed as a damaged one is, and a stream that breaks off is good up to

@@ -196,3 +196,19 @@ async def test_the_beginning_tells_what_is_in_it(here: Site) -> None:
         3 * MIB,
     )
     assert (begin.uuid, begin.base) == (here.uuid("db@b"), here.uuid("db@a"))
+
+
+async def test_space_that_is_set_aside_does_not_travel(here: Site, there: Site) -> None:
+    volume = await here.pool.create_volume("db", 2 * MIB)
+    await volume.write(0, b"1" * MIB)
+    await here.snapshot("db@a")
+    await volume.write_zeroes(0, 3 * MIB // 2, no_hole=True)
+    await here.snapshot("db@b")
+    assert volume.status()["reserved"] == 3 * MIB // 2
+    for name, since in (("db@a", None), ("db@b", "db@a")):
+        await there.receive("db", await here.stream(name, since))
+    await there.receive("whole", await here.stream("db@b"))
+    for name in ("db", "whole"):
+        status = there.pool.volumes[name].status()
+        assert (status["mapped"], status["reserved"]) == (0, 0)
+        assert await there.content(name) == bytes(2 * MIB)
