@@ -6,6 +6,9 @@
 #   make lint types    the quick checks
 #   make tests         the tests alone; ARGS="tests/store -k journal" chooses
 #   make soak          the long tests, for MINUTES=10, from SEED=... on; see tests/soak.py
+#   make kubernetes-test
+#                      applications on a real control plane, which is made from Debian's sources the
+#                      first time: as root, five minutes
 #   make memory-test   100 volumes of 1 TiB with 1 GiB in each: 100 GiB of disk, a quarter of an hour
 #   make compose-kernel-test
 #                      the Compose file with the kernel's nbd driver, in an emulated machine; minutes
@@ -47,6 +50,10 @@ tests: $(VENV)/.ready-test
 
 soak: $(VENV)/.ready-test
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+kubernetes-test: $(VENV)/.ready-test
+	@tests/orchestration/make-cluster.sh $${XDG_CACHE_HOME:-$$HOME/.cache}/nbdstore-tests/kubernetes
+	$(BIN)/pytest tests/orchestration/on_a_cluster.py $(ARGS)
 
 memory-test: $(VENV)/.ready-test
 	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py

@@ -1,8 +1,8 @@
 """A small stand-in for a Kubernetes API server, over real HTTP.
 
-No real one can run on the development machines: no package registry that they reach has one. This
-one keeps objects, answers as the real one does to what `kubernetes_platform` asks - list by labels,
-get, server-side apply with dry run, delete - and refuses what the published schemas do not allow
+A real one takes minutes to make; `make kubernetes-test` does, and tests with it (on_a_cluster).
+This one keeps objects, answers as the real one does to what `kubernetes_platform` asks - list by
+labels, get, server-side apply with dry run, delete - and refuses what the schemas do not allow
 (the PyPI package kubernetes-validate), a change of an immutable field, and a call that a test
 breaks. As the real one it gives each write a new version, writes sizes in its own way, and keeps a
 StatefulSet whose pods are to stay until a controller has let go of them: here, until it was looked
