@@ -119,8 +119,24 @@ class ContainerApp:
                     raise InvalidArgument(
                         f"application {self.name} has two volumes with the {what} '{value}'"
                     )
+        self._check_command()
         self._check_env()
         self._check_ports()
+
+    def _check_command(self) -> None:
+        try:
+            words = self.words
+        except ValueError as error:
+            raise InvalidArgument(
+                f"application {self.name}: the command cannot be read as a shell would ({error}): "
+                f"{self.command!r}; give it as a list of words"
+            ) from error
+        for text in (*words, *self.env.values()):
+            if "\0" in text:
+                raise InvalidArgument(
+                    f"application {self.name}: {text!r} holds a zero byte, which no program can be "
+                    "given in its command or environment"
+                )
 
     def _check_env(self) -> None:
         for name in self.env:

@@ -52,12 +52,16 @@ def read_app_file(path: Path) -> AppFile:
             "YAML cannot be read without its library: pip install 'nbdstore[docker]'"
         ) from error
     try:
-        document = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InvalidArgument(f"cannot read '{path}': {reason}") from error
+    try:
+        document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InvalidArgument(f"'{path}' is no YAML: {error}") from error
+    except (ValueError, RecursionError) as error:  # a date that is none, a hundred brackets
+        raise InvalidArgument(f"'{path}' makes no sense as YAML: {error}") from error
     try:
         return parse(document, default_name=path.absolute().parent.name)
     except InvalidArgument as error:
@@ -119,7 +123,7 @@ def _volume(name: str, value: object, where: str) -> Volume:
     texts = {key: _text(item, f"{where}.{key}") for key, item in given.items()}
     return Volume(
         name,
-        size=size if isinstance(size, int) else _text(size, f"{where}.size"),
+        size=size if type(size) is int else _text(size, f"{where}.size"),
         options={str(key): _text(item, f"{where}.options.{key}") for key, item in options.items()},
         read_only=read_only,
         **texts,

@@ -65,6 +65,12 @@ def test_a_short_file_is_named_by_its_directory_and_for_docker(tmp_path: Path) -
         ("apps: {web: {image: web}}\nplatfrom: docker", "does not know 'platfrom': it knows apps"),
         ("apps: [web]", "apps is"),
         ("apps: {web: web}", "apps.web is 'web'"),
+        ("apps: " + "[" * 5000, "makes no sense as YAML: maximum recursion depth"),
+        ("apps: {web: {image: web, env: {A: 2001-99-99}}}", "makes no sense as YAML: month must"),
+        (
+            "apps: {web: {image: web, volumes: {d: {path: /d, size: yes}}}}",
+            "apps.web.volumes.d.size is True: a text belongs",
+        ),
         ("apps: {web: {}}", "apps.web has no image"),
         ("apps: {web: {image: [a]}}", "apps.web.image is"),
         ("apps: {web: {image: web, replica: 2}}", "apps.web does not know 'replica'"),
