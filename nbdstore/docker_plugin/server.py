@@ -80,6 +80,8 @@ class Protocol:
 
     def _create(self, body: Json) -> Json:
         given = body.get("Opts") or {}
+        if not isinstance(given, dict):
+            raise InvalidArgument(f"Opts are {given!r:.80}: 'key: value' pairs belong there")
         self._driver.create(_name(body), {str(key): str(value) for key, value in given.items()})
         return {}
 
@@ -98,7 +100,7 @@ class Protocol:
 def _body(content: bytes) -> Json:
     try:
         body = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise InvalidArgument(f"a call's body is a JSON object, not {content[:80]!r}")

@@ -174,6 +174,7 @@ def test_a_directory_has_one_plugin_and_records_that_it_understands(tmp_path: Pa
         ("/VolumeDriver.Get", {"Name": "a" * 201}, "is no name"),
         ("/VolumeDriver.Get", [], "a JSON object"),
         ("/VolumeDriver.Create", {"Name": "db", "Opts": {}}, "say with '-o size=10G'"),
+        ("/VolumeDriver.Create", {"Name": "db", "Opts": ["size"]}, "Opts are ['size']"),
         ("/VolumeDriver.Mount", {"Name": "db", "ID": "a"}, "there is no volume db"),
     ],
 )
@@ -189,4 +190,5 @@ def test_what_docker_asks_first(machine: Machine) -> None:
     assert protocol.answer("/Plugin.Activate", b"")["Implements"] == ["VolumeDriver"]
     scope = protocol.answer("/VolumeDriver.Capabilities", b"{}")["Capabilities"]["Scope"]
     assert scope == "global"
-    assert "JSON object" in protocol.answer("/VolumeDriver.List", b"[")["Err"]
+    for body in (b"[", b"[" * 100_000, b"[]", b"\xff"):
+        assert "JSON object" in protocol.answer("/VolumeDriver.List", body)["Err"]
