@@ -62,6 +62,7 @@ PARTS: Final = {
     "damage": Part("tests.store.damage", "damage is reported, and costs no more than it must"),
     "fuzz": Part("tests.fuzz", "no bytes of a peer do harm"),
     "kills": Part("tests.kills", "SIGKILL loses nothing that was acknowledged"),
+    "backup-kills": Part("tests.kills.backups", "nor of what is on its way", share=0.5),
     "guest": Part("tests.kills.guest", "nor does it with the kernel's client"),
     "load": Part("tests.load", "200 connections, nobody starves, nothing grows"),
 }
