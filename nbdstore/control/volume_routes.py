@@ -112,8 +112,9 @@ class VolumeRoutes:
         """Put a volume into the trash; if now is 1, delete it and its data for good.
 
         Busy while it is leased or attached, unless fence is 1: that ends its lease and connections.
-        Busy if it has snapshots, unless snapshots is 1: they go along. With its uuid this is
-        idempotent: if it is gone already that is no error, and another one of its name stays.
+        Busy if it has snapshots, unless snapshots is 1: they go along; with now that may take long,
+        and if it is cut short, what is left is in the trash. With its uuid this is idempotent: if
+        it is gone already that is no error, and another one of its name stays.
         """
         query = {name: call.query.get(name, False) for name in ("fence", "snapshots", "now")}
         uuid = call.query.get("uuid")
