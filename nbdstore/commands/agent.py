@@ -156,7 +156,7 @@ def reach(
 @click.option(
     "--keep", is_flag=True, help="At a stop leave all attached and mounted, for the next agent."
 )
-@click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+@logs.level_option
 @click.pass_context
 def agent(ctx: click.Context, /, **options: Any) -> None:
     """Attach and mount volumes on this machine, and keep them so until SIGTERM or Ctrl-C.

@@ -60,7 +60,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
     default="0",
     help="Of volumes that are created without a size. Default: they are refused.",
 )
-@click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+@logs.level_option
 @pass_session
 def docker_plugin(
     session: Session,

@@ -1,4 +1,4 @@
-"""The server's log: one line per event on standard error, as a terminal or journald wants it."""
+"""The log of daemons: one line per event on standard error, as a terminal or journald wants it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import sys
 import traceback
 from collections.abc import Mapping
 
+import click
+
 from nbdstore.commands.output import note
 
 LEVELS = ("debug", "info", "warning", "error")
+level_option = click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    default="info",
+    show_default=True,
+    help="What is logged: this, and what is worse.",
+)
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 """syslog(3) priorities, which journald reads from a prefix such as ``<4>`` (sd-daemon(3))."""
 

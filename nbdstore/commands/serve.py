@@ -161,7 +161,7 @@ CONTROL_SOCKET_NAME = "control"
     "--create", is_flag=True, help="Make the pool if there is none, as 'nbdstore pool create' does."
 )
 @click.option("--demo", is_flag=True, help="Make the pool, and a volume, if there is none.")
-@click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+@logs.level_option
 @pass_session
 def serve(session: Session, **options: Any) -> None:
     """Serve the pool's volumes over NBD until SIGTERM or Ctrl-C.
