@@ -5,8 +5,8 @@ Owns its configuration, and a command ``ssh`` that knows it as the host ``backup
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import shlex
 import shutil
 import socket
@@ -73,7 +73,7 @@ class SecureShell:
             f"Host {HOST}\n"
             "  HostName 127.0.0.1\n"
             f"  Port {self.port}\n"
-            f"  User {getpass.getuser()}\n"
+            f"  User {pwd.getpwuid(os.geteuid()).pw_name}\n"
             f"  IdentityFile {self.directory}/user_key\n"
             "  IdentitiesOnly yes\n"
             f"  UserKnownHostsFile {known}\n"
