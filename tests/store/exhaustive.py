@@ -19,81 +19,44 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 import click
 
 from nbdstore.errors import StoreError
-from nbdstore.store import Pool
-from tests.store.crashes import KILLED, LAZY, SECTOR, crash_images
-from tests.store.power_loss import assert_clean
+from tests.store.crashes import SECTOR
+from tests.store.recoveries import UNITS, Changes, Parts, Recoveries, parts_of, put
 from tests.store.short_plays import (
     BASES,
     OPERATIONS,
-    OPTIONS,
     Found,
+    Known,
     Play,
     Sequence,
-    State,
     base_of,
     judge,
     look,
     makes_sense,
     run,
 )
-from tests.store.simulated_disk import (
-    PLACE,
-    Event,
-    Images,
-    SimulatedDisk,
-    Synced,
-    Truncated,
-    Write,
-    apply,
-    undecided,
-)
+from tests.store.simulated_disk import Event, SimulatedDisk, Truncated, Write, undecided
 
 ALL_SUBSETS: Final = 4
 """Of so many unsynced writes, all subsets are tried."""
-AGAIN_SHARE: Final = 100
-"""Of so many images, one recovery is interrupted at every moment."""
 
 
 # -- crashes -----------------------------------------------------------------------------------
 
-UNIT: Final = 64
-"""Bytes; of a sector, parts that are as they were are left out."""
-
-Sectors = dict[tuple[str, int], bytes]
-"""What differs from the pool at the start, by file and number of the unit."""
-
-
-def _sectors(event: Event, base: dict[str, bytes]) -> list[tuple[tuple[str, int], bytes | None]]:
-    """What a write brings; None = what was there at the start."""
-    assert isinstance(event, Write | Truncated)
-    image = base[event.file]
-    if isinstance(event, Truncated):  # only ever to make the file longer
-        event = Write(event.file, len(image), bytes(max(0, event.size - len(image))))
-    assert event.offset % UNIT == 0
-    found: list[tuple[tuple[str, int], bytes | None]] = []
-    for at in range(event.offset, event.offset + len(event.data), UNIT):
-        part = event.data[at - event.offset : at - event.offset + UNIT]
-        same = image[at : at + UNIT] == part  # beyond the end not even zeros are
-        found.append(((event.file, at // UNIT), None if same else part))
-    return found
-
-
-Parts = list[tuple[tuple[str, int], bytes | None]]
-
 
 def _halves(parts: Parts) -> list[Parts]:
     """The two ways of tearing a write between two sectors, in the middle."""
-    sectors = sorted({number * UNIT // SECTOR for (_, number), _ in parts})
+    per_sector = SECTOR // UNITS[parts[0][0][0]] if parts else 1
+    sectors = sorted({number // per_sector for (_, number), _ in parts})
     if len(sectors) < 2:
         return []
-    middle = sectors[len(sectors) // 2] * SECTOR // UNIT
+    middle = sectors[len(sectors) // 2] * per_sector
     return [
         [part for part in parts if part[0][1] < middle],
         [part for part in parts if part[0][1] >= middle],
@@ -134,9 +97,9 @@ class Explorer:
     """
 
     figures: Counter[str] = field(default_factory=Counter)
-    _recovered: dict[tuple[str, int], Found] = field(default_factory=dict)
-    _states: dict[State, State] = field(default_factory=dict)
-    """Each once: thousands of images recover to the same one."""
+
+    def __post_init__(self) -> None:
+        self._recoveries = Recoveries(self.figures)
 
     def explore(self, base: str, sequence: Sequence) -> None:
         """Crash at every moment of the last operation of `sequence`.
@@ -173,69 +136,55 @@ class Explorer:
 
     def _crash_everywhere(self, base: str, play: Play, start: int) -> None:
         events = play.disk.events
-        image = play.disk.start
         parts = {
-            index: _sectors(event, image)
+            index: parts_of(event, play.disk.start)
             for index, event in enumerate(events)
             if isinstance(event, Write | Truncated)
         }
+        outcomes: list[tuple[str, bool, Found]] = []
+        before: tuple[int, list[int]] | None = None
         for at in range(start, len(events) + 1):
             self.figures["crash points"] += 1
             known = next(known for moment, known in reversed(play.moments) if moment <= at)
             pending, _ = undecided(events[:at])
-            unsure = set(pending)
-            sure: Sectors = {}
-            for index in range(at):
-                if index in parts and index not in unsure:
-                    _put(sure, parts[index])
-            writes = [(_file(events[index]), parts[index]) for index in pending]
-            for name, some in choices(writes):
-                self.figures["images"] += 1
-                sectors = dict(sure)
-                for part in some:
-                    _put(sectors, part)
-                killed = len(some) == len(writes) and "torn" not in name
-                try:
-                    found = self._recover(base, sectors)
-                    judge(found, known, killed=killed)
-                except (AssertionError, StoreError) as error:
-                    error.add_note(f"crash at event {at} ({events[at - 1]!r:.60}), writes {name}")
-                    raise
+            n_written = sum(index < at for index in parts)
+            try:
+                if (n_written, pending) != before:  # else nothing has happened to the disk
+                    outcomes = [*self._outcomes(base, parts, at, pending, events)]
+                    before = n_written, pending
+                for name, killed, found in outcomes:
+                    _judge(name, found, known, killed=killed)
+            except (AssertionError, StoreError) as error:
+                error.add_note(f"crash at event {at} ({events[at - 1]!r:.60})")
+                raise
 
-    def _recover(self, base: str, sectors: Sectors) -> Found:
-        key = (base, hash(frozenset(sectors.items())))
-        if key not in self._recovered:
-            self.figures["distinct images"] += 1
-            images: Images = {name: bytearray(raw) for name, raw in base_of(base)[0].items()}
-            for (file, number), data in sorted(sectors.items()):
-                apply(images[file], number * UNIT, data)
-            assert_clean(images)
-            again = self.figures["distinct images"] % AGAIN_SHARE == 0
-            self._recovered[key] = {
-                name: self._states.setdefault(state, state)
-                for name, state in self._recover_image(images, again).items()
-            }
-        return self._recovered[key]
+    def _outcomes(
+        self, base: str, parts: dict[int, Parts], at: int, pending: list[int], events: list[Event]
+    ) -> Iterator[tuple[str, bool, Found]]:
+        """Recover what a crash after `at` events may leave: its name, nothing is lost, found."""
+        sure: Changes = {}
+        for index in sorted(parts.keys() - set(pending)):
+            if index < at:
+                put(sure, parts[index])
+        writes = [(_file(events[index]), parts[index]) for index in pending]
+        for name, some in choices(writes):
+            changes = dict(sure)
+            for part in some:
+                put(changes, part)
+            try:
+                found = self._recoveries.recover(base, changes)
+            except (AssertionError, StoreError) as error:
+                error.add_note(f"writes {name}")
+                raise
+            yield name, len(some) == len(writes) and "torn" not in name, found
 
-    def _recover_image(self, images: Images, again: bool) -> Found:
-        self.figures["recoveries"] += 1
-        disk = SimulatedDisk(images)
 
-        async def main() -> Found:
-            return await look(await Pool.open(PLACE, OPTIONS, host=disk.host))
-
-        found: Found = run(main())
-        if again:
-            assert_clean(disk.images)
-            for at in range(1, len(disk.events) + 1):
-                if at < len(disk.events) and not isinstance(disk.events[at - 1], Write | Synced):
-                    continue
-                for crash in (LAZY, KILLED):
-                    second = crash_images(disk, at, crash, disk.random)
-                    assert self._recover_image(second, False) == found, (
-                        f"recovery interrupted at event {at} ended in another state"
-                    )
-        return found
+def _judge(name: str, found: Found, known: Known, *, killed: bool) -> None:
+    try:
+        judge(found, known, killed=killed)
+    except AssertionError as error:
+        error.add_note(f"writes {name}")
+        raise
 
 
 def _file(event: Event) -> str:
@@ -243,19 +192,11 @@ def _file(event: Event) -> str:
     return event.file
 
 
-def _put(sectors: Sectors, parts: Iterable[tuple[tuple[str, int], bytes | None]]) -> None:
-    for place, data in parts:
-        if data is None:
-            sectors.pop(place, None)
-        else:
-            sectors[place] = data
-
-
 # -- enumeration -------------------------------------------------------------------------------
 
 
 def sequences(length: int, share: tuple[int, int] = (0, 1)) -> list[tuple[str, Sequence]]:
-    """All sequences of `length` that make sense, or share i of n of them."""
+    """All sequences of `length` that make sense, or every n-th, from the i-th on."""
     found = [
         (base, sequence)
         for base in BASES
@@ -269,7 +210,9 @@ def main(length: int, share: tuple[int, int], minutes: float | None, seed: int |
     """Explore all up to `length`; return the number of sequences with a fault."""
     explorer, n_failed = Explorer(), 0
     begun = shown = time.monotonic()
-    everything = [s for n in range(1, length + 1) for s in sequences(n, share)]
+    everything = [s for n in range(1, length + 1) for s in sequences(n)]
+    n_all = len(everything)
+    everything = everything[n_all * share[0] // share[1] : n_all * (share[0] + 1) // share[1]]
     if seed is not None:
         random.Random(seed).shuffle(everything)
     for base, sequence in everything:
@@ -293,7 +236,12 @@ def _figures(explorer: Explorer) -> str:
 
 @click.command()
 @click.option("--length", type=int, default=3, show_default=True, help="Of the longest ones.")
-@click.option("--share", default="0/1", show_default=True, help="i/n: every n-th, from i on.")
+@click.option(
+    "--share",
+    default="0/1",
+    show_default=True,
+    help="i/n, from 0/n to n-1/n: those of a share begin alike.",
+)
 @click.option("--minutes", type=float, help="At most so long.")
 @click.option("--seed", type=int, help="Go through them in an order of this seed.")
 @click.option("--only", help="One sequence: base:operation,operation,...")

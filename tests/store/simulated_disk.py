@@ -183,11 +183,14 @@ class SimulatedFile:
 
     def pread(self, length: int, offset: int) -> bytes:
         self._disk.before("read", self.name)
+        if self._disk.reads is not None:
+            self._disk.reads.append((self.name, offset, length))
         if self.stale:
             for page in pages(offset, length):
                 if self._disk.random.random() < _FORGET_SHARE:
                     self.forget(page)
-        return bytes(self.live[offset : offset + length])
+        with memoryview(self.live) as live:
+            return bytes(live[offset : offset + length])
 
     def preadv(self, buffer: Buffer, offset: int) -> int:
         found = self.pread(len(buffer), offset)
@@ -263,6 +266,7 @@ class SimulatedDisk:
         images: what the files hold for the processes of this machine, by name.
         there: the directory exists.
         free: bytes that the filesystem has left.
+        reads: name, offset and length of all that was read, if somebody wants to know.
     """
 
     def __init__(
@@ -284,6 +288,7 @@ class SimulatedDisk:
         self.events: list[Event] = []
         self.directory = PLACE
         self.free = 1 << 40
+        self.reads: list[tuple[str, int, int]] | None = None
         self.host: Host = SimulatedHost(self)
         self.files: dict[str, SimulatedFile] = {}
         self.read_only = False

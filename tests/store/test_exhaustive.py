@@ -9,7 +9,8 @@ import pytest
 
 from nbdstore.store.durability import Committer
 from tests.figures import Tell
-from tests.store.exhaustive import Explorer, Parts, choices, sequences
+from tests.store.exhaustive import Explorer, choices, sequences
+from tests.store.recoveries import Parts
 from tests.store.short_plays import OPERATIONS, Sequence, makes_sense
 
 SHARES = {1: 1, 2: 7, 3: 400}
