@@ -55,7 +55,8 @@ def salvage(
 ) -> None:
     """Bring back what is intact of a damaged pool, of all volumes or of each VOLUME.
 
-    Snapshots are brought back as well, each under its name, VOLUME@SNAPSHOT.
+    Snapshots are brought back as well, each under its name, VOLUME@SNAPSHOT, and so are volumes in
+    the trash, as VOLUME~ID.
 
     Works where the pool does not open any more, as long as one copy of the superblock and of the
     list of volumes is whole. Nothing is ever written to the pool; it may lie on a filesystem that

@@ -4,7 +4,8 @@ Owns a pool that is open for reading only, and the copying of what can be read. 
 recovery does, in memory, and goes on where recovery gives up: without what a damaged journal has
 lost, and without what is below a damaged node of a map.  What is lost is an error to read, never
 zeros and never older data, with one exception that is told: if the journal is damaged, all volumes
-are as they were before the damaged record.
+are as they were before the damaged record.  Volumes in the trash are as intact as others: each is
+called ``NAME~ID``, which no other volume can be, by the id that `nbdstore trash` tells.
 
 It needs one whole superblock and one whole copy of the catalogue: nothing else says which blocks
 are whose.  The directory may be read-only; a pool that is being served is refused.
@@ -30,7 +31,9 @@ from nbdstore.store.image import Image
 from nbdstore.store.layout import I64
 from nbdstore.store.local_host import LOCAL
 from nbdstore.store.mapmemory import load_now
+from nbdstore.store.registry import Registry
 from nbdstore.store.snapshot import Snapshot
+from nbdstore.store.volume import Volume
 
 _PIECE_BYTES: Final = 1 << 20  # read at once, and the most that is yielded at once
 
@@ -56,8 +59,8 @@ class SalvagedPool:
     """A pool that is open for reading only.
 
     Attributes:
-        volumes: by name; reading what is lost of them, or of their snapshots, raises Corruption or
-            ReadFailed, writing WriteFailed.
+        volumes: by name, those in the trash as ``NAME~ID``; reading what is lost of them, or of
+            their snapshots, raises Corruption or ReadFailed, writing WriteFailed.
         images: the same, and snapshots as ``VOLUME@NAME``.
         faults: what is wrong with the pool as far as opening, and reading since, has found; by
             what they say.
@@ -86,7 +89,7 @@ class SalvagedPool:
             raise
         self._core = opened.services.core
         self._core.data = _Overlaid(self._core.data, opened.inline, self._core.block_size)
-        self.volumes = opened.registry.by_name
+        self.volumes = {**opened.registry.by_name, **_out_of_trash(opened.registry)}
         self.images: dict[str, Image] = {**self.volumes}
         for volume in self.volumes.values():
             self.images |= {found.name: found for found in volume.snapshots.values()}
@@ -216,6 +219,16 @@ class SalvagedPool:
         except (Corruption, ReadFailed) as error:
             return self._lost(volume, block, block + 1, _told(error))
         return next(self._intact(volume, block, memoryview(raw), 1))
+
+
+def _out_of_trash(registry: Registry) -> dict[str, Volume]:
+    """Return the volumes in the trash, each under a name of its own from now on."""
+    found = {}
+    for volume in registry.by_id.values():
+        if volume.info.trashed and not volume.info.deleted:
+            volume.info.name = f"{volume.info.name}~{volume.id}"
+            found[volume.info.name] = volume
+    return found
 
 
 def _told(error: Corruption | ReadFailed) -> str:

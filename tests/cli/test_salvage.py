@@ -72,6 +72,18 @@ def test_snapshots_come_out_beside_their_volumes(
     assert "there is no snapshot 'db@never'" in message
 
 
+def test_volumes_in_the_trash_come_out_by_their_ids(
+    commands: CommandLine, image: Path, tmp_path: Path
+) -> None:
+    commands.run("import", image, "db")
+    commands.run("volume", "delete", "db")
+    commands.run("volume", "create", "db", "--size", "1M")
+    text = commands.run("salvage", "--output", tmp_path / "out")
+    (name,) = [path.name for path in (tmp_path / "out").iterdir() if path.name != "db.raw"]
+    assert name.startswith("db~") and f"salvaged {name.removesuffix('.raw')}: 32 KiB, " in text
+    assert (tmp_path / "out" / name).read_bytes() == image.read_bytes()
+
+
 def test_for_programs(damaged: CommandLine, tmp_path: Path) -> None:
     result = damaged._invoke(("salvage", "--output", str(tmp_path), "--json"), 1, None)
     found = json.loads(result.stdout)

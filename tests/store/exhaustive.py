@@ -3,12 +3,13 @@
 Owns the enumeration; what the operations are and may leave behind is short_plays.py's::
 
     python -m tests.store.exhaustive                              everything up to length 3
-    python -m tests.store.exhaustive --length 3 --share 2/8       one share of it
+    python -m tests.store.exhaustive --length 3 --share 2/8       the third eighth
     python -m tests.store.exhaustive --only used:write,fua,kill   one sequence: to replay a fault
 
 Crashes before the last operation begins belong to the shorter sequences.  Of n unsynced writes,
 all 2^n choices are tried if n is at most 4, else those that leave out, or keep, one of them, a
-prefix, or a file; and each of them torn in the middle.  Images that are equal are recovered once.
+prefix, or a file; and each of them torn in the middle.  Images that are equal, or differ in what
+nobody reads, are recovered once (recoveries.py).
 """
 
 from __future__ import annotations

@@ -34,13 +34,15 @@ PLACES: Final = {
     "wide": [0, 1, 2, 255, 256, 257, *(300 * MIB // BLOCK + n for n in range(3)), FAR, FAR + 1],
     "late": [0, 1, 2],
     "renamed": [0, 1, 2],
+    "gone": [0, 1],
+    "going": [0, 1],
 }
 """The blocks that are looked at, by volume: those written, and some beside them."""
 
 Blocks = dict[int, bytes | None]
 """What blocks hold; None = reading them is an error."""
 State = dict[str, Blocks]
-"""What a pool holds, by volume, and by snapshot."""
+"""What a pool holds, by volume, by snapshot, and by volume in the trash, as ``NAME~ID``."""
 QUIET: Final = PoolOptions(sync_interval_s=1e9, checkpoint_interval_s=1e9)
 
 
@@ -76,7 +78,7 @@ class Subject:
 
 def places_in(image: Image) -> list[int]:
     """The blocks of a volume, or of a snapshot, that are looked at."""
-    volume = image.name.partition("@")[0]
+    volume = image.name.partition("@")[0].partition("~")[0]
     return [block for block in PLACES[volume] if block * BLOCK < image.size]
 
 
@@ -112,8 +114,9 @@ def _runs(blocks: list[int]) -> Iterator[tuple[int, int]]:
 
 
 async def look(pool: Pool) -> State:
-    """What the volumes and snapshots of a pool hold."""
+    """What the volumes and snapshots of a pool hold, and the volumes in the trash."""
     images: dict[str, Image] = {**pool.volumes, **pool.snapshots}
+    images |= {f"{volume.name}~{volume.id}": volume for volume in pool.trash}
     return {name: await look_at(image) for name, image in sorted(images.items())}
 
 
@@ -141,6 +144,9 @@ def _filled(number: int, n_blocks: int) -> bytes:
 
 
 async def _before_the_checkpoint(pool: Pool) -> None:
+    for number, name in enumerate(("gone", "going")):
+        await (await pool.create_volume(name, 2 * BLOCK)).write(0, _filled(12 + number, 2))
+    await pool.trash_volume(pool.volumes["gone"])
     one = await pool.create_volume("one", MIB, {"note": "x" * 5000})
     wide = await pool.create_volume("wide", 80 * GIB)
     await one.write(0, _filled(1, 3))
@@ -182,6 +188,8 @@ async def _live(pool: Pool, history: list[State]) -> int:
     await pool.resize_volume(late, 3 * BLOCK)
     await done()
     await pool.set_properties(late, {"note": "changed"})
+    await done()
+    await pool.trash_volume(pool.volumes["going"])
     await done()
     await one.write(4 * BLOCK, _filled(4, 17))  # more than goes inline
     await done(one)

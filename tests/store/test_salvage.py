@@ -242,6 +242,28 @@ def test_volumes_are_chosen_by_name(original: Path) -> None:
         assert list(pool.volumes) == ["small"]
 
 
+async def test_volumes_in_the_trash_come_out_with_their_snapshots(directory: Path) -> None:
+    """Each by its id: there may be several of one name, and a new volume that has it."""
+    ids = []
+    async with opened(directory) as pool:
+        for number in range(3):
+            volume = await pool.create_volume("v", MIB)
+            await volume.write(BLOCK, bytes([number + 1]) * BLOCK)
+            await pool.create_snapshots([(volume, "s")])
+            if number < 2:
+                ids.append(volume.id)
+                await pool.trash_volume(volume)
+    with salvaged(directory) as found:
+        names = ["v", *(f"v~{number}" for number in ids)]
+        assert sorted(found.volumes) == sorted(names)
+        assert sorted(found.images) == sorted([*names, *(f"{name}@s" for name in names)])
+        for byte, name in zip((3, 1, 2), names, strict=True):
+            for image in (found.images[name], found.images[f"{name}@s"]):
+                assert await read(image, 0, 2 * BLOCK) == bytes(BLOCK) + bytes([byte]) * BLOCK
+        found.choose([names[1]])
+        assert list(found.volumes) == list(found.images) == [names[1]]
+
+
 async def test_a_pool_that_is_being_served_is_refused(directory: Path, pool: Pool) -> None:
     with pytest.raises(PoolLocked):
         SalvagedPool(directory)
