@@ -1,5 +1,7 @@
 """A pool of up to three volumes against bytearrays: whatever is done to it, it is as it should be.
 
+A snapshot is a copy of a bytearray, a clone a copy of that; a rollback copies it back.
+
 Hypothesis chooses what is done, and makes what fails shorter; after each opening, and at the end, a
 check must find nothing.  On a real disk, where the simulated ones of power_loss.py cannot err::
 
@@ -28,8 +30,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nbdstore.errors import AlreadyExists, InvalidArgument, NoSpace
-from nbdstore.store import ExtentKind, Pool, PoolOptions, Volume
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace
+from nbdstore.store import ExtentKind, Pool, PoolOptions, Snapshot, Volume
 from nbdstore.store.check import check_pool
 from tests.seeds import main
 from tests.store.pools import MIB, findings, killed, make_pool, read, read_now
@@ -40,6 +42,8 @@ SECTOR = 512
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 6000)).map(lambda n: n * SECTOR)
 SEEDS = st.integers(0, 1 << 16)
 NAMES = st.sampled_from(["a", "b", "c", "d"])
+SNAPSHOT_NAMES = st.sampled_from(["s", "t"])
+MOST_SNAPSHOTS = 4
 
 
 class PoolAgainstBytearrays(RuleBasedStateMachine):
@@ -58,6 +62,8 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.pool: Pool | None = None
         self.models: dict[str, bytearray] = {}
+        self.snapshots: dict[tuple[str, str], bytes] = {}
+        """By the names of volume and snapshot."""
         self.properties: dict[str, dict[str, Any]] = {}
         self.n_copies = 0
 
@@ -102,6 +108,11 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
         assert self.pool is not None
         name = random.Random(seed).choice(sorted(self.models))
         return self.pool.volumes[name], self.models[name]
+
+    def snapshot(self, seed: int) -> tuple[Snapshot, bytes]:
+        assert self.pool is not None
+        volume, name = random.Random(seed).choice(sorted(self.snapshots))
+        return self.pool.snapshots[f"{volume}@{name}"], self.snapshots[volume, name]
 
     def a_range(self, seed: int, size: int) -> tuple[int, int]:
         rng = random.Random(seed)
@@ -235,6 +246,10 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
         else:
             self.models[name] = self.models.pop(old)
             self.properties[name] = self.properties.pop(old)
+            self.snapshots = {
+                (name if volume == old else volume, snapshot): content
+                for (volume, snapshot), content in self.snapshots.items()
+            }
 
     @precondition(lambda self: self.models)
     @rule(seed=SEEDS)
@@ -262,8 +277,109 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
     def delete(self, seed: int) -> None:
         assert self.pool is not None
         volume, _ = self.volume(seed)
-        self.run(self.pool.delete_volume(volume))
-        del self.models[volume.name], self.properties[volume.name]
+        has_clones = any(self.clones_of(found) for found in volume.snapshots.values())
+        try:
+            self.run(self.pool.delete_volume(volume))
+        except Busy:
+            assert has_clones
+        else:
+            assert not has_clones
+            del self.models[volume.name], self.properties[volume.name]
+            for key in [key for key in self.snapshots if key[0] == volume.name]:
+                del self.snapshots[key]
+
+    # -- snapshots --------------------------------------------------------------------------
+
+    def clones_of(self, snapshot: Snapshot) -> list[str]:
+        assert self.pool is not None
+        heirs = [heir for heir in self.pool.heirs(snapshot) if not heir.is_gone]
+        own = {snapshot.volume, *snapshot.volume.snapshots.values()}
+        return [heir.name for heir in heirs if heir not in own]
+
+    @precondition(lambda self: self.models and len(self.snapshots) < MOST_SNAPSHOTS)
+    @rule(seed=SEEDS, name=SNAPSHOT_NAMES, n=st.integers(1, 3))
+    def take_snapshots(self, seed: int, name: str, n: int) -> None:
+        """Of several volumes at once."""
+        assert self.pool is not None
+        rng = random.Random(seed)
+        chosen = rng.sample(sorted(self.models), min(n, len(self.models)))
+        wanted = [(self.pool.volumes[volume], name) for volume in chosen]
+        try:
+            self.run(self.pool.create_snapshots(wanted))
+        except AlreadyExists:
+            assert any((volume, name) in self.snapshots for volume in chosen)
+        except NoSpace:
+            assert self.pool.fill >= 0.95
+        else:
+            assert not any((volume, name) in self.snapshots for volume in chosen)
+            self.snapshots |= {(volume, name): bytes(self.models[volume]) for volume in chosen}
+            self.figures["snapshots"] += len(chosen)
+
+    @precondition(lambda self: self.snapshots)
+    @rule(seed=SEEDS)
+    def read_snapshot(self, seed: int) -> None:
+        snapshot, content = self.snapshot(seed)
+        offset, length = self.a_range(seed, len(content))
+        assert self.run(read(snapshot, offset, length)) == content[offset : offset + length]
+
+    @precondition(lambda self: self.snapshots)
+    @rule(seed=SEEDS)
+    def delete_snapshot(self, seed: int) -> None:
+        assert self.pool is not None
+        snapshot, _ = self.snapshot(seed)
+        heirs = [heir for heir in self.pool.heirs(snapshot) if not heir.is_gone]
+        is_needed = len(heirs) > 1 or bool(self.clones_of(snapshot))
+        try:
+            self.run(self.pool.delete_snapshot(snapshot))
+        except Busy:
+            assert is_needed
+        else:
+            assert not is_needed
+            del self.snapshots[snapshot.volume.name, snapshot.info.name]
+
+    @precondition(lambda self: self.snapshots and len(self.models) < 3)
+    @rule(seed=SEEDS, name=NAMES)
+    def clone(self, seed: int, name: str) -> None:
+        assert self.pool is not None
+        snapshot, content = self.snapshot(seed)
+        try:
+            self.run(self.pool.clone(snapshot, name, {"seed": seed}))
+        except AlreadyExists:
+            assert name in self.models
+        except NoSpace:
+            assert self.pool.fill >= 0.95 or snapshot.info.n_provisioned
+        else:
+            assert name not in self.models
+            self.models[name] = bytearray(content)
+            self.properties[name] = {"seed": seed}
+            self.figures["clones"] += 1
+
+    @precondition(lambda self: self.snapshots)
+    @rule(seed=SEEDS)
+    def roll_back(self, seed: int) -> None:
+        assert self.pool is not None
+        snapshot, content = self.snapshot(seed)
+        try:
+            self.run(self.pool.rollback(snapshot.volume, snapshot))
+        except NoSpace:
+            assert snapshot.info.n_provisioned
+        else:
+            self.models[snapshot.volume.name][:] = content
+            self.figures["rollbacks"] += 1
+
+    @precondition(lambda self: self.models)
+    @rule(seed=SEEDS)
+    def flatten(self, seed: int) -> None:
+        assert self.pool is not None
+        volume, _ = self.volume(seed)
+        try:
+            self.run(self.pool.flatten(volume))
+        except Busy:
+            assert volume.snapshots
+        except NoSpace:
+            pass  # what it has copied until then, it keeps; it holds the same
+        else:
+            assert self.pool.origin(volume) is None
 
     # -- the pool ---------------------------------------------------------------------------
 
@@ -320,6 +436,10 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
             assert (volume.size, volume.properties) == (len(model), self.properties[name])
             assert self.run(read(volume)) == model
             self.counts_agree(volume, model)
+        names = {f"{volume}@{name}" for volume, name in self.snapshots}
+        assert set(self.pool.snapshots) == names
+        for (name, snapshot), content in self.snapshots.items():
+            assert self.run(read(self.pool.snapshots[f"{name}@{snapshot}"])) == content
 
     def counts_agree(self, volume: Volume, model: bytearray) -> None:
         found = self.run(volume.extents(0, volume.size, max_extents=1 << 20))

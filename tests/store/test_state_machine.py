@@ -9,9 +9,9 @@ from tests.figures import Tell
 from tests.store.state_machine import run_seed
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_pool_holds_what_bytearrays_hold(tell: Tell, seed: int) -> None:
-    tell("state-machine", run_seed(seed, max_examples=5, steps=30))
+    tell("state-machine", run_seed(seed, max_examples=8, steps=40))
 
 
 def test_a_trim_that_reaches_too_far_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
