@@ -178,6 +178,32 @@ class Administrator:
             name = self.new_name()
             await self._add(world.pool.clone(snapshot, name), name, content)
 
+    async def _roll_back(self) -> None:
+        """Fence the users of a volume, and make it what one of its snapshots is."""
+        world, snapshot = self._world, self._world.snapshots.choose(self._random)
+        if snapshot is None:
+            return
+        export, content = world.exports[snapshot.volume.id], world.snapshots.known[key_of(snapshot)]
+        if content is None or export.leaving or export.resizing_to is not None:
+            return
+        process, server, volume = world.process, world.process.server, snapshot.volume
+        assert server is not None
+        export.rolling_to = content
+        try:
+            with server.barred(volume):
+                await process.ask(server.fence(volume, "it is rolled back"))
+                fenced = export.machine.fenced(world.trace.note("fenced", export.id))
+                await process.ask(world.pool.rollback(volume, snapshot))
+                for connection in fenced:  # what the server sent before is not heard any more
+                    connection.drop("fenced")
+                export.begin_anew(content)
+                world.n_rollbacks += 1
+        except ProcessDied:
+            raise  # then recovery tells
+        except NbdstoreError:
+            export.rolling_to = None
+            raise
+
     async def _flatten(self) -> None:
         export = self._some_export()
         if export is not None:

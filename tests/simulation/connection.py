@@ -26,7 +26,7 @@ from nbdstore.protocol.client import (
 )
 from nbdstore.protocol.constants import Command, OptionReply
 from tests.simulation.network import SimulatedSocket
-from tests.simulation.oracle import Wrong
+from tests.simulation.oracle import NEVER, History, Wrong
 from tests.simulation.requests import Request
 
 if TYPE_CHECKING:
@@ -49,9 +49,14 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Sending:
-    """A request that was sent over one connection."""
+    """A request that was sent over one connection.
+
+    Attributes:
+        history: what was known of the volume then; what begins anew has nothing of it.
+    """
 
     request: Request
+    history: History
     start: int
     sent_s: float
     answered: asyncio.Future[Reply]
@@ -64,6 +69,7 @@ class Connection:
         export: what the handshake told.
         stalled: the client reads nothing for a while.
         in_flight: requests by cookie.
+        fenced: since then the server does nothing that comes over it.
     """
 
     def __init__(self, world: World, sock: SimulatedSocket, mode: ReplyMode) -> None:
@@ -82,6 +88,7 @@ class Connection:
         self.stalled = False
         self.export = ExportSize(0, 0)
         self.in_flight: dict[int, Sending] = {}
+        self.fenced = NEVER
         self.ended = self._loop.create_future()
 
     @property
@@ -149,7 +156,8 @@ class Connection:
             request.command, request.place, request.length, request.flags, request.payload()
         )
         start = self._world.trace.note(self.name, "sends", cookie, request)
-        sending = Sending(request, start, self._loop.time(), self._loop.create_future())
+        history, answered = request.export.history, self._loop.create_future()
+        sending = Sending(request, history, start, self._loop.time(), answered)
         self.in_flight[cookie] = sending
         request.sent(start)
         self._unsent.append(data)
@@ -159,6 +167,8 @@ class Connection:
     def _take(self, reply: Reply) -> None:
         sending = self.in_flight.pop(reply.cookie)
         now = self._world.trace.note(self.name, "gets", reply.cookie, reply.error)
+        if sending.start > self.fenced:
+            raise Wrong(f"{self.name}: {sending.request} is answered after a fence")
         sending.request.answered(reply, sending.start, now)
         self._world.n_answered += 1
         if not sending.answered.done():
@@ -257,9 +267,13 @@ class Connection:
         server, request, start = self._sock.link.server, sending.request, sending.start
         trace, loop = self._world.trace, self._loop
 
+        def is_over() -> None:
+            if request.export.history is sending.history:
+                request.over(start, trace.now)
+
         def over() -> None:
             # Tasks of the server that are ready now run before it has cancelled them.
-            loop.call_later(NOTICE_S, lambda: request.over(start, trace.now))
+            loop.call_later(NOTICE_S, is_over)
 
         if server.closed:
             over()

@@ -39,6 +39,7 @@ class Export:
         n_cells: its size.
         errors: which error replies there is a reason for.
         leaving: its deletion has begun.
+        rolling_to: what it is to hold, once it is rolled back to a snapshot.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Export:
         self.spread = spread
         self.history = History(content)
         self.leaving = False
+        self.rolling_to: Stamps | None = None
         self._shrunk = False
         self.machine = Machine(world, self)
 
@@ -90,10 +92,11 @@ class Export:
         self.history.cut(self.n_cells)
 
     def begin_anew(self, found: Stamps) -> None:
-        """After a crash it is known again what the volume holds."""
+        """After a crash, or a rollback, it is known again what the volume holds."""
         self.history = History(found)
         self.n_cells = len(found)
-        self.resizing_to = None
+        self.smallest = min(self.smallest, self.n_cells)
+        self.resizing_to = self.rolling_to = None
 
 
 class Machine:
@@ -189,6 +192,12 @@ class Machine:
         """Let everything be answered, then part properly."""
         self.stopped = True
         await asyncio.gather(*(connection.leave() for connection in self.connections))
+
+    def fenced(self, now: int) -> list[Connection]:
+        """The server does nothing any more that comes over the connections that there are."""
+        for connection in self.connections:
+            connection.fenced = now
+        return [*self.connections]
 
     def stop(self) -> None:
         """The export is gone."""

@@ -16,8 +16,9 @@ from unittest import mock
 from nbdstore.protocol.constants import Command
 from nbdstore.protocol.replies import Buffer, SimpleReplies
 from nbdstore.protocol.transmission import Request
+from nbdstore.server import Server
 from nbdstore.server.session import Session
-from nbdstore.store import Volume
+from nbdstore.store import Image, Pool, Snapshot, Volume
 from nbdstore.store.durability import Committer, OnDurable
 from nbdstore.store.slots import Slots
 from nbdstore.store.writing import Writing
@@ -44,6 +45,11 @@ CROWDED: Final = replace(
     weather=Weather(buffer_bytes=(4 << 10,), whole=0.5),
 )
 """Worlds in which there is never enough room."""
+
+ROLLBACKS: Final = replace(
+    CRASHES, actions={"crash": 0, "snapshot": 1, "drop": 1, "roll_back": 3, "wait": 1}
+)
+"""Worlds in which volumes are rolled back under their users."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,14 @@ def _reuse_at_once(self: Slots, slots: Any, seq: int) -> None:
     self._unmark(slots)
 
 
+async def _flush_only(self: Pool, volume: Volume, snapshot: Snapshot) -> None:
+    await volume.flush()
+
+
+async def _fence_nobody(self: Server, volume: Image, why: str) -> int:
+    return 0
+
+
 def _always_durable(self: Committer, volume: Any, seq: int) -> bool:
     return True
 
@@ -222,6 +236,18 @@ MUTATIONS: Final = (
         "the store's commit does nothing",
         lambda: mock.patch.object(Committer, "_is_durable", _always_durable),
         "crash",
+    ),
+    Mutation(
+        "a rollback keeps what was written",
+        lambda: mock.patch.object(Pool, "rollback", _flush_only),
+        "",
+        ROLLBACKS,
+    ),
+    Mutation(
+        "a fence ends no connection",
+        lambda: mock.patch.object(Server, "fence", _fence_nobody),
+        "after a fence",
+        ROLLBACKS,
     ),
     Mutation(
         "a merge does not look again",

@@ -124,6 +124,7 @@ def _choose_snapshots(rng: random.Random) -> dict[str, int]:
         "look": 1,
         "clone": rng.choice((0, 0, 1)),
         "flatten": rng.choice((0, 1)),
+        "roll_back": rng.choice((0, 1, 2)),
     }
 
 

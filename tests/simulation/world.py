@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
+import numpy as np
+
 from nbdstore.errors import NbdstoreError, StoreError
 from nbdstore.protocol.constants import Errno
 from nbdstore.server.channel import Channel
@@ -91,7 +93,7 @@ class World:
         self.process: ServerProcess
         self.n_answered = self.n_lost = self.n_resent = self.n_stalls = self.n_timeouts = 0
         self.n_attached = self.n_changes = self.n_refused = self.n_restarts = self.n_errors = 0
-        self.n_killed = self.n_powerless = self.n_at_places = 0
+        self.n_killed = self.n_powerless = self.n_at_places = self.n_rollbacks = 0
         self.remains: list[Images] = []
         """At the end: what is on the disk, and what could be if the power failed then."""
         self._serial = 0
@@ -152,7 +154,7 @@ class World:
             allowed.add(Errno.EIO)
         if self.plan.may_fill:
             allowed.add(Errno.ENOSPC)
-        if export.leaving:
+        if export.leaving or export.rolling_to is not None:
             allowed.add(Errno.ESHUTDOWN)
         return allowed
 
@@ -276,6 +278,10 @@ class World:
             name, size, stamps = found.pop(export.id)
             if name not in export.names:
                 raise Wrong(f"volume {export.id} is called {name}, not {export.names}")
+            export.names, export.leaving = [name], False
+            if export.rolling_to is not None and np.array_equal(stamps, export.rolling_to):
+                export.begin_anew(stamps)
+                continue
             sizes = {export.n_cells, export.resizing_to or export.n_cells}
             if size not in {n * CELL for n in sizes}:
                 raise Wrong(f"volume {export.id} has {size} bytes, not {sizes} cells")
@@ -284,7 +290,6 @@ class World:
                 export.history.check_crash(stamps, self.trace.now, lossless=lossless)
             except Wrong as error:
                 raise Wrong(f"volume {export.id}: {error}") from None
-            export.names, export.leaving = [name], False
             export.begin_anew(stamps)
         for volume_id, (name, size, stamps) in found.items():
             content = self.maybe_created.get(name)
@@ -391,6 +396,7 @@ class World:
             "restarts": self.n_restarts,
             "changes": self.n_changes,
             "snapshots made": self.snapshots.n_made,
+            "rollbacks": self.n_rollbacks,
             "changes refused": self.n_refused,
             "virtual seconds": int(self._loop.time()),
         }
