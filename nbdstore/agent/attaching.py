@@ -31,7 +31,7 @@ from nbdstore.agent.records import ATTACHED, DETACHING, AttachRecord, new_id
 from nbdstore.agent.requests import AttachRequest
 from nbdstore.agent.store_server import ServerAway, StoreServer
 from nbdstore.control.model import VolumeInfo
-from nbdstore.errors import Busy, ControlError, DeviceError, NbdstoreError
+from nbdstore.errors import Busy, ControlError, DeviceError, InvalidArgument, NbdstoreError
 
 DEFAULT_REQUEST_TIMEOUT_S: Final = 10
 """How long a request under way waits at most after a reconnect; a server that needs longer for one
@@ -89,6 +89,12 @@ class Attaching:
         )
 
     def attach_new(self, request: AttachRequest) -> Attachment:
+        if "@" in request.volume:
+            # Without a replay of the journal, files lack that had been synced before the snapshot.
+            raise InvalidArgument(
+                f"{request.volume} is a snapshot, and mounting a filesystem writes to it: mount a "
+                f"clone, which 'nbdstore clone {request.volume} NAME' makes at once"
+            )
         info = self._server.volume(request.volume)
         name = request.driver if request.driver != "auto" else self._options.driver
         record = AttachRecord(

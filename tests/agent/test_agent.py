@@ -169,6 +169,9 @@ def test_mistakes_are_explained(host: Host) -> None:
         lacking = host.nbdstore("mount", "db", where, "--driver", "kernel", status=1)
         assert "cannot attach with the kernel driver: its kernel has no nbd" in lacking
     assert "there is no volume 'nix'" in host.nbdstore("mount", "nix", where, status=1)
+    host.nbdstore("snapshot", "create", "db@old")
+    assert "mount a clone" in host.nbdstore("mount", "db@old", where, status=2)
+    host.nbdstore("snapshot", "delete", "db@old")
     assert "attached here" in host.nbdstore("detach", "db", status=1)
     assert "no volume is mounted at" in host.nbdstore("umount", "/nowhere", status=1)
     assert "is no owner" in host.nbdstore("mount", "db", where, "--owner", "me", status=2)
