@@ -8,7 +8,8 @@ and data passes through two processes, which the agent starts and does not need 
     STATE/fuse/ID.log        what the two had to say
 
 A stop of the machine's init system or of the container ends them with everything else in there.
-The size stays what it was when the volume was attached.
+The size stays what it was when the volume was attached: nbdfuse asks for it once, and a loop device
+that is in use changes to another file (LOOP_CHANGE_FD) only if it is read-only.
 """
 
 from __future__ import annotations
