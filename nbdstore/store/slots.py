@@ -17,12 +17,6 @@ Allocation goes region by region (a region is what one block of the bitmap cover
 4 KiB blocks): the emptiest region that has held data before, so that runs are long and pages of
 the host's cache and filesystem are recycled, and a fresh region only when no used one is at
 least an eighth free.
-
-A request of 128 KiB or more begins at a multiple of that in the file where free space allows it,
-as it would in a file that is overwritten in place: the page cache then holds it as one folio
-instead of six.  That is a third of the time of such a read (5.5 us instead of 9) and up to half of
-that of such a write (24 us into fresh pages instead of 33 to 55, 10 into cached ones instead of
-12; ext4 of Linux 6.18).  What is left out on the way goes to small requests.
 """
 
 from __future__ import annotations
@@ -40,7 +34,6 @@ from nbdstore.store.lazyarray import LazyArray
 _BIT: Final = np.left_shift(1, np.arange(8)).astype(np.uint8)
 _NOT_BIT: Final = ~_BIT
 _RECYCLE_SHARE: Final = 8  # a used region is taken before a fresh one if 1/8 of it is free
-_RUN_BYTES: Final = 128 << 10  # the largest request of a Linux client, by default
 _EMPTY: Final = np.empty(0, np.int64)
 
 
@@ -61,8 +54,6 @@ class Slots:
         self._quarantine: deque[tuple[int, I64 | list[int]]] = deque()
         self._window = _EMPTY
         self._window_at = 0
-        self._run_slots = _RUN_BYTES // block_size
-        self._left_out: deque[int] = deque()
         self._readers: dict[int, int] = {}
         self._frozen: FrozenBitmap | None = None
         self._on_replay_free: Callable[[I64], None] | None = None
@@ -155,13 +146,11 @@ class Slots:
     def allocate(self, n: int, floor: int) -> I64 | None:
         """Take `n` slots, leaving at least `floor` free; None if there are not that many.
 
-        Returns int64, shape (n,), in runs as long as the free space has them, ascending but where
-        the window ends.
+        Returns int64, shape (n,), ascending as far as one region goes, in runs as long as the
+        free space has them.
         """
         if self.n_free - n < floor:
             return None
-        if n >= self._run_slots:
-            self._go_to_boundary()
         at = self._window_at
         if at + n <= len(self._window):
             self._window_at = at + n
@@ -184,32 +173,14 @@ class Slots:
         if self.n_free - n < floor:
             return None
         found: list[int] = []
-        left_out = self._left_out if n <= len(self._left_out) else None
         for _ in range(n):
-            if left_out:
-                slot = left_out.popleft()
-            else:
-                if self._window_at == len(self._window):
-                    self._open_window()
-                slot = self._window.item(self._window_at)
-                self._window_at += 1
+            if self._window_at == len(self._window):
+                self._open_window()
+            slot = self._window.item(self._window_at)
+            self._window_at += 1
             self._mark_one(slot)
             found.append(slot)
         return found
-
-    def _go_to_boundary(self) -> None:
-        """Leave the slots before the next multiple of a run to small requests, if one begins there.
-
-        It does if the next slots that are free are a run itself, up to the end of that one.
-        """
-        if self._window_at == len(self._window):
-            self._open_window()
-        window, at = self._window, self._window_at
-        n_left_out = -window.item(at) % self._run_slots
-        last = at + n_left_out + self._run_slots - 1
-        if n_left_out and last < len(window) and window.item(last) - window.item(at) == last - at:
-            self._window_at += n_left_out
-            self._left_out += window[at : self._window_at].tolist()
 
     def _mark_one(self, slot: int) -> None:
         region = slot >> self._region_shift
@@ -221,12 +192,7 @@ class Slots:
         self.n_free -= 1
 
     def _open_window(self) -> None:
-        """Make what was left out, or else the free slots of the best region, the window."""
-        self._window_at = 0
-        if self._left_out:
-            self._window = np.array(self._left_out, np.int64)
-            self._left_out.clear()
-            return
+        """Make the free slots of the best region the window that allocation takes from."""
         fresh = self.n_used_regions
         region = int(self._free_in_region[:fresh].argmax()) if fresh else 0
         n_free = int(self._free_in_region[region])
@@ -236,11 +202,11 @@ class Slots:
         base = region << self._region_shift
         bits = self._bitmap[region * self._block_size : (region + 1) * self._block_size]
         self._window = np.flatnonzero(np.unpackbits(bits, bitorder="little") == 0) + base
+        self._window_at = 0
 
     def begin_anew(self) -> None:
-        """Forget what was to be given out next, and look for free slots again."""
+        """Allocate from the lowest free slots again: the host has no space for fresh ones."""
         self._window, self._window_at = _EMPTY, 0
-        self._left_out.clear()
 
     def give_back(self, slots: I64) -> None:
         """Free slots that nothing ever pointed to, at once."""
@@ -354,7 +320,7 @@ class Slots:
         # The last region has slots beyond the capacity, which count as used from the start.
         touched = [r for r in used.tolist() if r < full or self._used_in_last_region()]
         self.n_used_regions = max(touched, default=0) + 1
-        self.begin_anew()
+        self._window, self._window_at = _EMPTY, 0
 
     def _used_in_last_region(self) -> bool:
         inside = self.n_slots - ((self.n_regions - 1) << self._region_shift)

@@ -509,7 +509,7 @@ class _GreedySlots(Slots):
         found = np.sort(lately[:n])
         self._lately = lately[n:][::-1].tolist()
         self._mark(found)
-        self.begin_anew()  # the window may hold what was just taken
+        self._window, self._window_at = found[:0], 0  # it may hold what was just taken
         if len(found) == n:
             return found
         rest = super().allocate(n - len(found), floor)
