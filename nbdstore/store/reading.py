@@ -77,10 +77,6 @@ def _stretches(runs: Sequence[Run]) -> list[tuple[int, int, list[Run]]]:
     return found
 
 
-def _blocks_of(buffer: memoryview, block_size: int) -> list[memoryview]:
-    return [buffer[at : at + block_size] for at in range(0, len(buffer), block_size)]
-
-
 def _cut(segments: list[Segment], skip: int, length: int) -> list[Segment]:
     """Drop `skip` bytes from the front of `segments` and keep `length` of the rest."""
     found: list[Segment] = []
@@ -159,7 +155,7 @@ class Reading:
                 part = buffer[(first - start) * size : (stop - start) * size]
                 if not data.preadv_cached(part, slot * size):
                     return None
-            if [*map(xxh3_64_intdigest, _blocks_of(buffer, size))] != checksums[start:end]:
+            if [*map(xxh3_64_intdigest, layout.split(buffer, size))] != checksums[start:end]:
                 return None  # the waiting path reads again, past the page cache
             segments.append(buffer)
         return self._trim(segments, offset, length)
@@ -171,7 +167,7 @@ class Reading:
         if not self._core.data.preadv_cached(buffer, slot * size):
             return None
         checksums = self._image.map.words[2 * first + 1 : 2 * stop : 2].tolist()
-        if [*map(xxh3_64_intdigest, _blocks_of(buffer, size))] != checksums:
+        if [*map(xxh3_64_intdigest, layout.split(buffer, size))] != checksums:
             return None  # the waiting path reads again, past the page cache
         return buffer
 
@@ -223,7 +219,7 @@ class Reading:
             for first_of_run, stop, slot in parts:
                 part = buffer[(first_of_run - start) * size : (stop - start) * size]
                 data.preadv(part, slot * size)
-                for index, block in enumerate(_blocks_of(part, size), first_of_run):
+                for index, block in enumerate(layout.split(part, size), first_of_run):
                     expected = checksums[index]
                     if xxh3_64_intdigest(block) != expected:
                         image, at_byte = self._image, (first + index) * size

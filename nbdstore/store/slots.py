@@ -108,8 +108,12 @@ class Slots:
 
     def _mark_ascending(self, slots: I64) -> None:
         """Like :meth:`_mark`, of slots in order, not empty: if they are a run, in a tenth."""
-        self._count(slots, -1)
         first, last = slots.item(0), slots.item(-1)
+        region = first >> self._region_shift
+        if region == last >> self._region_shift:
+            self._count_in(region, -len(slots))
+        else:
+            self._count(slots, -1)
         if last - first == len(slots) - 1:
             set_run(self._bitmap, first, last + 1)
         else:
@@ -125,17 +129,22 @@ class Slots:
         regions = slots >> self._region_shift
         first = int(regions[0])
         if bool((regions == first).all()):
-            if self._frozen is not None:
-                self._frozen.keep([first])
-            self._free_in_region[first] += sign * len(slots)
-            self._dirty[first] = True
-        else:
-            regions, counts = np.unique(regions, return_counts=True)
-            if self._frozen is not None:
-                self._frozen.keep(regions.tolist())
-            self._free_in_region[regions] += sign * counts
-            self._dirty[regions] = True
+            self._count_in(first, sign * len(slots))
+            return
+        regions, counts = np.unique(regions, return_counts=True)
+        if self._frozen is not None:
+            self._frozen.keep(regions.tolist())
+        self._free_in_region[regions] += sign * counts
+        self._dirty[regions] = True
         self.n_free += sign * len(slots)
+
+    def _count_in(self, region: int, n: int) -> None:
+        """Account `n` slots of `region`, about to be freed, or -n about to be used."""
+        if self._frozen is not None:
+            self._frozen.keep([region])
+        self._free_in_region[region] += n
+        self._dirty[region] = True
+        self.n_free += n
 
     def is_used(self, slots: I64) -> Bools:
         """Tell for each of `slots` (int64, below the bitmap's end) whether it is not free."""

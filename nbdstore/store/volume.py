@@ -161,17 +161,20 @@ class Volume(Image):
         Arguments:
             n_mapped, n_provisioned: how many blocks have a slot, or space set aside, instead.
         """
-        held = old[layout.holds_slot(old)]
-        own = held
+        is_held = layout.holds_slot(old)
+        n_held = int(np.count_nonzero(is_held))
+        held = own = old if n_held == len(old) else old[is_held]
         if self.kept_epoch and len(held):
             is_own = held >> layout.NP_SLOT_BITS > np.uint64(self.kept_epoch)
             own = held[is_own]
             if self.on_given_up is not None:
                 self.on_given_up(held[~is_own])
-        n_promised = int(np.count_nonzero(layout.is_provisioned(old)))
+        n_promised = 0
+        if n_held < len(old):
+            n_promised = int(np.count_nonzero(layout.is_provisioned(old)))
         if len(own):
             self.core.slots.free_later(layout.slots_of(own), seq)
-        self.info.n_mapped += n_mapped - len(held)
+        self.info.n_mapped += n_mapped - n_held
         self.info.n_own += n_mapped - len(own)
         self.info.n_provisioned += n_provisioned - n_promised
         self.core.slots.n_set_aside += n_provisioned - n_promised

@@ -64,6 +64,45 @@ async def test_long_writes_of_a_batch_take_effect_in_their_order(
     assert await read(volume, 0, MIB) == content
 
 
+@pytest.mark.parametrize("first_block", [0, 3, 250])
+async def test_writes_that_follow_one_another_become_one_run(pool: Pool, first_block: int) -> None:
+    volume = await pool.create_volume("v", 2 * MIB)
+    pieces = [data(n * 4096, seed=n) for n in (32, 1, 7, 64)]
+    starts = itertools.accumulate(map(len, pieces), initial=first_block * 4096)
+    before = volume.core.journal.seq
+    assert volume.write_now(list(zip(starts, pieces, strict=False)))
+    assert volume.core.journal.seq == before + 1
+    slots = slots_of(volume.map.locations(first_block, first_block + 104))
+    assert len(runs(slots)) == 1
+    assert int(slots[0]) % 32 == 0  # a page cache of large folios holds it in few
+    assert await read(volume, first_block * 4096, 104 * 4096) == b"".join(pieces)
+    assert volume.info.n_mapped == 104
+
+
+async def test_a_long_write_beyond_the_end_is_refused_whole(pool: Pool) -> None:
+    volume = await pool.create_volume("v", MIB)
+    piece = data(MIB // 2)
+    with pytest.raises(StoreError):
+        volume.write_now([(0, piece), (MIB // 2, piece), (MIB, piece)])
+    assert volume.info.n_mapped == 0
+    assert await read(volume, 0, MIB) == bytes(MIB)
+
+
+async def test_a_long_write_waits_for_leaves_that_are_not_in_memory(tmp_path: Path) -> None:
+    make_pool(tmp_path / "p")
+    async with opened(tmp_path / "p") as pool:
+        volume = await pool.create_volume("v", 4 * MIB)
+        assert volume.write_now([(0, data(2 * MIB))])
+    async with opened(tmp_path / "p") as pool:
+        volume = pool.volumes["v"]
+        content = bytearray(data(2 * MIB) + bytes(2 * MIB))
+        for at, is_there in ((MIB - 64 * 4096, False), (2 * MIB - 64 * 4096, True)):
+            piece = data(128 * 4096, seed=at)  # from one leaf into the next
+            assert volume.write_now([(at, piece)]) is is_there
+            await both_ways(volume, at, piece, content)
+        assert await read(volume, 0, 4 * MIB) == content
+
+
 async def test_a_long_write_goes_into_scattered_slots(pool: Pool) -> None:
     volume = await pool.create_volume("v", 2 * MIB)
     content = bytearray(data(2 * MIB))
