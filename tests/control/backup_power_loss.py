@@ -31,6 +31,7 @@ from tests.control.backup_model import (
     known_at,
 )
 from tests.control.backup_pools import BLOCK, Changing, Site
+from tests.control.sums import assert_all_adds_up
 from tests.seeds import main
 from tests.store import virtual_clock
 from tests.store.crashes import KILLED, Crash, crash_images, killed_at
@@ -416,6 +417,7 @@ class _Seed:
         async def look() -> Known:
             pool = await Pool.open(PLACE, adversarial(), host=disk.host)
             found = await self._oracle.look(Site(pool), known)
+            await assert_all_adds_up(pool)
             await (pool.close() if self._rng.random() < 0.5 else ended(pool))
             return found
 

@@ -6,58 +6,14 @@ import asyncio
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nbdstore.control import space
-from nbdstore.store import Pool, PoolOptions, recovery
-from nbdstore.store.local_host import LOCAL
-from nbdstore.store.treewalk import TreeWalk
+from nbdstore.store import Pool
 from tests.control.backup_pools import BLOCK, site
+from tests.control.sums import add_up, count
 from tests.store.pools import MIB, killed, make_pool, opened
 from tests.store.test_snapshots import Model
-
-
-def add_up(report: space.SpaceReport) -> None:
-    """What is said of a pool must be consistent in itself."""
-    assert report.capacity == report.used + report.reclaimable + report.free
-    assert report.used == report.data + report.maps
-    assert report.data == sum(image.own for image in report.images) + report.emptying
-    assert min(report.emptying, report.maps, report.free, report.reclaimable) >= 0
-    for image in report.images:
-        assert image.mapped == image.own + image.shared
-        assert 0 <= image.mapped <= -(-image.provisioned // BLOCK) * BLOCK
-        assert (image.unique is None) == (image.kind == "volume")
-        assert image.unique is None or 0 <= image.unique <= image.own
-
-
-class Finder:
-    """Takes what a walk reports: in these pools, nothing."""
-
-    repair = False
-    n_damaged_nodes = 0
-
-    def add(
-        self, severity: str, where: str, expected: str, found: str, *, repaired: bool = False
-    ) -> None:
-        raise AssertionError(f"{severity}: {where}: expected {expected}, found {found}")
-
-    def progress(self, n_done: int, n_all: int, /) -> None: ...
-
-
-def count(directory: Path) -> tuple[int, int]:
-    """Bytes of data, and of all that is reachable, that a walk through a pool finds."""
-    disk = LOCAL.disk(directory)
-    disk.lock()
-    try:
-        parts = recovery.open_parts(LOCAL, disk, PoolOptions())
-        walk = TreeWalk(parts, Finder())
-        n_outside = int(np.bitwise_count(walk.used).sum()) - 1  # slot 0 counts as used
-        walk.run()
-        n_used = int(np.bitwise_count(walk.used).sum()) - n_outside
-        return walk.n_blocks * BLOCK, n_used * BLOCK
-    finally:
-        disk.close()
 
 
 async def settled(pool: Pool) -> None:
@@ -74,7 +30,7 @@ async def test_the_numbers_add_up_to_what_a_walk_finds(seed: int, tmp_path: Path
         async with opened(directory) as pool:
             for _ in range(30):
                 await model.step(pool)
-                add_up(await space.report(pool))
+                add_up(await space.report(pool), BLOCK)
             for volume in [*pool.volumes.values()][:1]:
                 await pool.trash_volume(volume)
                 model.held = {
@@ -84,7 +40,7 @@ async def test_the_numbers_add_up_to_what_a_walk_finds(seed: int, tmp_path: Path
                 }
             await settled(pool)
             report = await space.report(pool)
-            add_up(report)
+            add_up(report, BLOCK)
             copy = killed(directory, tmp_path / f"copy{life}")
         assert (report.data, report.used) == await asyncio.to_thread(count, copy)
         shutil.rmtree(copy)
@@ -101,7 +57,7 @@ async def test_each_image_has_what_it_should(tmp_path: Path) -> None:
         await here.pool.volumes["copy"].write(5 * BLOCK, b"3" * 2 * BLOCK)
         await volume.write_zeroes(MIB, 4 * BLOCK, no_hole=True)
         report = await here.operations.space()
-        add_up(report)
+        add_up(report, BLOCK)
         found = {
             image.name: tuple(
                 n // BLOCK
@@ -143,7 +99,7 @@ async def test_what_is_deleted_is_being_emptied_until_it_is_gone(tmp_path: Path)
         report = await here.operations.space()
         assert report.images == []
         assert report.emptying == report.data
-        add_up(report)
+        add_up(report, BLOCK)
         await here.pool._administration.emptied(volume)
         report = await here.operations.space()
         assert (report.emptying, report.data) == (0, 0)

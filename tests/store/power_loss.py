@@ -20,6 +20,7 @@ from nbdstore.errors import NoSpace, PoolFailed, ReadFailed, StoreError, WriteFa
 from nbdstore.store import Pool, PoolOptions
 from nbdstore.store.check import CheckReport, check_pool
 from nbdstore.store.host import Failpoint
+from tests.control.sums import assert_all_adds_up, count
 from tests.seeds import main
 from tests.store import virtual_clock
 from tests.store.crash_model import History, Model, snapshots_in
@@ -100,15 +101,19 @@ class Opened:
 
 
 def recover(disk: SimulatedDisk, spread: Spread) -> Found:
-    """Open the pool on `disk`, read everything, close it."""
+    """Open the pool on `disk`, read everything, close it; what it says of space must add up."""
 
     async def main() -> Found:
         pool = await Pool.open(PLACE, adversarial(), host=disk.host)
         disk.mark(Opened())
         try:
-            return await read_all(pool, spread)
+            found = await read_all(pool, spread)
+            await assert_all_adds_up(pool)
         finally:
             await pool.close()
+        said = pool.data_bytes(), pool.status()["used"]
+        assert said == count(PLACE, disk.host), f"{said} bytes of data, and in all, are not there"
+        return found
 
     return virtual_clock.run(main())
 
