@@ -65,8 +65,14 @@ SIMPLE_REPLY: Final = Struct(">II8s")
 STRUCTURED_REPLY: Final = Struct(">IHH8sI")
 """Magic, reply flags, chunk type, cookie, length of payload."""
 
+OFFSET_DATA_REPLY: Final = Struct(">IHH8sIQ")
+"""STRUCTURED_REPLY, and the offset of the data with which the payload of OFFSET_DATA begins."""
+
 EXTENDED_REPLY: Final = Struct(">IHH8sQQ")
 """Magic, reply flags, chunk type, cookie, offset of the request, length of payload."""
+
+EXTENDED_OFFSET_DATA_REPLY: Final = Struct(">IHH8sQQQ")
+"""The same with EXTENDED_REPLY."""
 
 OFFSET_HOLE: Final = Struct(">QI")
 """Payload of OFFSET_HOLE: offset, size of the hole."""

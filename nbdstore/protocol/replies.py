@@ -23,16 +23,17 @@ from nbdstore.protocol.constants import (
     BLOCK_STATUS_EXT,
     ERROR,
     EXTENDED_EXTENT,
+    EXTENDED_OFFSET_DATA_REPLY,
     EXTENDED_REPLY,
     EXTENDED_REPLY_MAGIC,
     EXTENT,
+    OFFSET_DATA_REPLY,
     OFFSET_HOLE,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY,
     STRUCTURED_REPLY_MAGIC,
     U32,
-    U64,
     Chunk,
     ReplyFlag,
 )
@@ -128,6 +129,14 @@ class StructuredReplies(SimpleReplies):
     ) -> bytes:
         return STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, flags, chunk, cookie, payload_length)
 
+    def _data_header(
+        self, cookie: bytes, offset: int, flags: int, start: int, length: int
+    ) -> bytes:
+        """What comes before `length` bytes of data from `start` on; packed by one call."""
+        return OFFSET_DATA_REPLY.pack(
+            STRUCTURED_REPLY_MAGIC, flags, _OFFSET_DATA, cookie, 8 + length, start
+        )
+
     def error(self, out: list[Buffer], cookie: bytes, offset: int, error: int, text: str) -> int:
         assert error > 0
         message = clip_message(text)
@@ -154,10 +163,9 @@ class StructuredReplies(SimpleReplies):
             return self._none(out, cookie, offset)
         if len(segments) == 1 and not isinstance(segments[0], int):
             # One run of data: the most frequent reply, and the cheapest to make.
-            header = self._header(cookie, offset, _DONE, _OFFSET_DATA, 8 + length)
-            out.append(header + U64.pack(offset))
-            out.append(segments[0])
-            return len(header) + 8 + length
+            header = self._data_header(cookie, offset, _DONE, offset, length)
+            out += (header, segments[0])
+            return len(header) + length
         if whole and not all(isinstance(segment, int) for segment in segments):
             return self._data(out, cookie, offset, (offset, length, segments), _DONE)
         return self._runs(out, cookie, offset, segments)
@@ -183,10 +191,10 @@ class StructuredReplies(SimpleReplies):
 
     def _data(self, out: list[Buffer], cookie: bytes, offset: int, run: Run, flags: int) -> int:
         start, length, parts = run
-        header = self._header(cookie, offset, flags, _OFFSET_DATA, 8 + length)
-        out.append(header + U64.pack(start))
+        out.append(self._data_header(cookie, offset, flags, start, length))
+        n_bytes = len(out[-1]) + length
         append_data(out, parts)
-        return len(header) + 8 + length
+        return n_bytes
 
     def block_status(
         self,
@@ -223,6 +231,13 @@ class ExtendedReplies(StructuredReplies):
     ) -> bytes:
         return EXTENDED_REPLY.pack(
             EXTENDED_REPLY_MAGIC, flags, chunk, cookie, offset, payload_length
+        )
+
+    def _data_header(
+        self, cookie: bytes, offset: int, flags: int, start: int, length: int
+    ) -> bytes:
+        return EXTENDED_OFFSET_DATA_REPLY.pack(
+            EXTENDED_REPLY_MAGIC, flags, _OFFSET_DATA, cookie, offset, 8 + length, start
         )
 
     def done(self, out: list[Buffer], cookie: bytes, offset: int) -> int:

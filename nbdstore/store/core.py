@@ -155,12 +155,12 @@ class Core:
         """The error for whoever asks anything of a pool that has failed."""
         if self.failed is None:
             return None
-        return PoolFailed(f"the pool stopped: {self.failed}; restart the server to recover")
+        return _stopped(self.failed)
 
     def check_alive(self) -> None:
         """Raise PoolFailed if the pool has failed."""
-        if (failure := self.failure) is not None:
-            raise failure
+        if self.failed is not None:
+            raise _stopped(self.failed)
 
     # -- the journal ------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Core:
             return self.journal.append(*groups)
         except StoreError as error:
             self.fail(str(error))
-            raise PoolFailed(f"the pool stopped: {error}; restart the server to recover") from error
+            raise _stopped(error) from error
 
     # -- space ------------------------------------------------------------------------------
 
@@ -308,3 +308,7 @@ class Core:
         """Write `blocks[i]` to `slots[i]`, one call per run."""
         for start, stop in layout.runs(slots):
             self.data.pwritev(blocks[start:stop], int(slots[start]) * self.block_size)
+
+
+def _stopped(why: str | StoreError) -> PoolFailed:
+    return PoolFailed(f"the pool stopped: {why}; restart the server to recover")

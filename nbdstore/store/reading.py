@@ -102,15 +102,7 @@ class Reading:
 
     def now(self, offset: int, length: int) -> list[Segment] | None:
         """Read bytes `[offset, offset + length)` if that needs no waiting, else return None."""
-        size = self._size
-        if length == size and not offset & (size - 1):
-            block = self.block_now(offset >> self._shift)
-            if block is None:
-                return None
-            return [block]
-        if length == 0:
-            return []
-        return self._range_now(offset, length)
+        return self._range_now(offset, length) if length else []
 
     def block_now(self, block: int) -> bytearray | int | None:
         """Return one block, or its size if it holds no data, or None if that would wait."""
