@@ -85,7 +85,7 @@ MAX_VOLUME_SIZE: Final = 256 << 40  # 1 TiB of address space for the map at 4 Ki
 JOURNAL_PAGE: Final = 4096  # what a sync has covered is never rewritten within one of these
 
 
-@functools.lru_cache(128)
+@functools.lru_cache(8)  # few: those of 32 MiB take 1 MiB, and clients choose the lengths
 def _cuts(length: int, size: int) -> list[slice]:
     return [slice(at, at + size) for at in range(0, length, size)]
 
