@@ -40,8 +40,11 @@ PEERS: dict[str, tuple[str, Arguments]] = {
 }
 """Program and arguments, by the name of the file in known/."""
 
-LEFT_OUT = {"nbdkit-1.32-file": {"zero-no-hole"}}
-"""What depends on the filesystem that the test runs on."""
+LEFT_OUT = {
+    "nbdkit-1.32-file": {"zero-no-hole"},  # depends on the filesystem that the test runs on
+    "qemu-nbd-7.2": {"half-closed"},  # depends on whether it sees the end before it has answered
+}
+"""What is not the same each time."""
 
 
 class Peer:
