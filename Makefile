@@ -59,7 +59,7 @@ memory-test: $(VENV)/.ready-test
 	NBDSTORE_MEMORY_TEST=full $(BIN)/pytest tests/clients/test_memory.py
 
 compose-kernel-test: $(VENV)/.ready-test
-	NBDSTORE_COMPOSE_KERNEL_TEST=1 $(BIN)/pytest tests/docker/test_kernel_driver.py
+	$(BIN)/pytest tests/docker/in_a_guest.py $(ARGS)
 
 bench: $(VENV)/.ready-bench
 	@scripts/install-packages benchmarks/debian-packages.txt
