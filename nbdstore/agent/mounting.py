@@ -5,8 +5,10 @@ Owns the decision to format, the one act of the agent that destroys data. A volu
 - the *store* says that no block of it was ever written, or
 - the record says that this very attachment, under the lease that it still holds, began to format it
   when the store said so, and was killed before mkfs had ended: then what is on it is half of that.
+  An mkfs that ended in failure leaves no such record: from then on the store decides again.
 
-Nothing that is or is not found on the device is a reason; mkfs is never forced.
+Nothing that is or is not found on the device is a reason, though a filesystem of another kind than
+was being made is one not to; mkfs is never forced.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from nbdstore.agent.attachments import Attachment, Attachments
 from nbdstore.agent.devices import BlockDevice
 from nbdstore.agent.filesystems import Superblock, filesystem
 from nbdstore.agent.mounts import Mount
+from nbdstore.agent.programs import ProgramTimeout
 from nbdstore.agent.records import FilesystemRecord, MountRecord
 from nbdstore.agent.repairs import Repairs
 from nbdstore.agent.requests import MountRequest, parse_mode, parse_owner
@@ -56,6 +59,8 @@ class Mounting:
         """
         known = attachment.record.filesystem
         if known is not None and known.made == BEGUN:
+            _require_no_other(device, known, info.name)
+            self.require_kind(attachment, request)
             log.warning("mkfs of volume %s was interrupted: beginning again", info.name)
             _clear_head(device)
             self._make(attachment, device, known)
@@ -70,10 +75,18 @@ class Mounting:
         self.require_kind(attachment, request)
 
     def _make(self, attachment: Attachment, device: BlockDevice, wanted: FilesystemRecord) -> None:
+        kind = filesystem(wanted.type)
         record = dataclasses.replace(attachment.record, filesystem=wanted)
         self._attachments.save(record)
         log.info("formatting volume %s with %s", record.volume, wanted.type)
-        filesystem(wanted.type).make(device.path)
+        try:
+            kind.make(device.path)
+        except ProgramTimeout:
+            raise  # it may still be writing
+        except DeviceError:
+            # It has ended: what is there when somebody looks again need not be its work.
+            self._attachments.save(dataclasses.replace(record, filesystem=None))
+            raise
         made = dataclasses.replace(wanted, made=MADE)
         self._attachments.save(dataclasses.replace(record, filesystem=made))
 
@@ -211,6 +224,17 @@ class Mounting:
         if device is not None and device.attribute("dev") is not None:
             return found.device == device.number
         return found.source == f"/dev/{attachment.record.device}"
+
+
+def _require_no_other(device: BlockDevice, begun: FilesystemRecord, volume: str) -> None:
+    """Raise DeviceError if a device holds what the mkfs that was begun did not make."""
+    found = filesystems.read_superblock(device.path)
+    if found is not None and found.type != begun.type:
+        raise DeviceError(
+            f"formatting volume {volume} with {begun.type} was interrupted, but {device.path} "
+            f"holds {found.type} now; it is not formatted, since that would destroy what it "
+            f"holds: 'nbdstore detach {volume}', and mount it again as it is"
+        )
 
 
 def _clear_head(device: BlockDevice) -> None:

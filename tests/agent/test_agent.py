@@ -95,6 +95,42 @@ def test_mkfs_that_was_killed_is_begun_again(host: Host) -> None:
     host.nbdstore("detach", "web")
 
 
+def test_what_was_made_by_hand_after_mkfs_failed_is_kept(host: Host) -> None:
+    where = host.directory / "mnt"
+    device = host.nbdstore("attach", "db", "--driver", "fuse").splitlines()[0]
+    refused = host.nbdstore("mount", "db", where, "--fs", "xfs", status=1)
+    assert "mkfs.xfs" in refused, "it takes 300 MiB"
+    assert json.loads(host.record_path("db").read_text())["filesystem"] is None
+    host.children.run("mkfs.ext4", "-q", device)
+    where.mkdir(exist_ok=True)
+    host.children.run("mount", device, where)
+    (where / "file").write_text("precious")
+    host.children.run("umount", where)
+    host.nbdstore("mount", "db", where)
+    assert (where / "file").read_text() == "precious"
+    host.nbdstore("umount", "db")
+    host.nbdstore("detach", "db")
+
+
+def test_what_was_made_by_hand_after_mkfs_was_killed_is_kept(host: Host) -> None:
+    where = host.directory / "mnt"
+    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
+    record_path = host.record_path("web")
+    record = json.loads(record_path.read_text())
+    record["filesystem"] = {"type": "xfs", "made": "begun"}
+    record_path.write_text(json.dumps(record))
+    assert "holds xfs, not ext4" in host.nbdstore("mount", "web", where, "--fs", "ext4", status=2)
+    host.children.run("mkfs.ext4", "-q", device)
+    host.children.run("debugfs", "-w", "-R", "mkdir precious", device)
+    for kind in ("xfs", "ext4"):
+        refused = host.nbdstore("mount", "web", where, "--fs", kind, status=1)
+        assert "holds ext4 now; it is not formatted" in refused
+    host.nbdstore("detach", "web")
+    host.nbdstore("mount", "web", where)
+    assert (where / "precious").is_dir()
+    host.nbdstore("umount", "web")
+
+
 def test_a_repair_leaves_a_snapshot_of_what_was_there_before(host: Host) -> None:
     where = host.directory / "mnt"
     host.nbdstore("mount", "db", where)
