@@ -138,6 +138,7 @@ class Mounting:
         if not options and not read_only:
             options = list(kind.mount_options)
         options += ["ro"] if read_only else []
+        self._repairs.forget(record)
         mounts.mount(
             device.make_node(), wanted.path, record.filesystem.type, options, wanted.propagation
         )

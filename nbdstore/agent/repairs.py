@@ -2,10 +2,13 @@
 
     snapshot VOLUME@before-fsck-TIME, repair:   nothing was wrong     the snapshot is deleted
                                                 repaired, or in vain  it stays, people are told
+                                                nothing is wrong any  it stays: what was in vain
+                                                more after one in     may have changed something
+                                                vain
 
-An agent tries again what it was started to mount. As long as a repair is in vain and nobody else
-has had the lease meanwhile, what the volume held before the first attempt is what matters, and
-there is one snapshot of it, not one for each attempt.
+An agent tries again what it was started to mount. As long as a repair is in vain, nobody else has
+had the lease and it was not mounted meanwhile, what the volume held before the first attempt is
+what matters, and there is one snapshot of it, not one for each attempt.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Repairs:
         Raises:
             DeviceError: it was in vain, or is not begun, for there is no room for a snapshot.
         """
-        before = self._snapshot(record)
+        earlier = self._earlier_snapshot(record)
+        before = earlier or self._snapshot(record)
         self._in_vain[record.volume_uuid] = (before, record.epoch)
         try:
             changed = check()
@@ -53,7 +57,7 @@ class Repairs:
                 f"{error}; the snapshot {before} holds what was there before"
             ) from error
         del self._in_vain[record.volume_uuid]
-        if changed:
+        if changed or earlier:
             return f"the filesystem was repaired; the snapshot {before} holds what was there before"
         try:
             self._server.control.delete_snapshot(before)
@@ -61,16 +65,33 @@ class Repairs:
             log.warning("the snapshot %s is not needed, and stays: %s", before, error)
         return ""
 
-    def _snapshot(self, record: AttachRecord) -> str:
+    def forget(self, record: AttachRecord) -> None:
+        """Take note that a volume is about to be mounted: what it holds then is a new state."""
+        self._in_vain.pop(record.volume_uuid, None)
+
+    def _earlier_snapshot(self, record: AttachRecord) -> str:
+        """Name the snapshot before a repair in vain, if it is there and nobody has written since;
+        "" if there is none."""
         before, epoch = self._in_vain.get(record.volume_uuid, ("", 0))
-        if before and record.epoch - epoch <= 1:
-            return before
+        if not before or record.epoch - epoch > 1:
+            return ""
+        try:
+            there = [item.snapshot for item in self._server.control.snapshots(record.volume)]
+        except NbdstoreError as error:
+            raise _not_begun(record, error) from error
+        return before if before in there else ""
+
+    def _snapshot(self, record: AttachRecord) -> str:
         name = f"{record.volume}@{PREFIX}{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         try:
             self._server.control.create_snapshots([name])
         except NbdstoreError as error:
-            raise DeviceError(
-                f"the filesystem of volume {record.volume} is not repaired, for no snapshot could "
-                f"be taken before ({error}): make that possible, and try again"
-            ) from error
+            raise _not_begun(record, error) from error
         return name
+
+
+def _not_begun(record: AttachRecord, error: NbdstoreError) -> DeviceError:
+    return DeviceError(
+        f"the filesystem of volume {record.volume} is not repaired, for no snapshot could be taken "
+        f"before ({error}): make that possible, and try again"
+    )

@@ -50,6 +50,40 @@ def test_attempts_in_vain_share_a_snapshot_until_another_had_the_lease(
     assert left in said
 
 
+def test_a_repair_in_several_attempts_leaves_the_snapshot(control: ControlClient) -> None:
+    """What failed may have changed much before; the next attempt then finds nothing wrong."""
+    repairs = Repairs(StoreServer(control))
+    with pytest.raises(DeviceError):
+        repairs.repair(record(control, 1), in_vain)
+    (first,) = [item.snapshot for item in control.snapshots()]
+    assert first in repairs.repair(record(control, 2), lambda: False)
+    assert [item.snapshot for item in control.snapshots()] == [first]
+
+
+def test_a_snapshot_that_a_person_deleted_is_taken_anew(control: ControlClient) -> None:
+    repairs = Repairs(StoreServer(control))
+    with pytest.raises(DeviceError):
+        repairs.repair(record(control, 1), in_vain)
+    (first,) = [item.snapshot for item in control.snapshots()]
+    control.delete_snapshot(first)
+    said = repairs.repair(record(control, 1), lambda: True)
+    (second,) = [item.snapshot for item in control.snapshots()]
+    assert first != second
+    assert second in said
+
+
+def test_what_was_mounted_since_gets_a_snapshot_of_its_own(control: ControlClient) -> None:
+    repairs = Repairs(StoreServer(control))
+    wanted = record(control, 1)
+    with pytest.raises(DeviceError):
+        repairs.repair(wanted, in_vain)
+    (first,) = [item.snapshot for item in control.snapshots()]
+    repairs.forget(wanted)
+    said = repairs.repair(wanted, lambda: True)
+    assert first not in said
+    assert len(control.snapshots()) == 2
+
+
 def test_where_nothing_was_wrong_no_snapshot_is_left(control: ControlClient) -> None:
     repairs = Repairs(StoreServer(control))
     with pytest.raises(DeviceError):
