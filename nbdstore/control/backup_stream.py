@@ -43,6 +43,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Final
+from uuid import UUID
 
 import xxhash
 
@@ -77,7 +78,8 @@ class FrameKind(IntEnum):
 class Begin(Record):
     """What a stream holds.
 
-    volume, snapshot: names where it was sent. uuid, size, created: of the snapshot.
+    volume, snapshot: names where it was sent. uuid, size, created: of the snapshot; a uuid is
+    written as 01234567-89ab-cdef-0123-456789abcdef, in lower case.
     base, base_name, base_size: uuid, name and size of the snapshot that must be there; None in a
     stream that needs none. start: bytes of the volume that a stream before this one has brought.
     """
@@ -326,16 +328,25 @@ class BackupReader:
 
 def _has_sense(begin: Begin) -> bool:
     """Tell whether the members have the right types and ranges."""
-    texts = (begin.volume, begin.snapshot, begin.uuid, begin.created)
+    texts = (begin.volume, begin.snapshot, begin.created)
     base = (begin.base, begin.base_name, begin.base_size)
-    is_based = isinstance(begin.base, str) and bool(begin.base) and isinstance(begin.base_name, str)
+    is_based = _is_uuid(begin.base) and isinstance(begin.base_name, str)
     return (
         all(isinstance(text, str) and text for text in texts)
+        and _is_uuid(begin.uuid)
         and isinstance(begin.size, int)
         and isinstance(begin.start, int)
         and 0 <= begin.start <= begin.size
         and (base == (None, None, None) or (is_based and isinstance(begin.base_size, int)))
     )
+
+
+def _is_uuid(text: object) -> bool:
+    """Tell whether it is a uuid, written as all write it: what is the same must look the same."""
+    try:
+        return isinstance(text, str) and text == str(UUID(text))
+    except ValueError:
+        return False
 
 
 # -- tokens -----------------------------------------------------------------------------------

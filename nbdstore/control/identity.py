@@ -36,9 +36,16 @@ def checked_uuid(text: str) -> UUID:
         ) from None
 
 
-def uuid_of(image: Any) -> UUID:
-    """Return the uuid of a volume or snapshot."""
-    return UUID(image.status()["uuid"])
+def uuid_of(image: Any) -> UUID | None:
+    """Return the uuid of a volume or snapshot; None if what it has is none, and so no caller's.
+
+    Snapshots of development versions have an empty one, and those that were received may have any
+    text, which the reader of streams did not refuse once.
+    """
+    try:
+        return UUID(image.status()["uuid"])
+    except ValueError:
+        return None
 
 
 def checked_uuids(texts: Sequence[str], n_wanted: int) -> list[UUID]:

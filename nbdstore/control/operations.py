@@ -147,7 +147,12 @@ class Operations:
         wanted = None if uuid is None else checked_uuid(uuid)
         async with self._usage.turn:
             there = self._pool.volumes.get(name)
-            if there is not None and (uuid_of(there), there.size) == (wanted, size):
+            if (
+                there is not None
+                and wanted is not None
+                and uuid_of(there) == wanted
+                and there.size == size
+            ):
                 return self._describe(there), False
             volume = await self._pool.create_volume(name, size, properties, uuid=wanted)
             self.events.tell("volume.created", name, size=size)

@@ -199,7 +199,7 @@ class Snapshots:
         async with self._usage.turn:
             snapshot = self.find(name)
             there = self._pool.volumes.get(new_name)
-            if there is not None and uuid_of(there) == uuid:
+            if there is not None and uuid is not None and uuid_of(there) == uuid:
                 if self._pool.origin(there) is snapshot:
                     return there, False
                 raise AlreadyExists(

@@ -77,6 +77,23 @@ def test_a_snapshot_in_the_trash_keeps_its_uuid(volumes: Served) -> None:
         volumes.client.create_snapshots(["logs@a"], uuids=[A])
 
 
+@pytest.mark.parametrize("text", ["", "x"])
+def test_a_snapshot_whose_uuid_is_none_keeps_nobody_from_making_others(
+    volumes: Served, text: str
+) -> None:
+    """Such as development versions made, or a received stream brought."""
+    made = volumes.pool.create_snapshots([(volumes.pool.volumes["db"], "odd")], uuids=[text])
+    volumes.run(made)
+    for _ in range(2):
+        volumes.client.create_snapshots(["db@a", "logs@a"], uuids=[A, B])
+    with pytest.raises(AlreadyExists, match="exists already"):
+        volumes.client.create_snapshots(["db@odd"], uuids=[C])
+    volumes.client.delete_snapshot("db@odd", uuid=C)
+    assert names(volumes) == ["db@odd", "db@a", "logs@a"]
+    volumes.client.delete_snapshot("db@odd")
+    assert names(volumes) == ["db@a", "logs@a"]
+
+
 @pytest.mark.parametrize("uuids", [[], [A], [A, A], [A, B, C], [A, "b"]])
 def test_each_snapshot_needs_a_uuid_of_its_own(volumes: Served, uuids: list[str]) -> None:
     with pytest.raises(InvalidArgument, match="uuid"):
