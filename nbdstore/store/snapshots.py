@@ -212,9 +212,17 @@ class Snapshots:
         volume.is_going = True
         try:
             while not await self._administration.delete(volume):
-                await self.delete([*volume.snapshots.values()][-1])
+                for newest in [*volume.snapshots.values()][-1:]:
+                    await self._delete_if_there(newest)
         finally:
             volume.is_going = False
+
+    async def _delete_if_there(self, snapshot: Snapshot) -> None:
+        try:
+            await self.delete(snapshot)
+        except NotFound:
+            if not snapshot.is_gone:
+                raise  # what is missing is something else
 
     # -- volumes from snapshots -------------------------------------------------------------
 

@@ -229,3 +229,15 @@ async def test_snapshots_are_deleted_one_after_the_other(
         assert [type(error) for error in gone] == ([NotFound] if names == ("b", "b") else [])
         assert await read(pool.volumes["v"]) == content
     await assert_clean(directory)
+
+
+async def test_the_volume_is_deleted_meanwhile(directory: Path, search: Search) -> None:
+    async with opened(directory) as pool:
+        await make_volume(pool)
+        async with deleting(pool, search) as deletion:
+            whole = asyncio.ensure_future(pool.delete_volume(pool.volumes["v"]))
+            while not pool._snapshots._deleting._waiters:  # it wants to delete the same snapshot
+                await asyncio.sleep(0)
+        await asyncio.gather(deletion, whole)
+        assert (pool.volumes, pool.snapshots) == ({}, {})
+    await assert_clean(directory)
