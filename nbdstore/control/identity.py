@@ -8,7 +8,9 @@ call       again, with the same uuid
 =========  =======================================================================================
 create     finds what is there, if it is the same in all that the call says; all else that has the
            name or the uuid is AlreadyExists
-delete     is done if nothing has the uuid any more; another thing under the same name stays
+delete     is done if nothing has the uuid any more; another thing under the same name stays; one
+           that is to go for good, and is in the trash, as a call that was cut short leaves it, goes
+           from there
 =========  =======================================================================================
 
 Owns how uuids are read, and what of that is the same for volumes and snapshots. A uuid is that of
@@ -91,14 +93,11 @@ def _require_new(pool: PoolLike, uuid: UUID) -> None:
                 )
 
 
-def is_gone(pool: PoolLike, name: str, uuid: UUID, *, for_good: bool) -> bool:
-    """Tell whether no volume has `uuid` any more; False if it is the one called `name`.
-
-    Arguments:
-        for_good: one that is in the trash is not gone.
+def is_gone(pool: PoolLike, name: str, uuid: UUID) -> bool:
+    """Tell whether no volume has `uuid`, but in the trash; False if it is the one called `name`.
 
     Raises:
-        NotFound: it is there, under another name or in the trash.
+        NotFound: it is there, under another name.
     """
     there = pool.volumes.get(name)
     if there is not None and uuid_of(there) == uuid:
@@ -106,8 +105,20 @@ def is_gone(pool: PoolLike, name: str, uuid: UUID, *, for_good: bool) -> bool:
     for volume in pool.volumes.values():
         if uuid_of(volume) == uuid:
             raise NotFound(f"the volume {uuid} is called '{volume.name}' now, not '{name}'")
-    if for_good and any(uuid_of(volume) == uuid for volume in pool.trash):
-        raise NotFound(
-            f"the volume {uuid} is in the trash: 'nbdstore trash empty {name}' deletes it for good"
-        )
     return True
+
+
+def in_trash(pool: PoolLike, name: str, uuid: UUID) -> Any | None:
+    """Return the volume in the trash that has `uuid`, if one has.
+
+    Raises:
+        NotFound: it was called otherwise.
+    """
+    for volume in pool.trash:
+        if uuid_of(volume) == uuid:
+            if volume.name != name:
+                raise NotFound(
+                    f"the volume {uuid} is in the trash as '{volume.name}', not '{name}'"
+                )
+            return volume
+    return None

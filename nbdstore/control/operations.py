@@ -23,12 +23,12 @@ from nbdstore.control.backups import Backups
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
 from nbdstore.control.events import Events
-from nbdstore.control.identity import checked_uuid, is_gone, uuid_of
+from nbdstore.control.identity import checked_uuid, in_trash, is_gone, uuid_of
 from nbdstore.control.leases import Leases
 from nbdstore.control.long_operations import LongOperations
 from nbdstore.control.model import AttachmentInfo, PoolInfo, ServerInfo, VolumeInfo
 from nbdstore.control.scrub import Progress, Scrubber
-from nbdstore.control.snapshots import Snapshots
+from nbdstore.control.snapshots import Snapshots, require_no_snapshots
 from nbdstore.control.stream import Piece
 from nbdstore.control.usage import Usage
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreError
@@ -230,22 +230,32 @@ class Operations:
 
         With `fence` its lease and connections are ended first. With `snapshots` it takes those
         along; without, having some is Busy; if that, with `now`, is cut short or fails, what is
-        left is in the trash. With its `uuid` another one of that name stays, and
-        nothing is done if it is gone already.
+        left is in the trash, and with its `uuid` the same call goes on with that. With its `uuid`
+        another one of that name stays, and nothing is done if it is gone already.
         """
         wanted = None if uuid is None else checked_uuid(uuid)
         async with self._usage.turn:
-            if wanted is not None and is_gone(self._pool, name, wanted, for_good=now):
-                return
-            volume = self._usage.find(name)
-            if fence:
-                self._usage.require_no_import(volume, "deleting it")
-                await self.leases.end(volume, "the volume is deleted")
-            self._usage.require_free(volume, "deleting it")
-            rest = await self.snapshots.discard(volume, snapshots=snapshots, now=now)
-            self.events.tell("volume.deleted", name)
+            if wanted is not None and is_gone(self._pool, name, wanted):
+                volume = in_trash(self._pool, name, wanted) if now else None
+                if volume is not None and not snapshots:
+                    require_no_snapshots(volume)
+                rest = volume is not None
+            else:
+                volume = self._usage.find(name)
+                rest = await self._delete(volume, fence=fence, snapshots=snapshots, now=now)
         if rest:
             await self._pool.delete_volume(volume)
+
+    async def _delete(self, volume: VolumeLike, *, fence: bool, snapshots: bool, now: bool) -> bool:
+        """Delete a volume that is not in the trash; True if it is there now, and must not stay."""
+        if fence:
+            self._usage.require_no_import(volume, "deleting it")
+            await self.leases.end(volume, "the volume is deleted")
+        self._usage.require_free(volume, "deleting it")
+        name = volume.name
+        rest = await self.snapshots.discard(volume, snapshots=snapshots, now=now)
+        self.events.tell("volume.deleted", name)
+        return rest
 
     # Volumes and snapshots
 

@@ -164,7 +164,12 @@ class Snapshots:
                 self._usage.require_detached(snapshot, "deleting it")
                 going.enter_context(snapshot.going())
             # This may take long; nobody begins to use it any more, so others may have their turns.
-            await self._pool.delete_snapshot(snapshot)
+            try:
+                await self._pool.delete_snapshot(snapshot)
+            except NotFound:
+                if wanted is None or not snapshot.is_gone:
+                    raise
+                return  # a call before this one, which still ran, has done it, and tells so
         self._events.tell("snapshot.deleted", name)
 
     def _is_gone(self, name: str, uuid: UUID) -> bool:
@@ -274,12 +279,8 @@ class Snapshots:
             snapshots: take its snapshots along; without it, having some is Busy.
         """
         own = [name for name in self._pool.snapshots if name.startswith(f"{volume.name}@")]
-        if own and not snapshots:
-            more = f" and {len(own) - 3} more" if len(own) > 3 else ""
-            raise Busy(
-                f"volume '{volume.name}' has snapshots ({', '.join(own[:3])}{more}): delete them "
-                "first, or take them along with --snapshots"
-            )
+        if not snapshots:
+            require_no_snapshots(volume)
         if any(self._usage.attached(self._pool.snapshots[name]) for name in own):
             raise Busy(f"a snapshot of volume '{volume.name}' is attached: detach it first")
         if now and not own:
@@ -289,6 +290,17 @@ class Snapshots:
             self._pool.require_deletable(volume)
         await self._pool.trash_volume(volume)
         return now
+
+
+def require_no_snapshots(volume: VolumeLike) -> None:
+    """Raise Busy if a volume, which is to be deleted without them, has snapshots."""
+    own = [f"{volume.name}@{name}" for name in volume.snapshots]
+    if own:
+        more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+        raise Busy(
+            f"volume '{volume.name}' has snapshots ({', '.join(own[:3])}{more}): delete them "
+            "first, or take them along with --snapshots"
+        )
 
 
 def _volume_of(image: Any) -> Any:

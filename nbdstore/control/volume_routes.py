@@ -114,7 +114,8 @@ class VolumeRoutes:
         Busy while it is leased or attached, unless fence is 1: that ends its lease and connections.
         Busy if it has snapshots, unless snapshots is 1: they go along; with now that may take long,
         and if it is cut short, what is left is in the trash. With its uuid this is idempotent: if
-        it is gone already that is no error, and another one of its name stays.
+        it is gone already that is no error, another one of its name stays, and with now one that is
+        in the trash goes from there.
         """
         query = {name: call.query.get(name, False) for name in ("fence", "snapshots", "now")}
         uuid = call.query.get("uuid")

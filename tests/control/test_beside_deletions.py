@@ -117,6 +117,47 @@ def test_what_is_being_deleted_cannot_be_used(pool: Served, search: Search) -> N
         deleting.result(TIMEOUT_S)
 
 
+def test_a_deletion_by_uuid_is_repeated_while_the_first_runs(pool: Served, search: Search) -> None:
+    client = pool.client
+    (uuid,) = [info.uuid for info in client.snapshots("db") if info.name == "b"]
+    with ThreadPoolExecutor(3) as threads:
+        deletions = [threads.submit(client.delete_snapshot, "db@b", uuid=uuid) for _ in range(2)]
+        unnamed = threads.submit(delete_snapshot, pool)
+        assert search.reached.wait(TIMEOUT_S)
+        try:
+            pool.run(all_going(pool.pool.snapshots["db@b"], 4))
+        finally:
+            search.passed.set()
+        found = [deletion.exception(TIMEOUT_S) for deletion in [*deletions, unnamed]]
+    assert [error for error in found[:2] if error] == []
+    assert found[2] is None or isinstance(found[2], NotFound)
+    assert sorted(pool.pool.snapshots) == ["db@a"]
+
+
+async def all_going(snapshot: Snapshot, n_calls: int) -> None:
+    """Return when `n_calls` hold it as going: each deletion does, and its search once more."""
+    while snapshot._n_going < n_calls:
+        await asyncio.sleep(0)
+
+
+def test_a_volume_deleted_by_uuid_is_not_told_to_be_absent_while_that_lasts(
+    pool: Served, search: Search
+) -> None:
+    client = pool.client
+    uuid = client.volume("db").uuid
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(client.delete_volume, "db", snapshots=True, now=True, uuid=uuid)
+        assert search.reached.wait(TIMEOUT_S)
+        try:
+            with pytest.raises(Busy, match="db is being deleted"):
+                client.delete_volume("db", snapshots=True, now=True, uuid=uuid)
+        finally:
+            search.passed.set()
+        first.result(TIMEOUT_S)
+    client.delete_volume("db", snapshots=True, now=True, uuid=uuid)
+    assert client.trash() == []
+
+
 def test_a_volume_whose_snapshots_are_read_is_not_even_put_into_the_trash(pool: Served) -> None:
     with (
         pool.pool.snapshots["db@a"].in_use(),

@@ -13,7 +13,7 @@ import pytest
 
 from nbdstore import unix_socket
 from nbdstore.control.client import ControlClient
-from nbdstore.errors import AlreadyExists, ControlError, InvalidArgument, NotFound
+from nbdstore.errors import AlreadyExists, Busy, ControlError, InvalidArgument, NotFound
 from tests.control.real_pool import TIMEOUT_S, Served
 
 MIB = 1 << 20
@@ -154,8 +154,24 @@ def test_a_volume_that_is_elsewhere_is_not_told_to_be_gone(volumes: Served) -> N
     with pytest.raises(NotFound, match="is called 'base' now"):
         client.delete_volume("db", uuid=number)
     client.delete_volume("base", uuid=number)
-    with pytest.raises(NotFound, match="in the trash"):
-        client.delete_volume("base", uuid=number, now=True)
+    with pytest.raises(NotFound, match="in the trash as 'base'"):
+        client.delete_volume("db", uuid=number, now=True)
+
+
+def test_a_deletion_for_good_by_uuid_goes_on_in_the_trash(volumes: Served) -> None:
+    client = volumes.client
+    number = client.volume("db").uuid
+    client.create_snapshots(["db@a"])
+    client.delete_volume("db", snapshots=True)
+    client.create_volume("db", MIB)
+    with pytest.raises(Busy, match="db@a"):
+        client.delete_volume("db", uuid=number, now=True)
+    client.delete_volume("db", uuid=number)
+    assert [info.name for info in client.trash()] == ["db"]
+    for _ in range(2):
+        client.delete_volume("db", uuid=number, snapshots=True, now=True)
+    assert client.trash() == []
+    assert client.volume("db").uuid != number
 
 
 def test_a_snapshot_deleted_by_uuid_may_be_deleted_again(volumes: Served) -> None:
