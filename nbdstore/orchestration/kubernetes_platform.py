@@ -272,7 +272,8 @@ def _configuration(kubernetes: ModuleType) -> tuple[Any, str | None]:
         with contextlib.suppress(config.ConfigException):
             load()
             with contextlib.suppress(config.ConfigException):
-                return configuration, config.list_kube_config_contexts()[1]["context"]["namespace"]
+                context = config.list_kube_config_contexts()[1]["context"]
+                return configuration, context.get("namespace")  # a context may be without
             return configuration, None
     raise InvalidArgument(
         "no Kubernetes cluster is configured: set KUBECONFIG, or run inside a cluster"

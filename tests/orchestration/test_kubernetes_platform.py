@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kubernetes
@@ -312,6 +314,28 @@ def test_a_cluster_that_is_away_is_told() -> None:
     configuration.retries = False
     with pytest.raises(PlatformError, match="the cluster does not answer"):
         start(KubernetesPlatform(configuration), WEB)
+
+
+@pytest.mark.parametrize("namespace", ["", "shop"])
+def test_the_namespace_is_that_of_the_context_or_the_default(
+    api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, namespace: str
+) -> None:
+    context = {"cluster": "c", "user": "u"} | ({"namespace": namespace} if namespace else {})
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [{"name": "c", "cluster": {"server": api.url}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "here", "context": context}],
+    }
+    path = tmp_path / "config"
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(kubernetes.config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    platform = KubernetesPlatform()
+    start(platform, WORKER)
+    platform.close()
+    assert list(api.objects) == [(namespace or "default", "deployments", "shop-worker")]
 
 
 def test_without_a_configuration_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
