@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from nbdstore.errors import AlreadyExists, NotFound
-from nbdstore.orchestration.app import ContainerApp, check_names, checked_name
+from nbdstore.errors import AlreadyExists, InvalidArgument, NotFound
+from nbdstore.orchestration.app import ContainerApp, check_names, checked_name, volume_name
+from nbdstore.orchestration.manifests import manifests
 from nbdstore.orchestration.platform import (
     AppStatus,
     LogLine,
@@ -43,13 +44,25 @@ class Orchestration:
 
         Raises:
             AlreadyExists: there is one of that name.
-            InvalidArgument: its names are too long.
+            InvalidArgument: its names are too long, or what is made for it would have the name of
+                what is made for another one, on any platform: "db" with a volume "a-b" and "db-a"
+                with a volume "b" would write to one volume.
         """
         if app.name in self.apps:
             raise AlreadyExists(f"there are two applications '{app.name}': rename one")
         check_names(self.name, app)
+        self._check_names_differ(app)
         self.apps[app.name] = app
         return app
+
+    def _check_names_differ(self, app: ContainerApp) -> None:
+        mine = made_names(self.name, app)
+        for other in self.apps.values():
+            for kind, name in sorted(mine & made_names(self.name, other)):
+                raise InvalidArgument(
+                    f"applications '{other.name}' and '{app.name}' would both have the {kind} "
+                    f"'{name}': rename one of them, or its volume"
+                )
 
     def start(self) -> list[AppStatus]:
         """Make all applications run as they were added; return how they are then.
@@ -124,3 +137,14 @@ class Orchestration:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def made_names(project: str, app: ContainerApp) -> set[tuple[str, str]]:
+    """Return (kind, name) of what any platform makes for an application, for its first replica.
+
+    The number of a replica comes last: names of others fall together if those of the first do.
+    """
+    app = dataclasses.replace(app, replicas=1)
+    objects = {(item["kind"], item["metadata"]["name"]) for item in manifests(project, app)}
+    volumes = {("volume", volume_name(project, app.name, it.name, 0)) for it in app.volumes}
+    return objects | volumes

@@ -85,6 +85,47 @@ def test_an_application_is_added_once_and_before_it_is_scaled() -> None:
         shop.scale("web", 2)
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "match"),
+    [
+        (
+            ContainerApp("db", "db:1", volumes=[Volume("a-b", "/a", size="1G")], replicas=0),
+            ContainerApp("db-a", "db:1", volumes=[Volume("b", "/b", size="1G")]),
+            "both have the volume 'shop-db-a-b-0': rename one of them, or its volume",
+        ),
+        (
+            ContainerApp("shop-b", "db:1", volumes=[Volume("x", "/x", size="1G")]),
+            ContainerApp("b", "db:1", volumes=[Volume("x-shop", "/x", size="1G")]),
+            "both have the PersistentVolumeClaim 'x-shop-shop-b-0'",
+        ),
+        (
+            ContainerApp("db", "db:1", volumes=[VOLUME]),
+            ContainerApp("db-replicas", "db:1", ports={80: 80}),
+            "both have the Service 'shop-db-replicas'",
+        ),
+    ],
+    ids=["volume", "claim", "service"],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_applications_do_not_share_what_is_made_for_each(
+    one: ContainerApp, two: ContainerApp, match: str, turned: bool
+) -> None:
+    shop = Orchestration(RememberingPlatform(), name="shop")
+    first, second = (two, one) if turned else (one, two)
+    shop.add_container_app(first)
+    with pytest.raises(InvalidArgument, match=match) as caught:
+        shop.add_container_app(second)
+    assert str(caught.value).startswith(f"applications '{first.name}' and '{second.name}' would ")
+    assert list(shop.apps) == [first.name]
+
+
+def test_names_that_only_look_alike_are_taken() -> None:
+    shop = Orchestration(RememberingPlatform(), name="shop")
+    for name in ("db", "db-a", "db-data", "db-replicas"):
+        shop.add_container_app(ContainerApp(name, "db:1", volumes=[VOLUME]))
+    assert len(shop.apps) == 4
+
+
 def test_a_scale_that_fails_changes_nothing() -> None:
     platform = RememberingPlatform()
     shop = Orchestration(platform)
