@@ -292,9 +292,10 @@ class Agent:
         """
         with self.attachments.turn(volume, "growing", patience_s=0.0):
             attachment = self.attachments.find(volume)
-            device = self.attaching.find_device(attachment)
-            if device is None:
-                return
+            attachment.device = device = self.attaching.find_device(attachment)
+            connected = self.attaching.health(attachment) is Health.CONNECTED
+            if device is None or attachment.fenced or not connected:
+                return  # resize2fs would wait with the device, and everybody for this turn
             if device.size < size and not self._grow_device(attachment, device, size):
                 return
             mounts = self.mounting.mounts_of(device)

@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 
 from nbdstore.agent import mounts
+from nbdstore.agent.agent import Agent
+from nbdstore.agent.attachments import Attachment
+from nbdstore.agent.driver import Health
+from nbdstore.agent.local import open_agent
 from nbdstore.agent.requests import AttachRequest, MountRequest
 from nbdstore.errors import Busy
+from tests.agent import killed
 from tests.agent.host import Host
 from tests.clients.served_pool import ServedPool
 
@@ -184,6 +189,31 @@ def test_what_would_wait_for_a_server_is_refused_and_force_ends_it(
     until(lambda: host.client.status() == [], "it is")
     assert leases(pool) == []
     host.stop()
+
+
+def is_waiting(agent: Agent, attachment: Attachment) -> bool:
+    return agent.attaching.health(attachment) is Health.WAITING
+
+
+def test_nothing_grows_while_its_device_waits(
+    host: Host, pool: ServedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = killed.setting(host.state, f"unix:{pool.directory}/control.sock")
+    with open_agent(setting) as agent:
+        killed.mount(agent, str(host.directory / "mnt"))
+        attachment = agent.attachments.find("db")
+        grown: list[object] = []
+        monkeypatch.setattr(agent.mounting, "grow", lambda *_: grown.append(1))
+        pool.kill()
+        waits = functools.partial(is_waiting, agent, attachment)
+        until(waits, "the relay knows")
+        agent.grow("db", attachment.record.size)
+        assert not grown
+        pool.restart()
+        until(lambda: not waits(), "it goes on")
+        agent.grow("db", attachment.record.size)
+        assert grown
+        agent.umount("db")
 
 
 def test_the_doctor_explains_and_puts_right(host: Host, pool: ServedPool) -> None:
