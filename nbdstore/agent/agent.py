@@ -145,12 +145,13 @@ class Agent:
 
     def status(self) -> list[AttachmentStatus]:
         """Describe all attachments, without waiting for any device or server."""
+        # Before the attachments: what leaves it meanwhile is seen among these.
+        pending = list(self.pending.values())
         found = [self.describe(attachment) for attachment in self.attachments.all()]
-        known = {status.volume for status in found}
         return found + [
             self._describe_pending(request, problem)
-            for request, problem in list(self.pending.values())
-            if request.volume not in known
+            for request, problem in pending
+            if not self._is_mounted(self.attachments.get(request.volume), request.path)
         ]
 
     # --- Attaching ---------------------------------------------------------------------------
@@ -425,4 +426,13 @@ class Agent:
             Health.WAITING: "waiting",
             Health.DEAD: "failed",
         }
-        return states[self.attaching.health(attachment, glance=True)]
+        state = states[self.attaching.health(attachment, glance=True)]
+        wanted = [mount.path for mount in attachment.record.mounts]
+        if state == "attached" and not all(self._is_mounted(attachment, path) for path in wanted):
+            return "absent"
+        return state
+
+    def _is_mounted(self, attachment: Attachment | None, path: str) -> bool:
+        """Whether a volume is mounted at a path, told without a look at the path itself."""
+        device = attachment.device if attachment else None
+        return any(mount.path == path for mount in self.mounting.mounts_of(device))

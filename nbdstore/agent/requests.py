@@ -119,8 +119,9 @@ class AttachmentStatus:
     """An attachment as it is now.
 
     state: "attached"; "waiting" (the server is away, requests wait); "fenced" (the lease is lost);
-    "failed" (requests fail); "absent" (no device yet); "detaching". message: what there is to say
-    about that. path: the device's node. mounts: {"path", "by", "read_only"} of each mount point.
+    "failed" (requests fail); "absent" (no device yet, or not mounted where it is wanted);
+    "detaching". message: what there is to say about that. path: the device's node. mounts:
+    {"path", "by", "read_only"} of each mount point.
     """
 
     volume: str

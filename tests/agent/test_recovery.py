@@ -138,6 +138,33 @@ def test_an_agent_starts_before_its_server(host: Host, pool: ServedPool) -> None
     host.stop()
 
 
+def test_what_is_attached_but_not_mounted_as_wanted_is_not_healthy(host: Host) -> None:
+    host.start()
+    where = mount(host, "web")
+    host.nbdstore("agent", "status", "--check")
+    host.children.run("umount", where)
+    assert state(host, "web") == "absent"
+    assert "not all is attached" in host.nbdstore("agent", "status", "--check", status=1)
+    mount(host, "web")
+    host.nbdstore("agent", "status", "--check")
+
+    device = host.client.attach(AttachRequest(volume="db")).path
+    with Path(device).open("r+b") as file:
+        file.write(b"neither ext4 nor xfs")
+    host.kill()
+    host.start("--mount", f"volume=db,path={host.directory}/db")
+    until(
+        lambda: any("was written before" in item.message for item in host.client.status()),
+        "it says why it does not mount it",
+    )
+    assert [item.state for item in host.client.status() if item.volume == "db"] == [
+        "attached",
+        "absent",
+    ]
+    assert "not all is attached" in host.nbdstore("agent", "status", "--check", status=1)
+    host.stop()
+
+
 def test_a_volume_has_one_host_and_force_fences_the_other(
     host: Host, other_host: Host, pool: ServedPool
 ) -> None:
