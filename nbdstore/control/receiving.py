@@ -354,11 +354,15 @@ class _Reception:
             await self._usage.set(self.volume, receiving=self._progress.to_json())
 
     async def break_off(self) -> None:
-        """Keep what has come; where that is nothing, leave all as it was."""
+        """Keep what has come; where that is nothing, leave all as it was.
+
+        When the snapshot is there, nothing can go on any more: only the marks may be left.
+        """
+        is_received = _with_uuid(self.volume, self._progress.uuid) is not None
         try:
-            if self._is_new and not self._position:
+            if self._is_new and not self._position and not is_received:
                 await self._pool.delete_volume(self.volume)
-            elif self._is_unchanged:
+            elif self._is_unchanged or is_received:
                 async with self._usage.turn:
                     await _unmark(self._usage, self.volume)
             else:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from nbdstore.errors import (
     AlreadyExists,
     BadStream,
     Busy,
+    Cancelled,
     NbdstoreError,
     NoSpace,
     NotFound,
@@ -388,6 +390,35 @@ async def test_one_volume_is_received_once_at_a_time(here: Site, there: Site) ->
     gate.set()
     await task
     assert await there.content("db") == await here.content("db@a")
+
+
+@pytest.mark.parametrize("size", [MIB, 0])
+async def test_what_is_cancelled_when_all_has_come_is_received(
+    here: Site, there: Site, size: int
+) -> None:
+    """`size`: bytes of data; without any, nothing of a new volume but its snapshot is written."""
+    volume = await here.pool.create_volume("db", 3 * MIB)
+    await volume.write(0, b"1" * size)
+    await here.snapshot("db@a")
+    stream = await here.stream("db@a")
+    real, last = there.pool.set_properties, asyncio.Event()
+
+    async def set_properties(volume: Any, properties: dict[str, Any]) -> None:
+        await real(volume, properties)
+        if not properties["importing"] and not last.is_set():
+            last.set()
+            await asyncio.Event().wait()  # for the answer, until it is cancelled
+
+    with mock.patch.object(there.pool, "set_properties", set_properties):
+        task = asyncio.ensure_future(there.receive("db", stream))
+        await last.wait()
+        (running,) = there.operations.running.list()
+        await there.operations.running.cancel(running.id)
+        with pytest.raises(Cancelled):
+            await task
+    assert not there.operations.volume("db").importing
+    assert there.token("db") is None
+    assert await there.content("db@a") == await here.content("db@a")
 
 
 async def test_who_listens_is_told_what_came_and_what_was_given_up(here: Site, there: Site) -> None:
