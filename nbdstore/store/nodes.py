@@ -197,8 +197,12 @@ class Nodes:
     # -- level 1 in memory ------------------------------------------------------------------
 
     def missing(self, leaves: Indices) -> Indices:
-        """The STORED nodes that hold the pointers to `leaves`."""
+        """The STORED nodes that hold the pointers to `leaves`.
+
+        Some may lie beyond the end: whoever waited for a node may have to do with a smaller map.
+        """
         nodes = np.unique(leaves >> self.shift)
+        nodes = nodes[nodes < len(self.states)]
         found: Indices = nodes[self.states[nodes] == STORED]
         return found
 

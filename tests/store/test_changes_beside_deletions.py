@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from nbdstore.errors import Busy, NoSpace, NotFound
 from nbdstore.store import Image, Pool, differences
 from nbdstore.store.layout import I64
+from nbdstore.store.mapmemory import MapMemory
 from nbdstore.store.snapshot import Snapshot
 from tests.store.pools import MIB, assert_clean, make_pool, opened, read
 from tests.store.test_snapshots import read_image, snap
@@ -240,4 +242,32 @@ async def test_the_volume_is_deleted_meanwhile(directory: Path, search: Search) 
                 await asyncio.sleep(0)
         await asyncio.gather(deletion, whole)
         assert (pool.volumes, pool.snapshots) == ({}, {})
+    await assert_clean(directory)
+
+
+async def test_the_volume_shrinks_while_a_node_of_its_map_is_read(directory: Path) -> None:
+    size, far = 1 << 30, 512 * MIB  # nodes of level 1 are of 256 MiB
+    async with opened(directory) as pool:
+        volume = await pool.create_volume("v", size)
+        for byte in (b"a", b"b"):
+            await volume.write(far, byte * MIB)
+            if byte == b"a":
+                await snap(pool, volume, "b")
+    read_nodes, reached, passed = MapMemory._read, asyncio.Event(), asyncio.Event()
+
+    async def read_later(memory: MapMemory, numbers: list[int], pointers: Any, what: str) -> Any:
+        found = await read_nodes(memory, numbers, pointers, what)
+        if what.startswith("map of v, level 1") and not reached.is_set():
+            reached.set()
+            await passed.wait()
+        return found
+
+    with mock.patch.object(MapMemory, "_read", read_later):
+        async with opened(directory) as pool:
+            deletion = asyncio.ensure_future(pool.delete_snapshot(pool.snapshots["v@b"]))
+            await reached.wait()
+            await pool.resize_volume(pool.volumes["v"], MIB, force=True)
+            passed.set()
+            await deletion
+            assert pool.status()["mapped"] == 0
     await assert_clean(directory)
