@@ -6,8 +6,9 @@ chose it just calls again:
 =========  =======================================================================================
 call       again, with the same uuid
 =========  =======================================================================================
-create     finds what is there, if it is the same in all that the call says; all else that has the
-           name or the uuid is AlreadyExists
+create     finds what is there, if it is the same in name, size and origin; all else that has the
+           name or the uuid is AlreadyExists. Who may attach it stays as it is: that may have been
+           changed since
 delete     is done if nothing has the uuid any more; another thing under the same name stays; one
            that is to go for good, and is in the trash, as a call that was cut short leaves it, goes
            from there
