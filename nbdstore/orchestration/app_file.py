@@ -15,19 +15,28 @@ The format, of which only `apps` and each application's `image` must be there::
           data: {path: /var/lib/postgresql/data, size: 10G, fs: xfs}
 
 A volume's keys are the arguments of `Volume`.
+
+Plain decimal numbers are numbers; all else that YAML takes for one is the text that was written,
+quotes or not: a mode 0770, a user 10:10 and a version 1.10 stay what they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 from nbdstore.errors import InvalidArgument
 from nbdstore.orchestration.app import NAME, ContainerApp, Volume
 
 DEFAULT_PLATFORM: Final = "docker"
+DECIMAL: Final = re.compile(r"(0|-?[1-9][0-9]*)\Z", re.ASCII)
+"""What is a number; each has one way to be written, so as a text it is what was written."""
+KEPT_TAGS: Final = ("bool", "null", "merge")
+"""What else unquoted text may be in YAML 1.1; not float, int as it is there, timestamp, value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,7 @@ def read_app_file(path: Path) -> AppFile:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InvalidArgument(f"cannot read '{path}': {reason}") from error
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, Loader=_loader(yaml))
     except yaml.YAMLError as error:
         raise InvalidArgument(f"'{path}' is no YAML: {error}") from error
     except (ValueError, RecursionError) as error:  # a date that is none, a hundred brackets
@@ -66,6 +75,18 @@ def read_app_file(path: Path) -> AppFile:
         return parse(document, default_name=path.absolute().parent.name)
     except InvalidArgument as error:
         raise InvalidArgument(f"{path}: {error}") from error
+
+
+def _loader(yaml: ModuleType) -> Any:
+    """Return a SafeLoader that leaves texts as they were written; see the module."""
+    loader: Any = type("AppFileLoader", (yaml.SafeLoader,), {})
+    tags = {f"tag:yaml.org,2002:{name}" for name in KEPT_TAGS}
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in tags]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    loader.add_implicit_resolver("tag:yaml.org,2002:int", DECIMAL, list("-0123456789"))
+    return loader
 
 
 def parse(document: object, *, default_name: str) -> AppFile:
@@ -143,7 +164,7 @@ def _mapping(value: object, where: str, known: set[str] | None) -> Mapping[Any, 
 
 def _text(value: object, where: str) -> str:
     # YAML reads yes and no as booleans: which text was meant, nobody knows.
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise InvalidArgument(f"{where} is {value!r:.60}: a text belongs there, in quotes")
     return str(value)
 

@@ -49,6 +49,34 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert read_app_file(path) == AppFile("shop", "kubernetes", [database, web])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0770", "0o770", "0x1F", "0b11", "10:10", "1:30:00", "1_000", "+5", "-0", "007", "08"),
+        *("1.10", "1e3", "1.", ".5", ".inf", ".nan", "2026-01-02", "=", "5", "-5", "0", "12345678"),
+    ],
+)
+def test_a_text_stays_as_it_was_written(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "apps.yaml"
+    path.write_text(
+        f"name: shop\napps:\n  web:\n    image: web:1\n    command: [chmod, {text}]\n"
+        f"    env:\n      A: {text}\n"
+    )
+    (app,) = read_app_file(path).apps
+    assert (app.env, app.words) == ({"A": text}, ["chmod", text])
+
+
+def test_merged_mappings_and_booleans_are_what_they_are_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "apps.yaml"
+    path.write_text(
+        "name: shop\napps:\n  one: &one {image: web:1, env: null, volumes: {}}\n"
+        "  two:\n    <<: *one\n    volumes: {d: {path: /d, size: 1G, read_only: true}}\n"
+    )
+    one, two = read_app_file(path).apps
+    assert (one.image, one.volumes, two.image) == ("web:1", (), "web:1")
+    assert [volume.read_only for volume in two.volumes] == [True]
+
+
 def test_a_short_file_is_named_by_its_directory_and_for_docker(tmp_path: Path) -> None:
     path = tmp_path / "shop" / "apps.yaml"
     path.parent.mkdir()
@@ -66,7 +94,10 @@ def test_a_short_file_is_named_by_its_directory_and_for_docker(tmp_path: Path) -
         ("apps: [web]", "apps is"),
         ("apps: {web: web}", "apps.web is 'web'"),
         ("apps: " + "[" * 5000, "makes no sense as YAML: maximum recursion depth"),
-        ("apps: {web: {image: web, env: {A: 2001-99-99}}}", "makes no sense as YAML: month must"),
+        (
+            "apps: {web: {image: web, env: {A: !!timestamp 2001-99-99}}}",
+            "makes no sense as YAML: month must",
+        ),
         (
             "apps: {web: {image: web, volumes: {d: {path: /d, size: yes}}}}",
             "apps.web.volumes.d.size is True: a text belongs",
@@ -75,6 +106,7 @@ def test_a_short_file_is_named_by_its_directory_and_for_docker(tmp_path: Path) -
         ("apps: {web: {image: [a]}}", "apps.web.image is"),
         ("apps: {web: {image: web, replica: 2}}", "apps.web does not know 'replica'"),
         ("apps: {web: {image: web, replicas: two}}", "apps.web.replicas is 'two': a number"),
+        ("apps: {web: {image: web, replicas: 02}}", "apps.web.replicas is '02': a number"),
         ("apps: {web: {image: web, env: {A: yes}}}", "apps.web.env.A is True: a text belongs"),
         ("apps: {web: {image: web, ports: [80]}}", "apps.web.ports is"),
         ("apps: {web: {image: web, volumes: {d: {size: 1G}}}}", "apps.web.volumes.d has no path"),
