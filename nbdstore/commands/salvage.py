@@ -62,7 +62,8 @@ def salvage(
     list of volumes is whole. Nothing is ever written to the pool; it may lie on a filesystem that
     is mounted read-only, and must not be served. Every block is verified.
 
-    With --output, exit status 1 says that something is lost; which bytes, is told. With --socket,
+    With --output, exit status 1 says that something is lost, or that a file could not be written;
+    which bytes and which files, is told, and the others are written all the same. With --socket,
     nbdcopy, ddrescue or a read-only mount can get at the volumes until Ctrl-C.
 
     \b
@@ -100,13 +101,17 @@ def salvage(
 
 @dataclasses.dataclass
 class Copied:
-    """One volume or snapshot, copied as far as it goes; sizes in bytes."""
+    """One volume or snapshot, copied as far as it goes; sizes in bytes.
+
+    error: why there is no such file, or the one of before; None = it is written.
+    """
 
     name: str
     size: int
     file: Path
     intact: int = 0
     lost: list[Lost] = dataclasses.field(default_factory=list)
+    error: str | None = None
 
     @property
     def n_lost(self) -> int:
@@ -121,6 +126,7 @@ class Copied:
             "intact": self.intact,
             "lost": self.n_lost,
             "ranges": [dataclasses.asdict(part) for part in self.lost],
+            "error": self.error,
         }
 
 
@@ -135,8 +141,9 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Nothing that was durable is lost."""
-        return not self.journal_damaged and not any(volume.lost for volume in self.volumes)
+        """Nothing that was durable is lost, and all of it is written."""
+        wrong = any(volume.lost or volume.error for volume in self.volumes)
+        return not self.journal_damaged and not wrong
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -155,16 +162,21 @@ def _copy_all(pool: SalvagedPool, output: Path) -> Report:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NbdstoreError(f"cannot make '{output}': {error.strerror}") from error
-    copied = [_copy(pool, image, output) for _, image in sorted(pool.images.items())]
+    # What is in the trash comes last: it may be what there is no space for.
+    in_order = sorted(pool.images.items(), key=lambda item: ("~" in item[0], item[0]))
+    copied = [_copy(pool, image, output) for _, image in in_order]
     return Report(copied, [*pool.faults], pool.journal_damaged, pool.dropped)
 
 
 def _copy(pool: SalvagedPool, image: Image, output: Path) -> Copied:
     copied = Copied(image.name, image.size, output / f"{image.name}.raw")
-    with Progress(f"salvage {image.name}", image.size) as progress:
-        raw_files.write_raw(
-            str(copied.file), image.size, _pieces(pool, image, copied), progress.update
-        )
+    try:
+        with Progress(f"salvage {image.name}", image.size) as progress:
+            raw_files.write_raw(
+                str(copied.file), image.size, _pieces(pool, image, copied), progress.update
+            )
+    except NbdstoreError as error:  # for the report: the next one may be small enough
+        copied.error = str(error)
     return copied
 
 
@@ -188,6 +200,9 @@ def _show(report: Report) -> None:
     for name in report.dropped:
         click.echo(f"volume {name} is without unsynced writes that a crash took")
     for volume in report.volumes:
+        if volume.error:
+            click.echo(f"not salvaged {volume.name}: {volume.error}")
+            continue
         lost = f"{format_size(volume.n_lost)} lost" if volume.lost else "nothing lost"
         click.echo(
             f"salvaged {volume.name}: {format_size(volume.size)}, {format_size(volume.intact)} "

@@ -102,6 +102,37 @@ def test_volumes_that_are_named_come_out_alone(damaged: CommandLine, tmp_path: P
     assert "there is no volume 'none'" in damaged.fail("salvage", "--output", tmp_path, "none")
 
 
+def test_a_file_that_cannot_be_written_keeps_none_of_the_others(
+    commands: CommandLine, image: Path, tmp_path: Path
+) -> None:
+    for name in ("db", "web"):
+        commands.run("import", image, name)
+    (tmp_path / "out/db.raw").mkdir(parents=True)
+    result = commands._invoke(("salvage", "--output", str(tmp_path / "out"), "--json"), 1, None)
+    found = json.loads(result.stdout)
+    db, web = found["volumes"]
+    assert not found["complete"]
+    assert f"'{tmp_path / 'out/db.raw'}'" in db["error"]
+    assert web["error"] is None
+    assert (tmp_path / "out/web.raw").read_bytes() == image.read_bytes()
+    lines = commands.run("salvage", "--output", tmp_path / "out", status=1).splitlines()
+    assert lines[0] == f"not salvaged db: {db['error']}"
+    assert lines[1].startswith("salvaged web: 32 KiB, 32 KiB of data intact, nothing lost: ")
+
+
+def test_what_is_in_the_trash_comes_out_last(
+    commands: CommandLine, image: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "z"):
+        commands.run("import", image, name)
+    commands.run("volume", "delete", "a")
+    lines = commands.run("salvage", "--output", tmp_path / "out").splitlines()
+    assert [line.partition("~")[0].partition(":")[0] for line in lines] == [
+        "salvaged z",
+        "salvaged a",
+    ]
+
+
 def test_holes_stay_holes(commands: CommandLine, tmp_path: Path) -> None:
     commands.run("volume", "create", "thin", "--size", "100G")
     commands.run("salvage", "--output", tmp_path / "out")
