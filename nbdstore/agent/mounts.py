@@ -17,13 +17,18 @@ from nbdstore.errors import Busy, DeviceError, InvalidArgument
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
+READ_ONLY = frozenset({"ro", "emergency_ro"})
+"""Options; newer kernels say the latter of a filesystem that errors have made read-only."""
 UNMOUNT_TIMEOUT_S = 60.0
 """Unmounting writes out what is dirty; it waits as long as the server is away."""
 
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo. root: what of the filesystem is mounted, "/" for all of it."""
+    """One line of mountinfo. root: what of the filesystem is mounted, "/" for all of it.
+
+    read_only: this mount, or the filesystem as a whole, as the kernel makes it after errors.
+    """
 
     device: tuple[int, int]
     root: str
@@ -40,7 +45,7 @@ def parse(text: str) -> list[Mount]:
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         _, _, device, root, path, options, *optional = before.split(" ")
-        kind, source, *_ = after.split(" ")
+        kind, source, *of_filesystem = after.split(" ")
         major, _, minor = device.partition(":")
         mounts.append(
             Mount(
@@ -50,7 +55,7 @@ def parse(text: str) -> list[Mount]:
                 kind,
                 _unescaped(source),
                 any(field.startswith("shared:") for field in optional),
-                "ro" in options.split(","),
+                not READ_ONLY.isdisjoint(",".join((options, *of_filesystem)).split(",")),
             )
         )
     return mounts

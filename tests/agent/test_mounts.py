@@ -22,6 +22,20 @@ def test_lines_are_read_with_and_without_optional_fields() -> None:
     assert (found[3].root, found[3].shared, found[3].read_only) == ("/sub", False, False)
 
 
+@pytest.mark.parametrize("of_filesystem", ["ro,errors=remount-ro", "rw,emergency_ro"])
+def test_a_filesystem_that_the_kernel_made_read_only(of_filesystem: str) -> None:
+    """The options of the mount itself stay as they were."""
+    line = f"90 22 43:32 / /srv rw,relatime - ext4 /dev/nbd1 {of_filesystem}\n"
+    (found,) = mounts.parse(line)
+    assert found.read_only
+
+
+def test_a_filesystem_that_would_be_made_read_only_is_not() -> None:
+    line = "90 22 43:32 / /srv rw,relatime - ext4 /dev/nbd1 rw,errors=remount-ro\n"
+    (found,) = mounts.parse(line)
+    assert not found.read_only
+
+
 def test_this_machine_has_a_root_directory() -> None:
     assert mounts.mounted_at("/") is not None
     assert mounts.mounted_at("/no/such/place") is None
