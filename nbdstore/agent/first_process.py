@@ -18,7 +18,14 @@ import os
 import signal
 from typing import Final
 
-HANDED_ON: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+HANDED_ON: Final = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGQUIT: signal.SIGTERM,
+}
+"""A terminal that closes, or an image's STOPSIGNAL, asks for a clean stop, too, as which the agent
+knows two signals; the others would end it in the middle of whatever it does."""
 
 
 def split_if_first() -> None:
@@ -42,7 +49,7 @@ def _serve(child: int) -> int:
     while True:
         received = signal.sigwait({*HANDED_ON, signal.SIGCHLD})
         if received != signal.SIGCHLD:
-            os.kill(child, received)
+            os.kill(child, HANDED_ON[signal.Signals(received)])
             continue
         # Several that have ended may share one signal.
         while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):

@@ -33,9 +33,16 @@ assert os.getppid() == 1
 os._exit(7)
 """
 SIGNALS = """
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-os.kill(1, signal.SIGTERM)
-signal.sigwait({signal.SIGTERM})
+stops = {signal.SIGTERM, signal.SIGINT}
+signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+for sent, comes in (
+    (signal.SIGTERM, signal.SIGTERM),
+    (signal.SIGINT, signal.SIGINT),
+    (signal.SIGHUP, signal.SIGTERM),
+    (signal.SIGQUIT, signal.SIGTERM),
+):
+    os.kill(1, sent)
+    assert signal.sigwait(stops) == comes
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
