@@ -22,7 +22,7 @@ from nbdstore.sizes import format_size
 SEND = "send"
 """The kind of that operation."""
 GOODBYE_S = 1.0
-"""How long a cancelled send tries to say so to who reads slowly, before it just hangs up."""
+"""Seconds that a cancelled send leaves its reader to take what is on its way, and that it ends."""
 
 log = logging.getLogger(__name__)
 
@@ -121,18 +121,18 @@ async def _sent(
         first = await anext(frames)  # what is wrong from the start is no stream
         begin = writer.begun
         assert begin is not None
-        response = web.StreamResponse(headers={"Content-Type": backup_stream.CONTENT_TYPE})
-        await response.prepare(call.request)
+        reader = await _Reader.begin(call.request)
 
         async def work(task: Task) -> None:
             try:
                 task.reach(begin.start)
-                await response.write(b"".join(first))
+                await reader.write(first)
                 async for some in frames:
                     task.reach(writer.position)
-                    await response.write(b"".join(some))
+                    await reader.write(some)
             except asyncio.CancelledError:
-                await _say_cancelled(call.request, response, writer)
+                await frames.aclose()  # the snapshot is free, whatever the reader does
+                await reader.dismiss(writer)
                 raise
             except ConnectionError as error:
                 raise ControlError("who should receive it has left before the end") from error
@@ -141,28 +141,55 @@ async def _sent(
             await running.attend(SEND, _request(begin), work, total=begin.size)
         except NbdstoreError as error:  # the operation says it, and the stream
             log.warning("sending %s: %s", begin.name, error)
-        await response.write_eof()
-    return response
+    await reader.response.write_eof()
+    return reader.response
 
 
 def _request(begin: Begin) -> dict[str, object]:
     return {"snapshot": begin.name, "since": begin.base_name, "start": begin.start}
 
 
-async def _say_cancelled(
-    request: web.Request, response: web.StreamResponse, writer: BackupWriter
-) -> None:
-    """End a stream so that its reader knows that more was to come.
+class _Reader:
+    """Who reads a stream, as slowly as it likes, until the stream is told to end.
 
-    Every frame that was begun is with the transport whole: only waiting for it can be cancelled.
+    Only waiting for a write is ever cancelled, not the write: aiohttp has one future per connection
+    on which all wait until the transport has sent enough; a cancelled one cancels the next, too.
     """
-    goodbye = writer.failed(Cancelled("the sender was told to end before all was sent"))
-    try:
-        async with asyncio.timeout(GOODBYE_S):
-            await response.write(b"".join(goodbye))
-    except (TimeoutError, ConnectionError):
-        if request.transport is not None:
-            request.transport.abort()  # a stream that is cut off has no end, either
+
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+        self._request = request
+        self.response = response
+
+    @classmethod
+    async def begin(cls, request: web.Request) -> _Reader:
+        """Tell the reader what will come."""
+        response = web.StreamResponse(headers={"Content-Type": backup_stream.CONTENT_TYPE})
+        await response.prepare(request)
+        return cls(request, response)
+
+    async def write(self, frames: list[Buffer]) -> None:
+        """Give whole frames to the transport, and return when it has little left to send."""
+        await asyncio.shield(asyncio.ensure_future(self.response.write(b"".join(frames))))
+
+    async def dismiss(self, writer: BackupWriter) -> None:
+        """End the stream so that the reader knows that more was to come; hang up if it has stopped.
+
+        Every frame that was begun is with the transport whole, so this one follows it.
+        """
+        goodbye = writer.failed(Cancelled("the sender was told to end before all was sent"))
+        leaving = asyncio.ensure_future(self._end(goodbye))
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await asyncio.shield(leaving)
+        except (TimeoutError, ConnectionError):
+            pass  # a stream that is cut off has no end, either
+        finally:
+            if not leaving.done() and self._request.transport is not None:
+                self._request.transport.abort()
+
+    async def _end(self, frames: list[Buffer]) -> None:
+        await self.response.write(b"".join(frames))
+        await self.response.write_eof()
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[Buffer]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
-from nbdstore.control.backup_stream import BackupReader
+from nbdstore.control import backup_routes
+from nbdstore.control.backup_stream import BackupReader, BackupWriter
 from nbdstore.control.model import OperationInfo
 from nbdstore.control.receiving_model import ReceivedInfo
 from nbdstore.control.stream import Buffer
-from nbdstore.errors import Cancelled
+from nbdstore.errors import Cancelled, NbdstoreError
 from tests.control.real_pool import TIMEOUT_S, Served
 from tests.store.workload import joined
 
@@ -92,8 +96,11 @@ def test_a_cancelled_send_ends_as_what_is_not_whole(filled: Served) -> None:
     chunks = filled.client.backups.send("db@a")
     received = [next(chunks)]
     info = begun(filled, "send")
-    assert filled.client.cancel_operation(info.id).state == "cancelled"
-    received += chunks
+    with saying_goodbye() as begun_to, ThreadPoolExecutor(1) as threads:
+        call = threads.submit(filled.client.cancel_operation, info.id)
+        assert begun_to.wait(TIMEOUT_S)
+        received += chunks
+        assert call.result(TIMEOUT_S).state == "cancelled"
     reader = BackupReader()
     with pytest.raises(Cancelled, match="told to end"):
         for chunk in received:
@@ -107,6 +114,35 @@ def test_a_cancelled_send_ends_as_what_is_not_whole(filled: Served) -> None:
     filled.client.backups.receive("copy", filled.client.backups.resume(half.token))
     assert content(filled, "copy@a") == content(filled, "db@a")
     filled.client.delete_snapshot("db@a")  # nobody holds it any more
+
+
+@contextmanager
+def saying_goodbye() -> Iterator[threading.Event]:
+    """Have all the time for the end of a cancelled send; the event tells that it has come."""
+    begun_to, failed = threading.Event(), BackupWriter.failed
+
+    def say(writer: BackupWriter, error: NbdstoreError) -> list[Buffer]:
+        begun_to.set()
+        return failed(writer, error)
+
+    with (
+        mock.patch.object(BackupWriter, "failed", say),
+        mock.patch.object(backup_routes, "GOODBYE_S", TIMEOUT_S),
+    ):
+        yield begun_to
+
+
+def test_a_cancelled_send_hangs_up_on_a_reader_that_has_stopped(filled: Served) -> None:
+    connection = filled.connect()
+    connection.request("GET", "/v1/snapshots/db@a/stream")
+    response = connection.getresponse()
+    info = begun(filled, "send")
+    with mock.patch.object(backup_routes, "GOODBYE_S", 0.01):
+        assert filled.client.cancel_operation(info.id).state == "cancelled"
+    filled.client.delete_snapshot("db@a")  # nobody holds it any more
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        response.read()
+    connection.close()
 
 
 def test_a_send_whose_receiver_leaves_has_failed(filled: Served) -> None:
