@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from nbdstore.commands.local_backups import LocalBackups
 from nbdstore.control.capacity import CapacityReport
+from nbdstore.control.changes import Deletion, VolumeChanges
 from nbdstore.control.model import (
     AttachmentInfo,
     LeaseInfo,
@@ -107,47 +108,11 @@ class LocalService:
     ) -> VolumeInfo:
         return self._run(self._operations.create_volume(name, size, allow, uuid=uuid))
 
-    def update_volume(
-        self,
-        name: str,
-        *,
-        size: int | None = None,
-        new_name: str | None = None,
-        allow: Sequence[str] | None = None,
-        iops: int | None = None,
-        bandwidth: int | None = None,
-        burst_s: float | None = None,
-        shrink: bool = False,
-        force: bool = False,
-    ) -> VolumeInfo:
-        return self._run(
-            self._operations.update_volume(
-                name,
-                size=size,
-                new_name=new_name,
-                allow=allow,
-                iops=iops,
-                bandwidth=bandwidth,
-                burst_s=burst_s,
-                shrink=shrink,
-                force=force,
-            )
-        )
+    def update_volume(self, name: str, **changes: Unpack[VolumeChanges]) -> VolumeInfo:
+        return self._run(self._operations.update_volume(name, **changes))
 
-    def delete_volume(
-        self,
-        name: str,
-        *,
-        fence: bool = False,
-        snapshots: bool = False,
-        now: bool = False,
-        uuid: str | None = None,
-    ) -> None:
-        self._run(
-            self._operations.delete_volume(
-                name, fence=fence, snapshots=snapshots, now=now, uuid=uuid
-            )
-        )
+    def delete_volume(self, name: str, **how: Unpack[Deletion]) -> None:
+        self._run(self._operations.delete_volume(name, **how))
 
     def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
         return self._run(self._operations.snapshots.listing(volume, unique=unique))

@@ -15,7 +15,7 @@ import socket
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
@@ -23,6 +23,7 @@ from nbdstore import unix_socket
 from nbdstore.control import problems, stream
 from nbdstore.control.backup_client import BackupClient
 from nbdstore.control.capacity import CapacityReport
+from nbdstore.control.changes import Deletion, VolumeChanges
 from nbdstore.control.model import (
     AttachmentInfo,
     LeaseInfo,
@@ -132,43 +133,14 @@ class ControlClient:
         body = {"name": name, "size": size, "allow": list(allow), "uuid": _chosen(uuid)}
         return VolumeInfo.from_json(self._call_twice("POST", "/v1/volumes", body))
 
-    def update_volume(
-        self,
-        name: str,
-        *,
-        size: int | None = None,
-        new_name: str | None = None,
-        allow: Sequence[str] | None = None,
-        iops: int | None = None,
-        bandwidth: int | None = None,
-        burst_s: float | None = None,
-        shrink: bool = False,
-        force: bool = False,
-    ) -> VolumeInfo:
-        changes = {
-            "size": size,
-            "name": new_name,
-            "allow": None if allow is None else list(allow),
-            "iops": iops,
-            "bandwidth": bandwidth,
-            "burst_s": burst_s,
-            "shrink": shrink or None,
-            "force": force or None,
-        }
-        body = {key: value for key, value in changes.items() if value is not None}
+    def update_volume(self, name: str, **changes: Unpack[VolumeChanges]) -> VolumeInfo:
+        renamed = {"name" if key == "new_name" else key: value for key, value in changes.items()}
+        body = {k: v for k, v in renamed.items() if v is not None and v is not False}  # 0 is told
         return VolumeInfo.from_json(self._call("PATCH", _volume_path(name), body))
 
-    def delete_volume(
-        self,
-        name: str,
-        *,
-        fence: bool = False,
-        snapshots: bool = False,
-        now: bool = False,
-        uuid: str | None = None,
-    ) -> None:
-        wanted = {"fence": fence, "snapshots": snapshots, "now": now}
-        query = {key: "1" for key, value in wanted.items() if value}
+    def delete_volume(self, name: str, **how: Unpack[Deletion]) -> None:
+        uuid = how.pop("uuid", None)
+        query = {flag: "1" for flag, wanted in how.items() if wanted}
         self._delete(_volume_path(name), query, uuid)
 
     # Snapshots, clones, the trash

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Unpack
 
 from nbdstore import __version__, lease, qos
 from nbdstore.control import capacity, content, metrics, space
 from nbdstore.control.backups import Backups
 from nbdstore.control.capacity import CapacityReport, GrowthMeter
+from nbdstore.control.changes import Deletion, VolumeChanges
 from nbdstore.control.contracts import PoolLike, ServerLike, VolumeLike
 from nbdstore.control.events import Events
 from nbdstore.control.identity import checked_uuid, in_trash, is_gone, uuid_of
@@ -158,29 +160,20 @@ class Operations:
             self.events.tell("volume.created", name, size=size)
             return self._describe(volume), True
 
-    async def update_volume(
-        self,
-        name: str,
-        *,
-        size: int | None = None,
-        new_name: str | None = None,
-        allow: Sequence[str] | None = None,
-        iops: int | None = None,
-        bandwidth: int | None = None,
-        burst_s: float | None = None,
-        shrink: bool = False,
-        force: bool = False,
-    ) -> VolumeInfo:
-        """Resize, rename, change who may attach or how fast; what is None stays.
+    async def update_volume(self, name: str, **changes: Unpack[VolumeChanges]) -> VolumeInfo:
+        """Resize, rename, change who may attach or how fast.
 
-        Each change is durable by itself; when one fails those before it, in the order of the
-        arguments, stay done.
+        Each change is durable by itself; when one fails those before it, in the order of
+        `VolumeChanges`, stay done.
         """
+        size, new_name, allow = (changes.get("size"), changes.get("new_name"), changes.get("allow"))
         names = None if allow is None else checked_names(allow)
+        asked = (changes.get("iops"), changes.get("bandwidth"), changes.get("burst_s"))
         async with self._usage.turn:
             volume = self._usage.find(name)
-            limits = qos.current(volume.properties).changed(iops, bandwidth, burst_s)
+            limits = qos.current(volume.properties).changed(*asked)
             if size is not None and size != volume.size:
+                shrink, force = changes.get("shrink", False), changes.get("force", False)
                 await self._resize(volume, size, shrink, force)
             if new_name is not None and new_name != name:
                 # Its holder could not come back: it knows the volume by its name.
@@ -191,15 +184,15 @@ class Operations:
             if limits != qos.current(volume.properties):
                 await self._usage.set(volume, **qos.recorded(limits))
                 self._usage.limits_changed(volume)
-            self._tell_changed(
-                name,
-                {"size": size, "name": new_name, "allow": names}
-                | {"iops": iops, "bandwidth": bandwidth, "burst_s": burst_s},
-            )
+            self._tell_changed(name, changes)
             return self._describe(volume)
 
-    def _tell_changed(self, name: str, changes: dict[str, object]) -> None:
-        told = {key: value for key, value in changes.items() if value is not None}
+    def _tell_changed(self, name: str, changes: VolumeChanges) -> None:
+        told = {
+            "name" if key == "new_name" else key: value
+            for key, value in changes.items()
+            if value is not None and key not in ("shrink", "force")
+        }
         self.events.tell("volume.changed", name, **told)
 
     async def _resize(self, volume: VolumeLike, size: int, shrink: bool, force: bool) -> None:
@@ -217,22 +210,14 @@ class Operations:
             self._usage.require_free(volume, "shrinking it")
             await self._pool.resize_volume(volume, size, force=force)
 
-    async def delete_volume(
-        self,
-        name: str,
-        *,
-        fence: bool = False,
-        snapshots: bool = False,
-        now: bool = False,
-        uuid: str | None = None,
-    ) -> None:
-        """Put a volume that nobody uses into the trash; with `now`, delete it for good.
+    async def delete_volume(self, name: str, **how: Unpack[Deletion]) -> None:
+        """Put a volume that nobody uses into the trash, or delete it for good.
 
-        With `fence` its lease and connections are ended first. With `snapshots` it takes those
-        along; without, having some is Busy; if that, with `now`, is cut short or fails, what is
-        left is in the trash, and with its `uuid` the same call goes on with that. With its `uuid`
-        another one of that name stays, and nothing is done if it is gone already.
+        If the latter, with its snapshots, is cut short or fails, what is left is in the trash, and
+        with its uuid the same call goes on with that.
         """
+        snapshots, now = how.get("snapshots", False), how.get("now", False)
+        uuid = how.get("uuid")
         wanted = None if uuid is None else checked_uuid(uuid)
         async with self._usage.turn:
             if wanted is not None and is_gone(self._pool, name, wanted):
@@ -242,7 +227,9 @@ class Operations:
                 rest = volume is not None
             else:
                 volume = self._usage.find(name)
-                rest = await self._delete(volume, fence=fence, snapshots=snapshots, now=now)
+                rest = await self._delete(
+                    volume, fence=how.get("fence", False), snapshots=snapshots, now=now
+                )
         if rest:
             await self._pool.delete_volume(volume)
 

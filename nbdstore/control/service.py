@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from nbdstore.control.backup_service import BackupService
 from nbdstore.control.capacity import CapacityReport
+from nbdstore.control.changes import Deletion, VolumeChanges
 from nbdstore.control.model import (
     AttachmentInfo,
     LeaseInfo,
@@ -103,43 +104,11 @@ class VolumeService(Protocol):
         With a `uuid` that the caller chose, the same call again returns the volume that is there.
         """
 
-    def update_volume(
-        self,
-        name: str,
-        *,
-        size: int | None = None,
-        new_name: str | None = None,
-        allow: Sequence[str] | None = None,
-        iops: int | None = None,
-        bandwidth: int | None = None,
-        burst_s: float | None = None,
-        shrink: bool = False,
-        force: bool = False,
-    ) -> VolumeInfo:
-        """Resize, rename, change who may attach or how fast; None leaves a property as it is.
+    def update_volume(self, name: str, **changes: Unpack[VolumeChanges]) -> VolumeInfo:
+        """Resize, rename, change who may attach or how fast; durable on return, in that order."""
 
-        `iops` and `bandwidth` (bytes per second) limit all clients together from now on, 0 is no
-        limit; `burst_s` is how many seconds' worth they may save up.
-
-        A smaller size wants `shrink`, and is Busy while leased or attached; `force` shrinks below
-        mapped data, which is lost. Renaming is Busy while leased.
-        """
-
-    def delete_volume(
-        self,
-        name: str,
-        *,
-        fence: bool = False,
-        snapshots: bool = False,
-        now: bool = False,
-        uuid: str | None = None,
-    ) -> None:
-        """Put a volume into the trash, or with `now` delete it and its data for good.
-
-        Busy while leased or attached, unless `fence` ends that; Busy with snapshots, unless
-        `snapshots` takes them along. With its `uuid` another one of that name stays, and nothing
-        is done if it is gone already.
-        """
+    def delete_volume(self, name: str, **how: Unpack[Deletion]) -> None:
+        """Put a volume into the trash, or delete it for good; Busy while leased or attached."""
 
     def snapshots(self, volume: str | None = None, *, unique: bool = False) -> list[SnapshotInfo]:
         """List snapshots, of one volume or of all; with `unique`, tell what each holds alone."""

@@ -87,17 +87,8 @@ class VolumeRoutes:
         before it, in the order size, name, allow, limits, stay done.
         """
         name, body = call["name"], call.body
-        info = await self._operations.update_volume(
-            name,
-            size=body.get("size"),
-            new_name=body.get("name"),
-            allow=body.get("allow"),
-            iops=body.get("iops"),
-            bandwidth=body.get("bandwidth"),
-            burst_s=body.get("burst_s"),
-            shrink=body.get("shrink", False),
-            force=body.get("force", False),
-        )
+        asked = {"new_name" if key == "name" else key: value for key, value in body.items()}
+        info = await self._operations.update_volume(name, **asked)
         changes = ", ".join(f"{key} {value}" for key, value in body.items())
         log.info("volume %s changed: %s", name, changes)
         return info
@@ -117,10 +108,8 @@ class VolumeRoutes:
         it is gone already that is no error, another one of its name stays, and with now one that is
         in the trash goes from there.
         """
-        query = {name: call.query.get(name, False) for name in ("fence", "snapshots", "now")}
-        uuid = call.query.get("uuid")
-        await self._operations.delete_volume(call["name"], **query, uuid=uuid)
-        log.info("volume %s deleted%s", call["name"], " for good" if query["now"] else "")
+        await self._operations.delete_volume(call["name"], **call.query)
+        log.info("volume %s deleted%s", call["name"], " for good" if call.query.get("now") else "")
 
     @route("GET", "/v1/volumes/{name}/data", answer=CONTENT)
     async def read_content(self, call: Call) -> web.StreamResponse:
