@@ -200,6 +200,7 @@ class Agent:
             path=request.path,
             options=request.options,
             read_only=request.read_only,
+            fsck=request.fsck,
             propagation=request.propagation,
             by=request.by,
         )

@@ -66,9 +66,7 @@ class Mounting:
             self._make(attachment, device, known)
         elif known is None and not info.written and not request.read_only:
             kind = request.filesystem or DEFAULT_FILESYSTEM
-            made = FilesystemRecord(
-                type=kind, made=BEGUN, owner=request.owner, mode=request.mode, fsck=request.fsck
-            )
+            made = FilesystemRecord(type=kind, made=BEGUN, owner=request.owner, mode=request.mode)
             self._make(attachment, device, made)
         else:
             self._look_at(attachment, device, request)

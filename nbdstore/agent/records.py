@@ -4,12 +4,15 @@ Owns the state directory and the format in it; knows nothing of devices or serve
 
     STATE/lock                  held by whoever acts: the agent, or a command while none runs
     STATE/agent.json            {"version": 1, "id": 8 hex digits}: who this agent is, for ever
-    STATE/attachments/ID.json   one AttachRecord (version 1); ID is 16 hex digits, new for each
+    STATE/attachments/ID.json   one AttachRecord (version 2); ID is 16 hex digits, new for each
                                 attachment, and part of the device's identifier
     STATE/attachments/ID.new    a record being written when the machine stopped: without meaning
 
 A record is replaced as a whole: written beside it, synced, renamed, the directory synced. It holds
 the lease's secret, so all of STATE is for its owner only.
+
+Version 1 did not remember a mount's fsck; its records are read as if "auto" had been asked. A
+record with members that are not known is read without them.
 
 A record is a wish. What is found at the start beside it says how far its fulfilment had come::
 
@@ -34,7 +37,9 @@ from typing import Any, Final
 
 from nbdstore.errors import Busy, DeviceError
 
-VERSION: Final = 1
+VERSION: Final = 2
+READ_VERSIONS: Final = (1, VERSION)
+AGENT_VERSION: Final = 1
 ATTACHED: Final = "attached"
 DETACHING: Final = "detaching"
 DIRECTORY_MODE: Final = 0o700
@@ -44,11 +49,13 @@ LOCK_RETRY_S: Final = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MountRecord:
-    """A mount point that is wanted. by: who asked for it, a word for people."""
+    """A mount point that is wanted, as it was asked for (see `MountRequest`), until it is unmounted
+    by request: it is mounted so again by each agent that comes."""
 
     path: str
     options: str = ""
     read_only: bool = False
+    fsck: str = "auto"
     propagation: str = ""
     by: str = ""
 
@@ -65,7 +72,6 @@ class FilesystemRecord:
     made: str
     owner: str = ""
     mode: str = ""
-    fsck: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,18 +115,28 @@ class AttachRecord:
         Raises:
             ValueError: it is no record, or of a version not known here.
         """
-        if not isinstance(value, dict) or value.get("version") != VERSION:
+        if not isinstance(value, dict) or value.get("version") not in READ_VERSIONS:
             raise ValueError(f"not a record of version {VERSION}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        members = {name: member for name, member in value.items() if name in known}
+        members = _known(cls, value)
         try:
-            members["mounts"] = tuple(MountRecord(**mount) for mount in members.get("mounts", ()))
+            members["mounts"] = tuple(
+                MountRecord(**_known(MountRecord, mount)) for mount in members.get("mounts", ())
+            )
             members["sockets"] = tuple(members.get("sockets", ()))
             if members.get("filesystem") is not None:
-                members["filesystem"] = FilesystemRecord(**members["filesystem"])
+                found = _known(FilesystemRecord, members["filesystem"])
+                members["filesystem"] = FilesystemRecord(**found)
             return cls(**members)
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def _known(kind: type[Any], value: Any) -> dict[str, Any]:
+    """Keep the members that a class has; TypeError if there are none, since it is no object."""
+    if not isinstance(value, dict):
+        raise TypeError(f"not a {kind.__name__}: {value!r:.80}")
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: member for name, member in value.items() if name in known}
 
 
 def new_id() -> str:
@@ -196,7 +212,7 @@ class Records:
             return str(json.loads(path.read_text())["id"])
         except FileNotFoundError:
             agent_id = secrets.token_hex(4)
-            write_durably(path, {"version": VERSION, "id": agent_id})
+            write_durably(path, {"version": AGENT_VERSION, "id": agent_id})
             return agent_id
         except (ValueError, KeyError, TypeError) as error:
             raise DeviceError(f"{path} holds no agent's id ({error}): restore it") from error

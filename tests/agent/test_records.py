@@ -34,7 +34,7 @@ RECORD = AttachRecord(
     dead_timeout_s=3600,
     sockets=(1, 2),
     filesystem=FilesystemRecord(type="ext4", made="begun", owner="1:2"),
-    mounts=(MountRecord(path="/srv/db", options="noatime", by="test"),),
+    mounts=(MountRecord(path="/srv/db", options="noatime", fsck="never", by="test"),),
 )
 
 
@@ -111,9 +111,11 @@ def test_a_record_is_synced_before_it_has_its_name(
         "",
         "{",
         "[]",
-        '{"version": 2}',
-        '{"version": 1, "id": "x"}',
-        '{"version": 1, "mounts": [{}]}',
+        '{"version": 3}',
+        '{"version": 2, "id": "x"}',
+        '{"version": 2, "mounts": [{}]}',
+        '{"version": 2, "mounts": ["/srv/db"]}',
+        '{"version": 2, "filesystem": "ext4"}',
     ],
 )
 def test_a_record_that_makes_no_sense_is_not_guessed_at(tmp_path: Path, text: str) -> None:
@@ -124,6 +126,24 @@ def test_a_record_that_makes_no_sense_is_not_guessed_at(tmp_path: Path, text: st
     records.close()
 
 
-def test_members_of_a_newer_minor_version_are_ignored(tmp_path: Path) -> None:
-    newer = RECORD.to_json() | {"colour": "blue"}
-    assert AttachRecord.from_json(json.loads(json.dumps(newer))) == RECORD
+def test_members_that_are_not_known_are_ignored() -> None:
+    newer = json.loads(json.dumps(RECORD.to_json() | {"colour": "blue"}))
+    for member in (newer["mounts"][0], newer["filesystem"]):
+        member["colour"] = "red"
+    assert AttachRecord.from_json(newer) == RECORD
+
+
+def test_a_record_of_version_1_is_read_and_written_as_one_of_version_2(tmp_path: Path) -> None:
+    """Its filesystem had an fsck that nothing read, its mounts had none."""
+    older = json.loads(json.dumps(RECORD.to_json() | {"version": 1}))
+    older["filesystem"]["fsck"] = "repair"
+    del older["mounts"][0]["fsck"]
+    records = Records.open(tmp_path)
+    records.path(RECORD).write_text(json.dumps(older))
+    (found,) = records.load()
+    mount = dataclasses.replace(RECORD.mounts[0], fsck="auto")
+    assert found == dataclasses.replace(RECORD, mounts=(mount,))
+    records.save(found)
+    assert json.loads(records.path(RECORD).read_text())["version"] == 2
+    assert records.load() == [found]
+    records.close()

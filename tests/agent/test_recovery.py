@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdstore.agent import mounts
+from nbdstore.agent import filesystems, mounts
 from nbdstore.agent.agent import Agent
 from nbdstore.agent.attachments import Attachment
 from nbdstore.agent.driver import Health
@@ -26,6 +26,7 @@ from tests.clients.served_pool import ServedPool
 pytestmark = [
     pytest.mark.requires("root", "/dev/fuse", "/dev/loop-control", "nbdfuse", "fusermount3"),
     pytest.mark.requires("losetup", "mount", "mkfs.ext4", "mkfs.xfs", "setsid", "fio"),
+    pytest.mark.requires("debugfs"),
     pytest.mark.timeout(300),
 ]
 
@@ -113,6 +114,25 @@ def test_a_stop_detaches_and_the_next_start_brings_it_back(host: Host, pool: Ser
     assert not is_mounted(new)
     assert not is_mounted(db)
     assert leases(pool) == []
+
+
+def test_a_restarted_agent_mounts_as_it_was_asked_to(host: Host) -> None:
+    host.start()
+    where = mount(host, "db", options="noatime", fsck="never", propagation="private")
+    host.stop()
+    # Without an agent: what a check would put right, and mounting does not.
+    device = host.nbdstore("attach", "db").splitlines()[0]
+    host.children.run("debugfs", "-w", "-R", "ssv state 2", device)
+    host.start()
+    until(lambda: is_mounted(where), "the wish is fulfilled")
+    (found,) = [item for item in mounts.mounts() if item.path == str(where)]
+    assert not found.shared
+    assert f" {where} ext4 rw,noatime" in Path("/proc/mounts").read_text()
+    host.client.umount("db")
+    superblock = filesystems.read_superblock(device)
+    assert superblock and not superblock.clean, "it was not to be checked"
+    host.client.detach("db")
+    host.stop()
 
 
 def owner(path: Path) -> tuple[int, int]:
