@@ -209,7 +209,7 @@ class Agent:
             self.mounting.require_kind(attachment, request)
         self._require_free_path(request, attachment)
         if any(mount.path == request.path for mount in there):
-            self._remember_mount(attachment, wanted)
+            self._adopt_mount(attachment, device, wanted)
             return
         if not there:
             if not attachment.record.read_only:
@@ -224,6 +224,17 @@ class Agent:
             self.attachments.save(dataclasses.replace(attachment.record, mounts=before))
             raise
         log.info("mounted volume %s at %s", request.volume, request.path)
+
+    def _adopt_mount(
+        self, attachment: Attachment, device: BlockDevice, wanted: MountRecord
+    ) -> None:
+        """Take over what is mounted already, and complete it unless that was done."""
+        known = next((item for item in attachment.record.mounts if item.path == wanted.path), None)
+        complete = known is not None and known.complete and known.propagation == wanted.propagation
+        self._remember_mount(attachment, dataclasses.replace(wanted, complete=complete))
+        if not complete:
+            self.attaching.require_connected(attachment)
+            self.mounting.complete(attachment, device, wanted)
 
     def _remember_mount(self, attachment: Attachment, wanted: MountRecord) -> None:
         others = [mount for mount in attachment.record.mounts if mount.path != wanted.path]
@@ -279,12 +290,11 @@ class Agent:
         assert device
         for wanted in attachment.record.mounts:
             if any(mount.path == wanted.path for mount in self.mounting.mounts_of(device)):
+                self._adopt_mount(attachment, device, wanted)
                 continue
-            request = MountRequest(
-                volume=attachment.record.volume,
-                **{field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)},
-            )
-            self._mount(attachment, request)
+            asked = dataclasses.asdict(wanted)
+            del asked["complete"]
+            self._mount(attachment, MountRequest(volume=attachment.record.volume, **asked))
 
     def grow(self, volume: str, size: int) -> None:
         """Let the device and the filesystem of a volume grow with it; see `Mounting.grow`.

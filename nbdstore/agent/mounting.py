@@ -137,26 +137,33 @@ class Mounting:
             options = list(kind.mount_options)
         options += ["ro"] if read_only else []
         self._repairs.forget(record)
-        mounts.mount(
-            device.make_node(), wanted.path, record.filesystem.type, options, wanted.propagation
+        mounts.mount(device.make_node(), wanted.path, record.filesystem.type, options)
+        self.complete(attachment, device, wanted)
+
+    def complete(self, attachment: Attachment, device: BlockDevice, wanted: MountRecord) -> None:
+        """Do what follows mounting, by this agent or by one that was killed before it had done it;
+        the device must be connected, or this waits for it.
+
+        Raises:
+            DeviceError: it cannot be done.
+        """
+        if wanted.propagation:
+            mounts.propagate(wanted.path, wanted.propagation)
+        read_only = wanted.read_only or attachment.record.read_only
+        filesystem_record = attachment.record.filesystem
+        if not read_only and filesystem_record is not None and filesystem_record.made == MADE:
+            _own(wanted.path, filesystem_record)
+            filesystem_record = dataclasses.replace(filesystem_record, made=OWNED)
+        complete = tuple(
+            dataclasses.replace(mount, complete=True) if mount.path == wanted.path else mount
+            for mount in attachment.record.mounts
+        )
+        record = attachment.record
+        self._attachments.save(
+            dataclasses.replace(record, filesystem=filesystem_record, mounts=complete)
         )
         if not read_only:
-            self._own(attachment, wanted.path)
             self.grow(attachment, device, wanted.path)
-
-    def _own(self, attachment: Attachment, path: str) -> None:
-        """Give a new filesystem's root directory its owner and mode, once: the files of one that
-        is in use are their owners' business."""
-        record = attachment.record
-        assert record.filesystem
-        if record.filesystem.made != MADE:
-            return
-        if (owner := parse_owner(record.filesystem.owner)) is not None:
-            os.chown(path, *owner)
-        if (mode := parse_mode(record.filesystem.mode)) is not None:
-            os.chmod(path, mode)  # noqa: PTH101 - beside chown
-        owned = dataclasses.replace(record.filesystem, made=OWNED)
-        self._attachments.save(dataclasses.replace(record, filesystem=owned))
 
     def grow(self, attachment: Attachment, device: BlockDevice, path: str) -> None:
         """Let a mounted filesystem fill its device, if it is smaller.
@@ -223,6 +230,22 @@ class Mounting:
         if device is not None and device.attribute("dev") is not None:
             return found.device == device.number
         return found.source == f"/dev/{attachment.record.device}"
+
+
+def _own(path: str, made: FilesystemRecord) -> None:
+    """Give a new filesystem's root directory its owner and mode, which is done once: the files of
+    one that is in use are their owners' business."""
+    owner, mode = parse_owner(made.owner), parse_mode(made.mode)
+    try:
+        if owner is not None:
+            os.chown(path, *owner)
+        if mode is not None:
+            os.chmod(path, mode)  # noqa: PTH101 - beside chown
+    except OSError as error:
+        raise DeviceError(
+            f"the root of the new filesystem at {path} cannot get its owner and mode: "
+            f"{error.strerror}"
+        ) from error
 
 
 def _require_no_other(device: BlockDevice, begun: FilesystemRecord, volume: str) -> None:

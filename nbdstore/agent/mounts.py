@@ -97,7 +97,7 @@ def checked_path(path: str) -> str:
     return real
 
 
-def mount(source: str, path: str, kind: str, options: Sequence[str], propagation: str = "") -> None:
+def mount(source: str, path: str, kind: str, options: Sequence[str]) -> None:
     """Mount a filesystem; the mount point is made if there is none.
 
     Raises:
@@ -109,8 +109,15 @@ def mount(source: str, path: str, kind: str, options: Sequence[str], propagation
         raise DeviceError(f"the mount point {path} cannot be made: {error.strerror}") from error
     chosen = ("-o", ",".join(options)) if options else ()
     programs.run("mount", "-t", kind, *chosen, "--", source, path)
-    if propagation:
-        programs.run("mount", f"--make-{propagation}", "--", path)
+
+
+def propagate(path: str, propagation: str) -> None:
+    """Set how what is mounted at a path, or below it, is seen by other mount namespaces.
+
+    Raises:
+        DeviceError: mount(8) failed.
+    """
+    programs.run("mount", f"--make-{propagation}", "--", path)
 
 
 def unmount(path: str, *, lazily: bool = False, timeout_s: float = UNMOUNT_TIMEOUT_S) -> None:

@@ -11,13 +11,14 @@ Owns the state directory and the format in it; knows nothing of devices or serve
 A record is replaced as a whole: written beside it, synced, renamed, the directory synced. It holds
 the lease's secret, so all of STATE is for its owner only.
 
-Version 1 did not remember a mount's fsck; its records are read as if "auto" had been asked. A
-record with members that are not known is read without them.
+Version 1 remembered of a mount neither fsck nor whether it was complete; its records are read as if
+"auto" had been asked, and completed once more. Members that are not known are left out.
 
 A record is a wish. What is found at the start beside it says how far its fulfilment had come::
 
     state       device   at the start
-    attached    there    adopt it; new connections if its own are dead; mount what is not mounted
+    attached    there    adopt it; new connections if its own are dead; mount what is not mounted,
+                         and complete what is
     attached    none     (the machine was restarted, or the agent died before) attach and mount
     detaching   any      detach; unless somebody has mounted the device: then leave it, and say so
 """
@@ -50,7 +51,10 @@ LOCK_RETRY_S: Final = 0.05
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MountRecord:
     """A mount point that is wanted, as it was asked for (see `MountRequest`), until it is unmounted
-    by request: it is mounted so again by each agent that comes."""
+    by request: it is mounted so again by each agent that comes.
+
+    complete: what follows mounting (propagation, owner) has been done, too, since it was mounted.
+    """
 
     path: str
     options: str = ""
@@ -58,6 +62,7 @@ class MountRecord:
     fsck: str = "auto"
     propagation: str = ""
     by: str = ""
+    complete: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ of it away again, with nothing left of the device, the lease, the records.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ class Killed:
         self.url = f"unix:{host.pool.directory}/control.sock"
         self.path = host.directory / "mnt"
 
-    def die(self, what: str, moment: int) -> bool:
+    def die(self, what: str, moment: int | str) -> bool:
         """Run an agent that dies at a moment; False if it has come to its end before."""
         status = self.host.children.start(
             *(sys.executable, "-m", "tests.agent.killed", str(self.host.state), self.url),
@@ -45,6 +46,13 @@ class Killed:
         ).wait(120)
         assert status in (0, -signal.SIGKILL)
         return status != 0
+
+    def require_as_wanted(self) -> None:
+        """Require what `killed.mount` asks for."""
+        found = self.path.stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (5, 6, 0o2770)
+        mount = mounts.mounted_at(str(self.path))
+        assert mount is not None and not mount.shared
 
     def tend(self, agent: LocalAgent) -> None:
         for attachment in agent.attachments.all():
@@ -74,8 +82,7 @@ def test_an_agent_is_killed_at_every_moment_of_a_mount(machine: Killed) -> None:
             if moment % 2:
                 machine.tend(agent)
             killed.mount(agent, str(machine.path))
-            found = machine.path.stat()
-            assert (found.st_uid, found.st_gid) == (5, 6), "it was formatted here, and once"
+            machine.require_as_wanted()
             (machine.path / "file").write_text("content")
             agent.umount("db")
             machine.require_nothing_left(agent)
@@ -85,6 +92,24 @@ def test_an_agent_is_killed_at_every_moment_of_a_mount(machine: Killed) -> None:
             assert moment > 10
             return
     raise AssertionError("it never came to its end")
+
+
+@pytest.mark.parametrize("moment", ["propagate", "chown"])
+def test_what_follows_a_mount_is_done_once_by_whoever_comes(machine: Killed, moment: str) -> None:
+    assert machine.die("mount", moment)
+    setting = killed.setting(machine.host.state, machine.url)
+    with open_agent(setting) as agent:
+        machine.tend(agent)
+        machine.require_as_wanted()
+    os.chown(machine.path, 7, 8)
+    machine.host.children.run("mount", "--make-shared", machine.path)
+    with open_agent(setting) as agent:
+        machine.tend(agent)
+        found = mounts.mounted_at(str(machine.path))
+        assert machine.path.stat().st_uid == 7, "the owner is given once"
+        assert found is not None and found.shared, "so is how the mount is propagated"
+        agent.umount("db")
+        machine.require_nothing_left(agent)
 
 
 def test_an_agent_is_killed_at_every_moment_of_an_unmount(machine: Killed) -> None:
