@@ -37,8 +37,12 @@ FSCK_MODES: Final = ("auto", "never", "repair")
 E2FSCK_REPAIRED: Final = (0, 1, 2)
 """Exit status (e2fsck(8)): nothing wrong, errors corrected, corrected and a reboot advised, which
 is meant for the root filesystem."""
+XFS_JOURNAL_IN_USE: Final = 2
 XFS_REPAIRED: Final = 4
-"""Exit status of xfs_repair(8) with -e: it has repaired something."""
+"""Exit statuses of xfs_repair(8): the journal must be replayed before, and, with -e, it has
+repaired something."""
+REPLAY_XFS: Final = 'mount -t xfs -o nouuid -- "$0" /tmp && umount /tmp'
+"""In a mount namespace of its own, where it covers nothing of anybody, and ends with that."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Superblock:
     type: str
     size: int
     clean: bool
+
+
+class Damaged(DeviceError):
+    """A filesystem needs a repair that may lose data."""
 
 
 class Filesystem(Protocol):
@@ -60,11 +68,21 @@ class Filesystem(Protocol):
     def make(self, path: str) -> None:
         """Format a device that holds nothing."""
 
-    def check(self, path: str, mode: str) -> bool:
-        """Bring one that is unclean into order, and return whether anything was wrong.
+    def check(self, path: str) -> None:
+        """Put right what is wrong, and can be put right without a loss.
 
         Raises:
-            DeviceError: that cannot be done, or not safely, and the mode is not "repair".
+            Damaged: more is wrong.
+        """
+
+    def is_damaged(self, path: str) -> bool:
+        """Tell whether there is something to repair; what `check` does may be done for that."""
+
+    def repair(self, path: str) -> bool:
+        """Put right what is wrong, even if that loses data; return whether anything was.
+
+        Raises:
+            DeviceError: that cannot be done.
         """
 
     def grow(self, path: str, mountpoint: str) -> None:
@@ -83,21 +101,35 @@ class Ext4:
             # Before e2fsprogs 1.47 the option is unknown, which is refused before any write.
             programs.run("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=1", path)
 
-    def check(self, path: str, mode: str) -> bool:
-        how = "-y" if mode == "repair" else "-p"
-        done = programs.run("e2fsck", how, path, accept=range(256), timeout_s=CHECK_TIMEOUT_S)
+    def check(self, path: str) -> None:
+        done = _run_check("e2fsck", "-p", path)
         if done.status not in E2FSCK_REPAIRED:
-            raise DeviceError(
+            raise Damaged(
                 f"the filesystem on {path} needs repair that may lose data (e2fsck status "
                 f"{done.status}): mount it with --fsck repair, which takes a snapshot before; "
-                f"e2fsck said: {' '.join(done.output.split())[-programs.MAX_SHOWN :]}"
+                f"e2fsck said: {_shown(done)}"
+            )
+
+    def is_damaged(self, path: str) -> bool:
+        try:
+            self.check(path)
+        except Damaged:
+            return True
+        return False
+
+    def repair(self, path: str) -> bool:
+        done = _run_check("e2fsck", "-y", path)
+        if done.status not in E2FSCK_REPAIRED:
+            raise DeviceError(
+                f"the filesystem on {path} cannot be repaired (e2fsck status {done.status}); "
+                f"e2fsck said: {_shown(done)}"
             )
         return done.status != 0
 
     def grow(self, path: str, mountpoint: str) -> None:
         done = programs.run("resize2fs", path, accept=range(256))
         if done.status:
-            said = " ".join(done.output.split())[-programs.MAX_SHOWN :]
+            said = _shown(done)
             lacking = "" if "Permission denied" not in said else "it takes CAP_SYS_RESOURCE; "
             raise DeviceError(f"{lacking}resize2fs ended with status {done.status}: {said}")
 
@@ -110,16 +142,42 @@ class Xfs:
     def make(self, path: str) -> None:
         programs.run("mkfs.xfs", "-q", "-K", path)
 
-    def check(self, path: str, mode: str) -> bool:
-        if mode != "repair":
-            return False
-        done = programs.run(
-            "xfs_repair", "-e", path, accept=(0, XFS_REPAIRED), timeout_s=CHECK_TIMEOUT_S
-        )
+    def check(self, path: str) -> None:
+        """Nothing: see above."""
+
+    def is_damaged(self, path: str) -> bool:
+        # Also if the journal is not empty: whether that is all, only a replay shows, which writes.
+        return _run_check("xfs_repair", "-n", path).status != 0
+
+    def repair(self, path: str) -> bool:
+        done = _run_check("xfs_repair", "-e", path)
+        if done.status == XFS_JOURNAL_IN_USE:
+            in_namespace = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
+            replay = _run_check(*in_namespace, REPLAY_XFS, path)
+            done = _run_check("xfs_repair", "-e", path)
+            if done.status == XFS_JOURNAL_IN_USE:
+                raise DeviceError(
+                    f"the xfs on {path} is not repaired, for its journal cannot be replayed "
+                    f"({_shown(replay)}). The last resort: 'nbdstore attach' its volume, and run "
+                    "'xfs_repair -L' on the device, which gives up what stands in the journal"
+                )
+        if done.status not in (0, XFS_REPAIRED):
+            raise DeviceError(
+                f"the xfs on {path} cannot be repaired (xfs_repair status {done.status}); "
+                f"xfs_repair said: {_shown(done)}"
+            )
         return done.status == XFS_REPAIRED
 
     def grow(self, path: str, mountpoint: str) -> None:
         programs.run("xfs_growfs", mountpoint)
+
+
+def _run_check(*argv: str) -> programs.Done:
+    return programs.run(*argv, accept=range(256), timeout_s=CHECK_TIMEOUT_S)
+
+
+def _shown(done: programs.Done) -> str:
+    return " ".join(done.output.split())[-programs.MAX_SHOWN :]
 
 
 FILESYSTEMS: Final[dict[str, Filesystem]] = {"ext4": Ext4(), "xfs": Xfs()}

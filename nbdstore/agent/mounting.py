@@ -111,9 +111,11 @@ class Mounting:
             return
         log.info("checking the filesystem of volume %s", record.volume)
         if mode != "repair":
-            kind.check(device.path, mode)
+            kind.check(device.path)
             return
-        attachment.problem = self._repairs.repair(record, lambda: kind.check(device.path, mode))
+        attachment.problem = self._repairs.repair(
+            record, lambda: kind.is_damaged(device.path), lambda: kind.repair(device.path)
+        )
         if attachment.problem:
             log.info("volume %s: %s", record.volume, attachment.problem)
 

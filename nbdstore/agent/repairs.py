@@ -1,5 +1,7 @@
 """Repairing a filesystem, which may lose data, with a way back: a snapshot taken before.
 
+    look                                        nothing is wrong: no snapshot, which a full pool
+                                                would refuse
     snapshot VOLUME@before-fsck-TIME, repair:   nothing was wrong     the snapshot is deleted
                                                 repaired, or in vain  it stays, people are told
                                                 nothing is wrong any  it stays: what was in vain
@@ -35,11 +37,14 @@ class Repairs:
         self._in_vain: dict[str, tuple[str, int]] = {}
         """By the volume's uuid: the snapshot before a repair that failed, and the lease's epoch."""
 
-    def repair(self, record: AttachRecord, check: Callable[[], bool]) -> str:
-        """Have `check` repair the filesystem of a volume, whose device must have been synced.
+    def repair(
+        self, record: AttachRecord, is_damaged: Callable[[], bool], repair: Callable[[], bool]
+    ) -> str:
+        """Have the filesystem of a volume repaired, whose device must have been synced.
 
         Arguments:
-            check: returns whether it has changed anything; raises DeviceError in vain.
+            is_damaged: tells whether that is needed; called unless an attempt in vain went before.
+            repair: returns whether it has changed anything; raises DeviceError in vain.
 
         Returns:
             What people are to know; "" if nothing was wrong.
@@ -48,10 +53,12 @@ class Repairs:
             DeviceError: it was in vain, or is not begun, for there is no room for a snapshot.
         """
         earlier = self._earlier_snapshot(record)
+        if not earlier and not is_damaged():
+            return ""
         before = earlier or self._snapshot(record)
         self._in_vain[record.volume_uuid] = (before, record.epoch)
         try:
-            changed = check()
+            changed = repair()
         except DeviceError as error:
             raise DeviceError(
                 f"{error}; the snapshot {before} holds what was there before"

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.requires(
         "losetup", "mount", "mkfs.ext4", "e2fsck", "debugfs", "mkfs.xfs", "setsid"
     ),
+    pytest.mark.requires("xfs_io", "xfs_db", "xfs_repair", "unshare"),
     pytest.mark.timeout(180),
 ]
 
@@ -154,6 +155,44 @@ def test_a_repair_leaves_a_snapshot_of_what_was_there_before(host: Host) -> None
     host.nbdstore("umount", "db")
     host.nbdstore("snapshot", "rollback", before)
     assert "mount it with --fsck repair" in host.nbdstore("mount", "db", where, status=1)
+
+
+def stop_in_the_middle(host: Host, where: Path) -> None:
+    """Unmount an xfs as a crash leaves it: what is synced stands in its journal alone."""
+    os.sync()
+    host.children.run("xfs_io", "-x", "-c", "shutdown -f", where)
+    host.nbdstore("umount", where)
+
+
+def test_a_repair_of_an_xfs_replays_its_journal_before(host: Host) -> None:
+    where = host.directory / "mnt"
+    host.nbdstore("mount", "web", where, "--fs", "xfs", "--driver", "fuse")
+    (where / "file").write_text("content")
+    stop_in_the_middle(host, where)
+    host.nbdstore("mount", "web", where, "--fsck", "repair")
+    assert (where / "file").read_text() == "content"
+    assert "before-fsck" not in host.nbdstore("snapshot", "list"), "nothing was to be repaired"
+
+    (where / "other").write_text("content")
+    inode = where.stat().st_ino
+    stop_in_the_middle(host, where)
+    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
+    commands = ("-c", f"inode {inode}", "-c", "write -d core.magic 0")
+    host.children.run("xfs_db", "-x", *commands, device)
+    host.nbdstore("detach", "web")
+    refused = host.nbdstore("mount", "web", where, "--fsck", "repair", status=1)
+    assert "its journal cannot be replayed" in refused
+    assert "run 'xfs_repair -L' on the device" in refused
+    (before,) = re.findall(r"the snapshot (web@before-fsck-[\dT.]*Z) holds", refused)
+    assert before in host.nbdstore("snapshot", "list", "web")
+
+    # As it says.
+    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
+    host.children.run("xfs_repair", "-L", device)
+    host.nbdstore("mount", "web", where)
+    assert is_mounted(where)
+    host.nbdstore("umount", "web")
+    host.nbdstore("detach", "web")
 
 
 def test_detaching_what_is_mounted_or_open_is_refused(host: Host) -> None:

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nbdstore.agent.filesystems import FILESYSTEMS, filesystem, parse_superblock, read_superblock
+from nbdstore.agent.filesystems import (
+    FILESYSTEMS,
+    Damaged,
+    filesystem,
+    parse_superblock,
+    read_superblock,
+)
 from nbdstore.errors import DeviceError, InvalidArgument
 from tests.children import Children
 
@@ -43,7 +49,7 @@ def test_an_ext4_that_is_unclean(image: Path, children: Children, change: str) -
     found = read_superblock(str(image))
     assert found is not None
     assert not found.clean
-    filesystem("ext4").check(str(image), "auto")
+    filesystem("ext4").check(str(image))
     found = read_superblock(str(image))
     assert found is not None
     assert found.clean
@@ -53,10 +59,12 @@ def test_what_only_a_person_may_decide_is_not_repaired(image: Path, children: Ch
     filesystem("ext4").make(str(image))
     children.run("debugfs", "-w", "-R", "clri <2>", image)
     children.run("debugfs", "-w", "-R", "ssv state 2", image)
-    with pytest.raises(DeviceError, match="--fsck repair"):
-        filesystem("ext4").check(str(image), "auto")
-    assert filesystem("ext4").check(str(image), "repair")
-    assert not filesystem("ext4").check(str(image), "repair")
+    with pytest.raises(Damaged, match="--fsck repair"):
+        filesystem("ext4").check(str(image))
+    assert filesystem("ext4").is_damaged(str(image))
+    assert filesystem("ext4").repair(str(image))
+    assert not filesystem("ext4").is_damaged(str(image))
+    assert not filesystem("ext4").repair(str(image))
     children.run("e2fsck", "-f", "-n", image)
 
 
@@ -80,8 +88,10 @@ def test_other_kinds_cannot_be_made() -> None:
 
 def test_an_xfs_is_repaired_when_asked_for(image: Path, children: Children) -> None:
     filesystem("xfs").make(str(image))
-    assert not filesystem("xfs").check(str(image), "repair")
+    assert not filesystem("xfs").is_damaged(str(image))
+    assert not filesystem("xfs").repair(str(image))
     children.run("xfs_db", "-x", "-c", "sb 0", "-c", "write fdblocks 1", image)
-    assert not filesystem("xfs").check(str(image), "auto")
-    assert filesystem("xfs").check(str(image), "repair")
+    filesystem("xfs").check(str(image))
+    assert filesystem("xfs").is_damaged(str(image))
+    assert filesystem("xfs").repair(str(image))
     children.run("xfs_repair", "-n", image)
