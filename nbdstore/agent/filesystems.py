@@ -65,6 +65,10 @@ class Filesystem(Protocol):
     def mount_options(self) -> tuple[str, ...]:
         """What it is mounted with unless a person says otherwise."""
 
+    @property
+    def needed_options(self) -> tuple[str, ...]:
+        """What it is mounted with in any case."""
+
     def make(self, path: str) -> None:
         """Format a device that holds nothing."""
 
@@ -93,6 +97,7 @@ class Ext4:
     """ext2, ext3 and ext4 alike; new ones are ext4."""
 
     mount_options = ("discard",)
+    needed_options = ()
 
     def make(self, path: str) -> None:
         # A new volume reads as zeros, so there is nothing to discard and no table to clear.
@@ -138,6 +143,10 @@ class Xfs:
     """xfs: replays its journal when mounted, and is repaired only when a person asks for it."""
 
     mount_options = ("discard",)
+    # Or of a volume and its clones one alone could be mounted on a machine, since the kernel takes
+    # a uuid that is mounted already for the same disk by another path. That a disk is mounted by
+    # one path is what leases are for. A uuid of its own would have to be written into each clone.
+    needed_options = ("nouuid",)
 
     def make(self, path: str) -> None:
         programs.run("mkfs.xfs", "-q", "-K", path)

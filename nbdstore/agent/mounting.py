@@ -137,6 +137,7 @@ class Mounting:
         options = [option for option in wanted.options.split(",") if option]
         if not options and not read_only:
             options = list(kind.mount_options)
+        options += [option for option in kind.needed_options if option not in options]
         options += ["ro"] if read_only else []
         self._repairs.forget(record)
         mounts.mount(device.make_node(), wanted.path, record.filesystem.type, options)

@@ -195,6 +195,25 @@ def test_a_repair_of_an_xfs_replays_its_journal_before(host: Host) -> None:
     host.nbdstore("detach", "web")
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_clone_is_mounted_beside_its_origin(host: Host, kind: str) -> None:
+    """Their filesystems have the same uuid. The snapshot is of one that is in use."""
+    where, clone = host.directory / "mnt", host.directory / "clone"
+    host.nbdstore("mount", "web", where, "--fs", kind, "--driver", "fuse")
+    (where / "file").write_text("before")
+    host.children.run("sync", "-f", where)
+    host.nbdstore("snapshot", "create", "web@now")
+    host.nbdstore("clone", "web@now", "copy")
+    host.nbdstore("mount", "copy", clone, "--options", "noatime")
+    assert (clone / "file").read_text() == "before"
+    (clone / "file").write_text("after")
+    host.nbdstore("umount", "web")
+    host.nbdstore("mount", "web", where)
+    assert (where / "file").read_text() == "before", "the order of mounting does not matter"
+    host.nbdstore("umount", "web")
+    host.nbdstore("umount", "copy")
+
+
 def test_detaching_what_is_mounted_or_open_is_refused(host: Host) -> None:
     where = host.directory / "mnt"
     device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
