@@ -79,19 +79,25 @@ def test_a_volume_that_holds_data_is_never_formatted(host: Host, tmp_path: Path)
     assert (tmp_path / "after").read_bytes() == raw.read_bytes()
 
 
+def attach_with_begun_mkfs(host: Host) -> str:
+    """Attach "web" as it is when its agent was killed during mkfs.xfs; return the device."""
+    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
+    path = host.record_path("web")
+    record = json.loads(path.read_text())
+    record["filesystem"] = {"type": "xfs", "made": "begun"}
+    path.write_text(json.dumps(record))
+    return device
+
+
 def test_mkfs_that_was_killed_is_begun_again(host: Host) -> None:
     """What is on the device then is half a filesystem, made under the lease that is still held."""
     where = host.directory / "mnt"
-    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
-    record_path = host.record_path("web")
-    record = json.loads(record_path.read_text())
-    record["filesystem"] = {"type": "xfs", "made": "begun"}
-    record_path.write_text(json.dumps(record))
+    device = attach_with_begun_mkfs(host)
     # As far as mkfs had come: signatures, which it would refuse to overwrite without force.
     host.children.run("mkfs.xfs", "-q", "-K", device)
     host.nbdstore("mount", "web", where, "--fs", "xfs")
     assert is_mounted(where)
-    assert json.loads(record_path.read_text())["filesystem"]["made"] == "owned"
+    assert json.loads(host.record_path("web").read_text())["filesystem"]["made"] == "owned"
     host.nbdstore("umount", "web")
     host.nbdstore("detach", "web")
 
@@ -115,11 +121,7 @@ def test_what_was_made_by_hand_after_mkfs_failed_is_kept(host: Host) -> None:
 
 def test_what_was_made_by_hand_after_mkfs_was_killed_is_kept(host: Host) -> None:
     where = host.directory / "mnt"
-    device = host.nbdstore("attach", "web", "--driver", "fuse").splitlines()[0]
-    record_path = host.record_path("web")
-    record = json.loads(record_path.read_text())
-    record["filesystem"] = {"type": "xfs", "made": "begun"}
-    record_path.write_text(json.dumps(record))
+    device = attach_with_begun_mkfs(host)
     assert "holds xfs, not ext4" in host.nbdstore("mount", "web", where, "--fs", "ext4", status=2)
     host.children.run("mkfs.ext4", "-q", device)
     host.children.run("debugfs", "-w", "-R", "mkdir precious", device)
