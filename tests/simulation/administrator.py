@@ -15,7 +15,8 @@ from nbdstore.errors import NbdstoreError
 from nbdstore.store.host import Failpoint
 from tests.simulation.export import Export
 from tests.simulation.oracle import CELL, Stamps, zero_stamps
-from tests.simulation.server_process import BALLAST, Death, ProcessDied
+from tests.simulation.pool_process import Death, ProcessDied
+from tests.simulation.server_process import BALLAST
 from tests.simulation.snapshots import key_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 _PLACES: Final = [place for place in Failpoint if not place.name.startswith("POOL_")]
-_MOST_EXPORTS: Final = 6
+MOST_EXPORTS: Final = 6
 _MOST_SNAPSHOTS: Final = 4
 _MOST_NAMES: Final = 50
 """Whose volumes are made anew again and again never comes to an end."""
@@ -74,7 +75,7 @@ class Administrator:
         return self._random.choice(exports) if exports else None
 
     async def _create(self) -> None:
-        if len(self._world.exports) < _MOST_EXPORTS and self._n_names < _MOST_NAMES:
+        if self._world.has_room and self._n_names < _MOST_NAMES:
             await self.create()
 
     async def create(self) -> None:
@@ -171,7 +172,7 @@ class Administrator:
 
     async def _clone(self) -> None:
         world, snapshot = self._world, self._world.snapshots.choose(self._random)
-        if snapshot is None or len(world.exports) >= _MOST_EXPORTS or self._n_names >= _MOST_NAMES:
+        if snapshot is None or not world.has_room or self._n_names >= _MOST_NAMES:
             return
         content = world.snapshots.known[key_of(snapshot)]
         if content is not None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest import mock
 
+from nbdstore.control import sending
+from nbdstore.control.backup_stream import Part
+from nbdstore.control.receiving import Receiving, _Reception
 from nbdstore.protocol.constants import Command
 from nbdstore.protocol.replies import Buffer, SimpleReplies
 from nbdstore.protocol.transmission import Request
@@ -50,6 +53,16 @@ ROLLBACKS: Final = replace(
     CRASHES, actions={"crash": 0, "snapshot": 1, "drop": 1, "roll_back": 3, "wait": 1}
 )
 """Worlds in which volumes are rolled back under their users."""
+
+BACKUPS: Final = replace(
+    CRASHES,
+    n_jobs=1,
+    n_requests=300,
+    moments_s=(0.02, 0.1),
+    actions={"crash": 1, "restart": 1, "snapshot": 4, "drop": 1, "wait": 2},
+    n_transfers=30,
+)
+"""Worlds in which snapshots are carried to another pool and back."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +207,31 @@ def _forget_overwrites() -> Any:
     return mock.patch.object(Writing, "_attempt", attempt)
 
 
+# --- Backups -------------------------------------------------------------------------------------
+
+
+async def _send_the_volume(snapshot: Any, piece: Any) -> Any:
+    return await _READ(snapshot.volume, piece)
+
+
+async def _note_before_writing(self: _Reception, part: Part) -> int:
+    """As if what came was noted as durable before it is written."""
+    before, self._position = self._position, max(self._position, part.stop)
+    await self._save()
+    self._position = before
+    return await _WRITE_PART(self, part)
+
+
+async def _abort_without_rollback(self: Receiving, name: str) -> None:
+    with mock.patch.object(type(self._pool), "rollback", mock.AsyncMock()):
+        await _ABORT(self, name)
+
+
+_READ: Final = sending._read
+_WRITE_PART: Final = _Reception._write
+_ABORT: Final = Receiving.abort
+
+
 MUTATIONS: Final = (
     Mutation(
         "a flush is answered too early",
@@ -254,5 +292,24 @@ MUTATIONS: Final = (
         _forget_overwrites,
         "",
         replace(PEACE, share_uncached=0.9, cells=64, n_requests=200),
+    ),
+    Mutation(
+        "a send reads the volume, not its snapshot",
+        lambda: mock.patch.object(sending, "_read", _send_the_volume),
+        "not as",
+        BACKUPS,
+    ),
+    Mutation(
+        "a receive notes what it has before that is written",
+        lambda: mock.patch.object(_Reception, "_write", _note_before_writing),
+        "not as sent",
+        BACKUPS,
+    ),
+    Mutation(
+        "a receive that is given up leaves what came",
+        lambda: mock.patch.object(Receiving, "abort", _abort_without_rollback),
+        "is not as in",
+        BACKUPS,
+        n_seeds=150,
     ),
 )

@@ -6,7 +6,7 @@ Owns the choices and nothing else: two worlds of one plan and seed are the same.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nbdstore.server import Limits
@@ -45,6 +45,7 @@ class Plan:
         patience_s: after which a client gives a silent connection up.
         moments_s: between two things that the administrator does.
         actions: what he does, and how often.
+        n_transfers: backups that are sent, to another pool and back.
     """
 
     weather: Weather = field(default_factory=Weather)
@@ -65,6 +66,7 @@ class Plan:
     patience_s: float = 1000.0
     moments_s: tuple[float, ...] = (0.05, 0.2, 1.0)
     actions: dict[str, int] = field(default_factory=dict)
+    n_transfers: int = 0
 
     @property
     def may_fill(self) -> bool:
@@ -78,7 +80,7 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
     """The plan of a seed; `scale` multiplies the number of requests."""
     rng = random.Random(seed)
     small = rng.random() < 0.2
-    return Plan(
+    plan = Plan(
         weather=_choose_weather(rng),
         capacity=(16 if small else 24) << 20,
         ballast=rng.choice((26, 28, 29)) << 19 if small else 0,
@@ -113,6 +115,9 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
             **_choose_snapshots(rng),
         },
     )
+    if "snapshot" in plan.actions:
+        plan = replace(plan, n_transfers=rng.choice((0, 5, 15)))
+    return plan
 
 
 def _choose_snapshots(rng: random.Random) -> dict[str, int]:

@@ -14,7 +14,7 @@ from nbdstore.errors import NbdstoreError
 from nbdstore.store import Snapshot
 from tests.simulation.export import Export
 from tests.simulation.oracle import Stamps, Wrong, stamps_of
-from tests.simulation.server_process import ProcessDied
+from tests.simulation.pool_process import ProcessDied
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -96,6 +96,7 @@ class Snapshots:
             snapshot
             for volume in self._world.pool.volumes.values()
             for snapshot in volume.snapshots.values()
+            if key_of(snapshot) in self.known
         ]
         return rng.choice(found) if found else None
 

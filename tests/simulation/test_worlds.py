@@ -12,7 +12,7 @@ import pytest
 
 from nbdstore.errors import StoreError
 from tests.figures import Tell
-from tests.simulation.mutations import MUTATIONS, Mutation
+from tests.simulation.mutations import BACKUPS, MUTATIONS, Mutation
 from tests.simulation.oracle import Wrong
 from tests.simulation.plan import choose_plan
 from tests.simulation.world import run_world
@@ -22,6 +22,7 @@ SCALE = 0.25
 """Of the number of requests; `python -m tests.simulation` does it all."""
 
 N_WORLDS = 40
+N_BACKUP_WORLDS = 30
 
 
 @pytest.mark.parametrize("first", range(0, N_WORLDS, 4))
@@ -33,11 +34,23 @@ def test_nothing_is_lost(tell: Tell, first: int) -> None:
     tell("simulation", {"worlds": 4, **figures})
 
 
+def test_what_is_carried_to_another_pool_and_back_is_what_was_sent(tell: Tell) -> None:
+    figures: Counter[str] = Counter()
+    for seed in range(N_BACKUP_WORLDS):
+        figures.update(run_world(seed, BACKUPS).figures())
+    for what in ("received", "broken off", "resumed", "given up"):
+        assert figures[f"transfers {what}"], what
+    assert figures["volumes restored"]
+    tell("simulation", {"worlds": N_BACKUP_WORLDS, **figures})
+
+
 DIGEST = """
 from tests.simulation.plan import choose_plan
 from tests.simulation.world import run_world
+from tests.simulation.mutations import BACKUPS
 for seed in (3, 6, 8):
     print(run_world(seed, choose_plan(seed, scale=0.2)).trace.digest)
+print(run_world(1, BACKUPS).trace.digest)
 """
 
 
@@ -53,7 +66,7 @@ def test_a_seed_is_the_same_world_in_every_process() -> None:
             cwd=ROOT,
         )
         digests.append(found.stdout.split())
-    assert len(set(digests[0])) == 3
+    assert len(set(digests[0])) == 4
     assert digests[0] == digests[1]
 
 

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
-import tempfile
-import uuid
 from collections.abc import Coroutine, Iterator
-from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
@@ -25,17 +21,19 @@ from nbdstore.errors import NbdstoreError, StoreError
 from nbdstore.protocol.constants import Errno
 from nbdstore.server.channel import Channel
 from nbdstore.store import Pool, Volume
-from nbdstore.store.local_host import LocalHost
-from tests.simulation.administrator import Administrator
+from tests.control.backup_power_loss import small_steps
+from tests.simulation.administrator import MOST_EXPORTS, Administrator
+from tests.simulation.carrier import Carrier
 from tests.simulation.export import Export
 from tests.simulation.jobs import Job
 from tests.simulation.network import Network
 from tests.simulation.oracle import CELL, Stamps, Wrong, stamps_of
 from tests.simulation.plan import Plan
-from tests.simulation.server_process import Death, ProcessDied, ServerProcess
+from tests.simulation.pool_process import Death, ProcessDied, new_pool
+from tests.simulation.received import Received, look
+from tests.simulation.server_process import ServerProcess
 from tests.simulation.snapshots import Snapshots
 from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
-from tests.store.crashes import load_images
 from tests.store.power_loss import assert_clean
 from tests.store.simulated_disk import Images, SimulatedDisk
 
@@ -45,31 +43,6 @@ SETTLED_S: Final = 1000.0
 """After this every end of a connection has heard of the other one's death."""
 
 
-class _SeededHost(LocalHost):
-    """This machine, but for its chance."""
-
-    def new_uuid(self) -> uuid.UUID:
-        return uuid.UUID(int=4711, version=4)
-
-    def time(self) -> float:
-        return 1_700_000_000.0
-
-
-@functools.cache
-def new_pool(capacity: int, block_size: int) -> dict[str, bytes]:
-    """The files of a pool that was just made, always the same."""
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory) / "pool"
-        Pool.create(
-            place,
-            block_size=block_size,
-            capacity=capacity,
-            journal_size=1 << 20,
-            host=_SeededHost(),
-        )
-        return {name: bytes(image) for name, image in load_images(place).items()}
-
-
 class World:
     """See the module.
 
@@ -77,6 +50,8 @@ class World:
         exports: those that exist, by id.
         maybe_created: what volumes shall hold whose making has begun, by name.
         snapshots: what is known of them.
+        received: the volumes that backups are received into, by name; nobody uses them yet.
+        carrier: who does that; None = nobody.
         process: the server, alive or dead.
         n_...: figures.
     """
@@ -90,6 +65,8 @@ class World:
         self.exports: dict[int, Export] = {}
         self.maybe_created: dict[str, Stamps] = {}
         self.snapshots = Snapshots(self)
+        self.received: dict[str, Received] = {}
+        self.carrier: Carrier | None = None
         self.process: ServerProcess
         self.n_answered = self.n_lost = self.n_resent = self.n_stalls = self.n_timeouts = 0
         self.n_attached = self.n_changes = self.n_refused = self.n_restarts = self.n_errors = 0
@@ -138,6 +115,11 @@ class World:
         """End the world: something went wrong."""
         if not self._failure.done():
             self._failure.set_exception(error)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there may be another volume."""
+        return len(self.exports) + len(self.received) < MOST_EXPORTS
 
     def next_serial(self) -> int:
         self._serial += 1
@@ -269,6 +251,8 @@ class World:
         """Assert that what the server came up with is what may be left."""
         found = dict(process.found)
         self.snapshots.compare(process.found_snapshots, self.trace.now)
+        for received in self.received.values():
+            received.compare(process.found_received.get(received.name))
         for export in list(self.exports.values()):
             if export.id not in found:
                 if not export.leaving:
@@ -324,10 +308,15 @@ class World:
                 await administrator.create()
             except (NbdstoreError, ProcessDied):
                 await asyncio.sleep(0.5)
-        working = self.start(administrator.run())
+        working = [self.start(administrator.run())]
+        if self.plan.n_transfers:
+            self.carrier = Carrier(self)
+            working.append(self.start(self.carrier.run()))
         await self._until_idle()
         administrator.stopped = True
-        await working
+        if self.carrier is not None:
+            self.carrier.stopped = True
+        await asyncio.wait(working)
         await self._until_idle()
         await self._end(supervising)
 
@@ -353,6 +342,8 @@ class World:
         reading.result()
         stopping.result()
         self.remains = [process.disk.images, process.end().images]
+        if self.carrier is not None:
+            self.remains += await self.carrier.vault.end()
         left = [link.name for link in self.network.links if not link.server.closed]
         if left:
             raise Wrong(f"the server has ended, but not its connections: {left}")
@@ -376,6 +367,9 @@ class World:
             export.history.check_crash(stamps_of(found), self.trace.now, lossless=True)
             for snapshot in volume.snapshots.values():
                 await self.snapshots.look(snapshot)
+        for received in self.received.values():
+            there = self.pool.volumes.get(received.name)
+            received.compare(None if there is None else await look(there, self.plan.spread))
 
     def figures(self) -> dict[str, int]:
         """What happened, in numbers."""
@@ -398,6 +392,7 @@ class World:
             "snapshots made": self.snapshots.n_made,
             "rollbacks": self.n_rollbacks,
             "changes refused": self.n_refused,
+            **(self.carrier.figures if self.carrier else {}),
             "virtual seconds": int(self._loop.time()),
         }
 
@@ -458,6 +453,7 @@ def run_world(seed: int, plan: Plan) -> World:
     try:
         with (
             _punching(plan.punches),
+            small_steps(random.Random(seed)),
             mock.patch.object(Channel, "has_hung_up", lambda channel: channel.sock.has_hung_up()),
             asyncio.Runner(loop_factory=WorldLoop) as runner,
         ):

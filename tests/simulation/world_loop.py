@@ -22,6 +22,8 @@ from tests.store.virtual_clock import VirtualLoop
 N_RECENT: Final = 400
 MOST_TURNS: Final = 100_000
 """Turns of the loop at one moment, after which somebody spins."""
+_GHOST_S: Final = 1.0
+"""After this a ghost that was cancelled, and has not ended, is cancelled again."""
 
 
 class Trace:
@@ -79,12 +81,15 @@ class Process:
             task.exception()
 
     async def bury(self) -> None:
-        """Cancel what still runs, and wait for its end."""
+        """Cancel what still runs, and wait for its end.
+
+        What puts things in order when it is cancelled may wait for what is dead: once more, then.
+        """
         assert not self.alive
         while self.tasks:
             for task in list(self.tasks):
                 task.cancel()
-            await asyncio.wait(list(self.tasks))
+            await asyncio.wait(list(self.tasks), timeout=_GHOST_S)
 
 
 PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
