@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from nbdstore.agent import tls
 from nbdstore.agent.attachments import Attachment, Attachments
 from nbdstore.agent.devices import CLAIM_PATIENCE_S, CLAIM_RETRY_S, BlockDevice
 from nbdstore.agent.driver import Health
@@ -96,16 +97,18 @@ class Attaching:
                 f"clone, which 'nbdstore clone {request.volume} NAME' makes at once"
             )
         info = self._server.volume(request.volume)
+        address = self._server.address()
+        with_tls = tls.parse_address(address) is not None
         name = request.driver if request.driver != "auto" else self._options.driver
         record = AttachRecord(
             id=new_id(),
             volume=info.name,
             volume_uuid=info.uuid,
-            driver=self._drivers.choose(name).name,
+            driver=self._drivers.choose(name, with_tls=with_tls).name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             read_only=request.read_only,
             export="",
-            address=self._server.address(),
+            address=address,
             request_timeout_s=self._options.request_timeout_s,
             dead_timeout_s=self._options.dead_timeout_s,
         )

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Final
 
-from nbdstore.agent import fuse_driver, kernel_driver
+from nbdstore.agent import fuse_driver, kernel_driver, tls
 from nbdstore.agent.driver import Driver
 from nbdstore.errors import DeviceError, InvalidArgument
 
@@ -30,13 +30,17 @@ class Drivers:
     def __getitem__(self, name: str) -> Driver:
         return self._drivers[name]
 
-    def choose(self, name: str = AUTO) -> Driver:
-        """Return the driver of a name, or the one for this machine.
+    def choose(self, name: str = AUTO, *, with_tls: bool = False) -> Driver:
+        """Return the driver of a name, or the one for this machine, and for TLS if that is wanted.
 
         Raises:
             DeviceError: this machine has none.
             InvalidArgument: there is none of that name.
         """
+        if with_tls and name == "kernel":
+            raise DeviceError(tls.KERNEL_CANNOT)
+        if with_tls and name == AUTO:
+            name = "fuse"
         if name == AUTO:
             self._automatic = self._automatic or self._find()
             return self._automatic

@@ -32,7 +32,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
-from nbdstore.agent import devices, programs, store_server
+from nbdstore.agent import devices, programs, store_server, tls
 from nbdstore.agent.devices import BlockDevice
 from nbdstore.agent.driver import Health
 from nbdstore.agent.nbd_family import Connect, NbdFamily
@@ -92,7 +92,7 @@ class KernelDriver:
         return f"{PREFIX}{self._agent_id}:{record.volume}:{record.id}"
 
     def attach(self, record: AttachRecord) -> tuple[BlockDevice, AttachRecord]:
-        link = store_server.dial(record.address, record.export)
+        link = _dial(record)
         with link.socket:
             inode = os.fstat(link.socket.fileno()).st_ino
             flags = link.flags | (TransmissionFlag.READ_ONLY if record.read_only else 0)
@@ -158,7 +158,7 @@ class KernelDriver:
         The kernel says success even if it drops the socket. Once our own descriptor is closed, the
         connection lives on exactly if the kernel holds it.
         """
-        link = store_server.dial(record.address, record.export)
+        link = _dial(record)
         with link.socket:
             if not store_server.still_fits(record.flags, link.flags):
                 raise DeviceError(
@@ -233,6 +233,13 @@ class KernelDriver:
         with device.claimed(), _explained("detach the device"):
             device.sync()
             self._family.disconnect(device.index)
+
+
+def _dial(record: AttachRecord) -> store_server.Link:
+    """Connect, for the kernel to go on; DeviceError with TLS, whose keys would stay here."""
+    if tls.parse_address(record.address) is not None:
+        raise DeviceError(tls.KERNEL_CANNOT)
+    return store_server.dial(record.address, record.export)
 
 
 def block_size(size: int) -> int:

@@ -45,8 +45,8 @@ class Setting:
     """Where an agent keeps its state, and what it works with.
 
     control_url, token, token_file, tls_ca: of the server's control API; the relays of the fuse
-    driver read the files themselves. nbd: HOST:PORT or unix:PATH, "" asks the server. holder: ""
-    is the machine's name and the agent's id.
+    driver read the files themselves. nbd: an address, see `StoreServer`; "" asks the server.
+    holder: "" is the machine's name and the agent's id.
     """
 
     state: Path

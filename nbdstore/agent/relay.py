@@ -13,7 +13,8 @@ which lives as long as nbdfuse does and does not need the agent.
     dead_timeout_s over    the end: nbdfuse fails what it has, and all that comes
 
 Speaks oldstyle to nbdfuse (proto.md, "Oldstyle negotiation"), which leaves nothing to agree on:
-simple replies, the flags of the server. All bytes of requests and replies pass unchanged.
+simple replies, the flags of the server. All bytes of requests and replies pass unchanged, to the
+server with TLS if its address says so (see `tls`).
 
 The file that it is given is locked for its life, and says "PID connected" or "PID waiting".
 """
@@ -25,6 +26,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -50,6 +52,8 @@ OLDSTYLE: Final = struct.Struct(">QQQI124x")
 """NBDMAGIC, the oldstyle magic, size, flags of handshake and transmission, zeros."""
 OLDSTYLE_MAGIC: Final = 0x00420281861253
 RECEIVE_BYTES: Final = 256 << 10
+NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+"""What a socket that does not block raises instead of waiting."""
 RETRY_S: Final = (0.1, 0.2, 0.5, 1.0)
 """Pauses between attempts to connect; the last one repeats."""
 LOCK_FILE_MODE: Final = 0o600
@@ -160,7 +164,7 @@ class Relay:
     def _send(self, sock: socket.socket, queue: deque[memoryview]) -> None:
         try:
             n_bytes = sock.send(queue[0])
-        except BlockingIOError:
+        except NOT_NOW:
             return
         except OSError as error:
             self._ended(sock, error)
@@ -177,10 +181,14 @@ class Relay:
         self._to_client.clear()
 
     def _receive(self, sock: socket.socket) -> bytes | None:
-        """Return what came; None if nothing did; the end is `_ended`."""
+        """Return what came; None if nothing did; the end is `_ended`.
+
+        RECEIVE_BYTES hold any TLS record (16 KiB at most), so that nothing of one stays in OpenSSL,
+        where select() does not see it.
+        """
         try:
             data = sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
+        except NOT_NOW:
             return None
         except OSError as error:
             self._ended(sock, error)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from nbdstore import unix_socket
+from nbdstore.agent import tls
 from nbdstore.control.client import ControlClient
 from nbdstore.control.model import LeaseInfo, PoolInfo, VolumeInfo
 from nbdstore.errors import ControlError, DeviceError, InvalidArgument, NotFound, ProtocolError
@@ -22,10 +24,11 @@ from nbdstore.protocol.client import (
     ClientHandshake,
     ExportSize,
     OptionAnswer,
+    build_option,
     option_exchange,
     parse_info_export,
 )
-from nbdstore.protocol.constants import U16, Info, OptionReply, TransmissionFlag
+from nbdstore.protocol.constants import U16, Info, Option, OptionReply, TransmissionFlag
 
 DIAL_TIMEOUT_S: Final = 10.0
 CONTROL_TIMEOUT_S: Final = 30.0
@@ -54,10 +57,16 @@ class StoreServer:
 
     Arguments:
         control: its control API.
-        address: HOST:PORT or unix:PATH of its NBD; None asks the server for it.
+        address: HOST:PORT or unix:PATH of its NBD, or with TLS, see `tls`; None asks the server
+            for it.
+
+    Raises:
+        InvalidArgument: the address makes no sense.
     """
 
     def __init__(self, control: ControlClient, address: str | None = None) -> None:
+        if address is not None:
+            tls.parse_address(address)
         self.control = control
         self._address = address
 
@@ -150,22 +159,32 @@ def still_fits(before: int, now: int) -> bool:
 def dial(address: str, export: str, *, timeout_s: float = DIAL_TIMEOUT_S) -> Link:
     """Connect to an export and shake hands; the socket blocks, and is at its first request.
 
+    Of an address with TLS it is an `ssl.SSLSocket`, or there is none.
+
     Raises:
         ServerAway: nobody answers.
-        DeviceError: the server refuses the export, with its reason.
+        DeviceError: the server refuses the export, with its reason, or TLS fails.
         ProtocolError: it does not speak NBD as it must.
+        InvalidArgument: the files for TLS cannot be used.
     """
+    secured = tls.parse_address(address)
     try:
-        sock = _connect(address, timeout_s)
+        sock = _connect(f"[{secured.host}]:{secured.port}" if secured else address, timeout_s)
     except OSError as error:
         raise ServerAway(
             f"no NBD server answers at {address} ({error.strerror or error})"
         ) from error
     try:
-        found = _shake_hands(sock, address, export)
+        handshake = _begin_handshake(sock)
+        if secured:
+            _start_tls(sock, handshake, address)
+            sock = tls.secure(sock, secured)
+        found = _choose_export(sock, handshake, address, export)
         sock.settimeout(None)
     except BaseException as error:
         sock.close()
+        if secured and isinstance(error, ssl.SSLError):
+            raise tls.failure(secured, error) from error
         if isinstance(error, OSError):
             raise ServerAway(f"{address} went away in the handshake: {error}") from error
         raise
@@ -187,15 +206,40 @@ def _connect(address: str, timeout_s: float) -> socket.socket:
     return sock
 
 
-def _shake_hands(sock: socket.socket, address: str, export: str) -> ExportSize:
+def _begin_handshake(sock: socket.socket) -> ClientHandshake:
     handshake = ClientHandshake()
     while (hello := handshake.hello()) is None:
         handshake.receive(_receive(sock))
     sock.sendall(hello)
+    return handshake
+
+
+def _start_tls(sock: socket.socket, handshake: ClientHandshake, address: str) -> None:
+    """Have the server agree to TLS; never go on without it."""
+    sock.sendall(build_option(Option.STARTTLS))
+    (answer,) = _answers(sock, handshake)
+    if answer.is_error:
+        raise DeviceError(
+            f"the server at {address} speaks no TLS ({OptionReply(answer.reply).name}): serve it "
+            "with --tls, or give its address without nbds://"
+        )
+    if handshake.unread():
+        # What somebody in between slipped in would be taken for the server's word under TLS.
+        raise ProtocolError(f"the server at {address} sent more before TLS than its consent")
+
+
+def _choose_export(
+    sock: socket.socket, handshake: ClientHandshake, address: str, export: str
+) -> ExportSize:
     found: ExportSize | None = None
     for option in option_exchange(export, ReplyMode.SIMPLE):
         sock.sendall(option)
         for answer in _answers(sock, handshake):
+            if answer.reply == OptionReply.ERR_TLS_REQD:
+                raise DeviceError(
+                    f"the server at {address} asks for TLS: say so with --nbd {tls.FORM} "
+                    f"({tls.KERNEL_CANNOT})"
+                )
             if answer.is_error:
                 reason = answer.data.decode(errors="replace") or OptionReply(answer.reply).name
                 raise DeviceError(f"the server at {address} refuses: {reason}")

@@ -61,7 +61,8 @@ nbd_option = click.option(
     metavar="ADDRESS",
     envvar="NBDSTORE_NBD",
     show_envvar=True,
-    help="HOST:PORT or unix:PATH of the server's NBD. Default: the server is asked.",
+    help="HOST:PORT or unix:PATH of the server's NBD; with TLS, which takes the fuse driver, "
+    "nbds://HOST:PORT?tls-certificates=DIR. Default: the server is asked.",
 )
 driver_option = click.option(
     "--driver",
