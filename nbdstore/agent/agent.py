@@ -315,11 +315,12 @@ class Agent:
                 self.mounting.grow(attachment, device, mounts[0].path)
 
     def _grow_device(self, attachment: Attachment, device: BlockDevice, size: int) -> bool:
-        driver = self.drivers[attachment.record.driver]
+        driver, volume = self.drivers[attachment.record.driver], attachment.record.volume
         if not driver.grow(attachment.record, device, size):
             attachment.problem = (
-                f"the volume has {size} bytes now; the {driver.name} driver shows that when it "
-                "is attached again"
+                f"the volume has {size} bytes now, of which {device.path} shows {device.size}, for "
+                f"the {driver.name} driver's cannot grow in use: unmount and mount it "
+                f"('nbdstore umount {volume}'), or detach and attach it, or restart the agent"
             )
             return False
         self.attachments.save(dataclasses.replace(attachment.record, size=size))

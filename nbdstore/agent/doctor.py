@@ -184,7 +184,11 @@ class Doctor:
         if info.size < device.size:
             text, advice = "has shrunk below its device", "give it its size again"
         elif attachment.record.driver != "kernel":
-            text, advice = "has grown", "its device grows when it is detached and attached again"
+            text = "has grown"
+            advice = (
+                "its device grows when it is attached again: unmount and mount it, or detach and "
+                "attach it, or restart the agent"
+            )
         else:
             text, advice = "has grown, its device not yet", ""
         yield Finding(

@@ -8,8 +8,12 @@ and data passes through two processes, which the agent starts and does not need 
     STATE/fuse/ID.log        what the two had to say
 
 A stop of the machine's init system or of the container ends them with everything else in there.
-The size stays what it was when the volume was attached: nbdfuse asks for it once, and a loop device
-that is in use changes to another file (LOOP_CHANGE_FD) only if it is read-only.
+The size stays what it was when the volume was attached. A loop device could follow a file that
+grows (LOOP_SET_CAPACITY), but nbdfuse asks for the size once, and its file keeps it; to another
+file a device that is in use changes (LOOP_CHANGE_FD) only if it is read-only. The limit of a loop
+device over a file that is larger than any volume can be raised while it is mounted (seen with Linux
+6.18), but then the page cache reads ahead beyond the volume's end, which the relay would have to
+answer, and to know that end at each moment.
 """
 
 from __future__ import annotations

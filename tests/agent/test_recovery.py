@@ -263,6 +263,25 @@ def test_nothing_grows_while_its_device_waits(
         agent.umount("db")
 
 
+def test_what_cannot_grow_while_attached_says_so_and_grows_when_mounted_again(
+    host: Host, pool: ServedPool
+) -> None:
+    host.start()
+    where = mount(host, "web", filesystem="xfs")
+    before = os.statvfs(where).f_blocks
+    pool.nbdstore("volume", "resize", "web", "400M")
+    until(
+        lambda: "unmount and mount it ('nbdstore umount web')" in host.client.status()[0].message,
+        "the agent has seen it",
+    )
+    host.client.umount("web")
+    mount(host, "web")
+    assert os.statvfs(where).f_blocks > before
+    assert (host.client.status()[0].message, host.client.examine()) == ("", [])
+    host.client.umount("web")
+    host.stop()
+
+
 def test_the_doctor_explains_and_puts_right(host: Host, pool: ServedPool) -> None:
     host.start()
     assert host.client.examine() == []
