@@ -4,11 +4,13 @@ Why not with nbd-client: it hands a socket to the same kernel driver by the same
 but (3.24, the one of Debian 12) cannot set DEAD_CONN_TIMEOUT, without which every request fails
 when the server goes away; nor the identifier, without which nobody can tell after a crash whose
 device that is, and which cannot be given later (RECONFIGURE with one succeeds, and leaves the
-device's empty: seen with Linux 6.1); and it wants the export's name, which holds the lease's
-secret, on its command line, where every user of the machine can read it. Its ``-persist`` does
-nothing over netlink. So the agent shakes hands itself (`store_server.dial`) and speaks the driver's
-netlink family. What nbd-client does where there is no netlink fails requests at every restart of
-the server: the fuse driver is used there instead.
+device's empty: seen with Linux 6.1). 3.27 has options for both. But every version wants the
+export's name, which holds the lease's secret, on its command line, where every user of the machine
+can read it; none says which socket it gave away, by which a dead connection is known; and none
+reconnects over netlink, its ``-persist`` does nothing there. So the agent shakes hands itself
+(`store_server.dial`) and speaks the driver's netlink family, which it must for reconnecting anyway:
+with nbd-client there would be a second way for the first of many connections. What it does where
+there is no netlink fails requests at every restart of the server: the fuse driver is used there.
 
 The device's identifier is ``nbdstore:AGENT:VOLUME:ID`` and says which record it belongs to.
 

@@ -135,6 +135,20 @@ def test_a_restarted_agent_mounts_as_it_was_asked_to(host: Host) -> None:
     host.stop()
 
 
+def test_another_volume_of_that_name_is_not_attached(host: Host, pool: ServedPool) -> None:
+    host.start()
+    where = mount(host, "db")
+    host.stop()
+    pool.nbdstore("volume", "delete", "db", "--now")
+    pool.create_volume("db", "128M")
+    host.start()
+    until(lambda: "is another one now" in host.client.status()[0].message, "it is told")
+    assert not is_mounted(where)
+    host.client.detach("db", force=True)
+    assert host.client.status() == []
+    host.stop()
+
+
 def owner(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_uid, found.st_gid
