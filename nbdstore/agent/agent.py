@@ -290,7 +290,8 @@ class Agent:
         assert device
         for wanted in attachment.record.mounts:
             if any(mount.path == wanted.path for mount in self.mounting.mounts_of(device)):
-                self._adopt_mount(attachment, device, wanted)
+                if not wanted.complete:
+                    self._adopt_mount(attachment, device, wanted)
                 continue
             asked = dataclasses.asdict(wanted)
             del asked["complete"]

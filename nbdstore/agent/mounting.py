@@ -13,6 +13,7 @@ was being made is one not to; mkfs is never forced.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -28,7 +29,7 @@ from nbdstore.agent.records import FilesystemRecord, MountRecord
 from nbdstore.agent.repairs import Repairs
 from nbdstore.agent.requests import MountRequest, parse_mode, parse_owner
 from nbdstore.control.model import VolumeInfo
-from nbdstore.errors import Busy, DeviceError, InvalidArgument
+from nbdstore.errors import Busy, DeviceError, InvalidArgument, NbdstoreError
 
 DEFAULT_FILESYSTEM: Final = "ext4"
 FOUND, BEGUN, MADE, OWNED = "found", "begun", "made", "owned"
@@ -141,7 +142,12 @@ class Mounting:
         options += ["ro"] if read_only else []
         self._repairs.forget(record)
         mounts.mount(device.make_node(), wanted.path, record.filesystem.type, options)
-        self.complete(attachment, device, wanted)
+        try:
+            self.complete(attachment, device, wanted)
+        except BaseException:
+            with contextlib.suppress(NbdstoreError):  # the reason why is what people are to know
+                mounts.unmount(wanted.path)
+            raise
 
     def complete(self, attachment: Attachment, device: BlockDevice, wanted: MountRecord) -> None:
         """Do what follows mounting, by this agent or by one that was killed before it had done it;
@@ -246,8 +252,8 @@ def _own(path: str, made: FilesystemRecord) -> None:
             os.chmod(path, mode)  # noqa: PTH101 - beside chown
     except OSError as error:
         raise DeviceError(
-            f"the root of the new filesystem at {path} cannot get its owner and mode: "
-            f"{error.strerror}"
+            f"the root of the new filesystem at {path} cannot get its owner and mode "
+            f"({error.strerror}): mount it without, and change them there"
         ) from error
 
 

@@ -259,6 +259,18 @@ def test_a_filesystem_that_cannot_grow_is_mounted_as_it_is(host: Host) -> None:
     host.nbdstore("detach", "db")
 
 
+def test_a_mount_that_cannot_be_completed_is_not_left(host: Host) -> None:
+    where = host.directory / "mnt"
+    options = ("db", where, "--driver", "fuse")
+    refused = host.run_without("chown", "mount", *options, "--owner", "5:6", status=1)
+    assert "cannot get its owner and mode (Operation not permitted): mount it without" in refused
+    assert not is_mounted(where)
+    assert host.status("db") is None
+    host.nbdstore("mount", *options)
+    assert is_mounted(where)
+    host.nbdstore("umount", "db")
+
+
 def test_mistakes_are_explained(host: Host) -> None:
     where = host.directory / "mnt"
     if not Path("/sys/module/nbd").exists():
