@@ -98,21 +98,23 @@ class BlockDevice:
         By the names of what they have open alone: a look at a file could wait for its device.
         """
         found = []
-        for process in proc.glob("[0-9]*"):
-            if int(process.name) != os.getpid() and self._is_open_in(process / "fd"):
-                try:
-                    name = (process / "comm").read_text().strip()
-                except OSError:
-                    continue  # it has ended
-                found.append(f"{name} ({process.name})")
+        # By os.scandir: each nbd device has threads of the kernel, so that there may be thousands.
+        with os.scandir(proc) as processes:
+            for process in processes:
+                if not process.name.isdigit() or int(process.name) == os.getpid():
+                    continue
+                if self._is_open_in(f"{process.path}/fd"):
+                    try:
+                        name = Path(process.path, "comm").read_text().strip()
+                    except OSError:
+                        continue  # it has ended
+                    found.append(f"{name} ({process.name})")
         return sorted(found)
 
-    def _is_open_in(self, directory: Path) -> bool:
+    def _is_open_in(self, directory: str) -> bool:
         try:
-            return any(
-                str(entry.readlink()).rpartition("/")[2] == self.name
-                for entry in directory.iterdir()
-            )
+            with os.scandir(directory) as entries:
+                return any(Path(entry).readlink().name == self.name for entry in entries)
         except OSError:  # the process, or the file in it, is gone, or it is none of ours
             return False
 

@@ -123,11 +123,15 @@ class KernelDriver:
             raise DeviceError("this kernel is too old for the kernel driver: it takes Linux 5.14")
 
     def find(self, record: AttachRecord) -> BlockDevice | None:
-        wanted = self.identifier(record)
-        for device in devices.nbd_devices():
-            if device.identifier == wanted and device.configured:
-                return device
-        return None
+        # Most often it is the one that it was last, and there may be a thousand.
+        last = BlockDevice(record.device)
+        if record.device and self._is_of(record, last):
+            return last
+        found = (device for device in devices.nbd_devices() if self._is_of(record, device))
+        return next(found, None)
+
+    def _is_of(self, record: AttachRecord, device: BlockDevice) -> bool:
+        return device.identifier == self.identifier(record) and device.configured
 
     def health(self, record: AttachRecord, device: BlockDevice, *, glance: bool = False) -> Health:
         if not device.configured:
@@ -206,7 +210,7 @@ class KernelDriver:
     def _wait_until_gone(self, record: AttachRecord, device: BlockDevice) -> None:
         """Taking a device down goes on behind the command; until it is done, it is not free."""
         deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
-        while device.identifier == self.identifier(record) and device.configured:
+        while self._is_of(record, device):
             if time.monotonic() > deadline_s:
                 raise DeviceError(
                     f"{device.name} was told to go, but somebody still has it open: "
