@@ -4,33 +4,49 @@
 attaches and mounts new volumes and tells how long each took, and how much of that was spent in
 other programs (mkfs, mount, losetup): the rest is the agent's own, and should be under 300 ms.
 
-``python -m benchmarks.agent memory 1000`` attaches so many volumes and watches them; it should stay
-under 100 MiB. The server must allow as many connections, and the kernel must have nbd.
+``python -m benchmarks.agent memory 1000`` starts an agent, has it attach so many new volumes, and
+tells what its process takes while it watches them; it should stay under 100 MiB. The server must
+allow as many connections, and the kernel must have nbd; with ``--guest``, both are started, the
+kernel in an emulated machine, where everything takes 20 times as long, but as much memory (see
+`agent_in_a_guest`). With ``--keep`` the volumes stay attached.
 """
 
 from __future__ import annotations
 
 import os
-import resource
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
+
+from benchmarks import process
 from nbdstore.agent import programs
+from nbdstore.agent.api import AgentClient
 from nbdstore.agent.local import LocalAgent, Setting, open_agent
 from nbdstore.agent.requests import AttachRequest, MountRequest
-from nbdstore.agent.watch import TICK_S, Watch
+from nbdstore.control.client import ControlClient
 
 N_ROUNDS = 10
-N_TICKS = 10
+WATCHED_S = 20.0
+READY_EVERY_S = 0.05
 SIZE = 1 << 30
 SMALL = 1 << 20
+
+
+def token() -> str | None:
+    """Read the token for the server's control API, if it wants one."""
+    path = os.environ.get("NBDSTORE_TOKEN_FILE")
+    return Path(path).read_text().strip() if path else None
 
 
 @contextmanager
@@ -39,7 +55,7 @@ def agent(directory: str) -> Iterator[LocalAgent]:
     setting = Setting(
         state=Path(directory) / "state",
         control_url=os.environ["NBDSTORE_SERVER"],
-        token=Path(token_file).read_text().strip() if token_file else None,
+        token=token(),
         token_file=Path(token_file) if token_file else None,
         nbd=os.environ.get("NBDSTORE_NBD", ""),
     )
@@ -89,34 +105,88 @@ def measure_time() -> None:
     print(f"median {statistics.median(cpu):.0f} ms")
 
 
-def peak_mib() -> float:
-    """Return the largest resident memory that this process had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+@contextmanager
+def agent_process(directory: Path) -> Iterator[tuple[AgentClient, int]]:
+    """Run ``nbdstore agent``; yield who asks it, and its process id.
+
+    When it ends it leaves what is attached as it is.
+    """
+    places = ("--state", str(directory / "state"), "--socket", str(directory / "agent.sock"))
+    client = AgentClient(directory / "agent.sock")
+    words = ("-m", "nbdstore", "agent", "--driver", "kernel", "--keep", "--log-level", "warning")
+    with subprocess.Popen([sys.executable, *words, *places]) as running:
+        try:
+            while not client.reachable():
+                if running.poll() is not None:
+                    sys.exit("the agent did not start")
+                time.sleep(READY_EVERY_S)
+            yield client, running.pid
+        finally:
+            running.terminate()
 
 
-def measure_memory(n_volumes: int) -> None:
-    """Print the largest resident memory with so many idle attachments, and the watch's CPU time."""
-    with tempfile.TemporaryDirectory() as directory, agent(directory) as opened:
-        print(f"without any: {peak_mib():.0f} MiB")
-        for n in range(n_volumes):
-            opened.server.control.create_volume(f"bench-{n}", SMALL)
-            opened.attach(AttachRequest(volume=f"bench-{n}"))
-        watch = Watch(opened)
-        watch.start()
-        begun_s = time.process_time()
-        time.sleep(N_TICKS * TICK_S)
-        busy_s = time.process_time() - begun_s
-        watch.stop()
-        print(f"{n_volumes} attachments: {peak_mib():.0f} MiB, watching them takes")
-        print(f"{busy_s / N_TICKS * 1000:.0f} ms of CPU each {TICK_S:g} s", flush=True)
-        for n in range(n_volumes):
-            opened.detach(f"bench-{n}")
+def memory_mib(pid: int, field: str) -> float:
+    """Return VmRSS (now) or VmHWM (at its peak) of a process."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    assert found
+    return int(found[1]) / 1024
+
+
+def measure_memory(n_volumes: int, *, keep: bool) -> None:
+    """Print what an agent's process takes with so many idle attachments."""
+    control = ControlClient(os.environ["NBDSTORE_SERVER"], token=token())
+    names = [f"bench-{os.getpid()}-{n}" for n in range(n_volumes)]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        agent_process(Path(directory)) as (client, pid),
+    ):
+        print(f"without any: {memory_mib(pid, 'VmRSS'):.1f} MiB", flush=True)
+        begun_s = time.monotonic()
+        for name in names:
+            control.create_volume(name, SMALL)
+            client.attach(AttachRequest(volume=name))
+        print(f"{n_volumes} attached in {time.monotonic() - begun_s:.0f} s", flush=True)
+        states = Counter(status.state for status in client.status())
+        assert states == {"attached": n_volumes}, states
+        begun_s, begun_cpu_s = time.monotonic(), process.cpu_s(pid)
+        time.sleep(WATCHED_S)
+        busy = (process.cpu_s(pid) - begun_cpu_s) / (time.monotonic() - begun_s)
+        now, peak = memory_mib(pid, "VmRSS"), memory_mib(pid, "VmHWM")
+        print(f"{n_volumes} attachments: {now:.1f} MiB, {peak:.1f} MiB at the peak")
+        print(f"watching them takes {busy:.1%} of a processor", flush=True)
+        if keep:
+            return
+        begun_s = time.monotonic()
+        for name in names:
+            client.detach(name)
+            control.delete_volume(name)
+        print(f"all detached in {time.monotonic() - begun_s:.0f} s")
+
+
+@click.group()
+def main() -> None:
+    """Measure the agent; see benchmarks/README.md."""
+
+
+@main.command("time")
+def time_() -> None:
+    """Tell what mounting a new volume takes, and how much of that is the agent's own."""
+    measure_time()
+
+
+@main.command()
+@click.argument("n_volumes", type=click.IntRange(min=1))
+@click.option("--keep", is_flag=True, help="Leave the volumes attached.")
+@click.option("--guest", is_flag=True, help="Do it in an emulated machine, whose kernel has nbd.")
+def memory(n_volumes: int, keep: bool, guest: bool) -> None:
+    """Tell what N_VOLUMES idle attachments cost the agent's process."""
+    if guest:
+        from benchmarks import agent_in_a_guest
+
+        click.echo(agent_in_a_guest.measure_memory(n_volumes), nl=False)
+    else:
+        measure_memory(n_volumes, keep=keep)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["time"]:
-        measure_time()
-    elif len(sys.argv) == 3 and sys.argv[1] == "memory" and sys.argv[2].isdigit():
-        measure_memory(int(sys.argv[2]))
-    else:
-        sys.exit("say 'time', or 'memory' and a number of volumes")
+    main()

@@ -8,9 +8,9 @@ from tests.clients.served_pool import ServedPool, free_port
 
 
 class Served:
-    """Serves `pool`; `token_file` holds the token for `control_port`."""
+    """Serves `pool`, with `options`; `token_file` holds the token for `control_port`."""
 
-    def __init__(self, pool: ServedPool, directory: Path) -> None:
+    def __init__(self, pool: ServedPool, directory: Path, *options: str) -> None:
         self.pool = pool
         self.control_port = free_port()
         self.token_file = directory / "token"
@@ -19,4 +19,5 @@ class Served:
         pool.start(
             *("--control", f"127.0.0.1:{self.control_port}"),
             *("--control-token-file", str(self.token_file)),
+            *options,
         )
