@@ -9,6 +9,7 @@ ARG BASE=debian:bookworm-slim
 FROM ${BASE} AS python
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 \
+ && apt-get clean \
  && rm -rf /var/lib/apt/lists/*
 
 # What nbdstore needs changes less often than nbdstore: it is a layer of its own.
@@ -38,6 +39,7 @@ FROM nbdstore AS agent
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends \
     e2fsprogs fuse3 libnbd-bin mount util-linux xfsprogs \
+ && apt-get clean \
  && rm -rf /var/lib/apt/lists/*
 VOLUME /var/lib/nbdstore-agent
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s \
