@@ -22,5 +22,6 @@ for directory in doc info locale man; do
 done
 # shellcheck disable=SC2086  # the options are words
 TMPDIR=$work exec mmdebstrap --quiet --variant=minbase --include=ca-certificates \
+    --hook-dir=/usr/share/mmdebstrap/hooks/maybe-merged-usr \
     --components="$components" --aptopt='APT::Sandbox::User "root"' $exclude \
     --customize-hook="upload $authorities $authorities" "$VERSION_CODENAME" "$archive"
