@@ -1,6 +1,7 @@
 """A pool of up to three volumes against bytearrays: whatever is done to it, it is as it should be.
 
-A snapshot is a copy of a bytearray, a clone a copy of that; a rollback copies it back.
+A snapshot is a copy of a bytearray, a clone a copy of that; a rollback copies it back.  Of the
+trash see trash_rules.py.
 
 Hypothesis chooses what is done, and makes what fails shorter; after each opening, and at the end, a
 check must find nothing.  On a real disk, where the simulated ones of power_loss.py cannot err::
@@ -22,31 +23,24 @@ from typing import Any, TypeVar
 import hypothesis
 from hypothesis import Phase
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace
 from nbdstore.store import ExtentKind, Pool, PoolOptions, Snapshot, Volume
 from nbdstore.store.check import check_pool
 from tests.seeds import main
 from tests.store.pools import MIB, findings, killed, make_pool, read, read_now
+from tests.store.trash_rules import MOST_VOLUMES, NAMES, SEEDS, TrashRules
 
 R = TypeVar("R")
 
 SECTOR = 512
 SIZES = st.one_of(st.integers(1, 40), st.integers(1, 6000)).map(lambda n: n * SECTOR)
-SEEDS = st.integers(0, 1 << 16)
-NAMES = st.sampled_from(["a", "b", "c", "d"])
 SNAPSHOT_NAMES = st.sampled_from(["s", "t"])
 MOST_SNAPSHOTS = 4
 
 
-class PoolAgainstBytearrays(RuleBasedStateMachine):
+class PoolAgainstBytearrays(TrashRules):
     """See the module.
 
     Attributes:
@@ -74,15 +68,22 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
     @initialize(
         block_size=st.sampled_from([4096, 4096, 16384, 65536]),
         capacity=st.sampled_from([64, 128]),
+        begins_with_snapshot=st.booleans(),
+        seed=SEEDS,
     )
-    def make(self, block_size: int, capacity: int) -> None:
+    def make(self, block_size: int, capacity: int, begins_with_snapshot: bool, seed: int) -> None:
         self.place = make_pool(self.directory / "0", capacity * MIB, block_size=block_size)
         self.open()
+        if begins_with_snapshot:  # else few histories come to one
+            self.create("a", 1 << 20)
+            self.write(seed, 3, wait=True)
+            self.take_snapshots(seed, "s", 1)
 
     def open(self) -> None:
         assert findings(check_pool(self.place)) == []
         options = PoolOptions(map_memory=16 * MIB, on_full="error")
         self.pool = self.run(Pool.open(self.place, options))
+        self.watch_trash()
 
     def close(self) -> None:
         if self.pool is not None:
@@ -220,7 +221,7 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
     @rule(name=NAMES, size=SIZES)
     def create(self, name: str, size: int) -> None:
         assert self.pool is not None
-        if len(self.models) == 3:
+        if len(self.models) == MOST_VOLUMES:
             return
         try:
             self.run(self.pool.create_volume(name, size, {"size": size}))
@@ -337,7 +338,7 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
             assert not is_needed
             del self.snapshots[snapshot.volume.name, snapshot.info.name]
 
-    @precondition(lambda self: self.snapshots and len(self.models) < 3)
+    @precondition(lambda self: self.snapshots and len(self.models) < MOST_VOLUMES)
     @rule(seed=SEEDS, name=NAMES)
     def clone(self, seed: int, name: str) -> None:
         assert self.pool is not None
@@ -440,6 +441,7 @@ class PoolAgainstBytearrays(RuleBasedStateMachine):
         assert set(self.pool.snapshots) == names
         for (name, snapshot), content in self.snapshots.items():
             assert self.run(read(self.pool.snapshots[f"{name}@{snapshot}"])) == content
+        self.trash_is_as_it_should_be()
 
     def counts_agree(self, volume: Volume, model: bytearray) -> None:
         found = self.run(volume.extents(0, volume.size, max_extents=1 << 20))
