@@ -40,11 +40,13 @@ class State:
 
     Attributes:
         kinds: a letter for each block: Data, Zeros with space set aside, or a Hole.
+        in_trash: it has no name; for a volume alone.
     """
 
     size: int
     kinds: str
     content: bytes
+    in_trash: bool = False
 
     @property
     def start(self) -> int:
@@ -263,14 +265,35 @@ async def _create(play: Play) -> None:
 
 
 async def _delete(play: Play) -> None:
-    """With the freeing of what it held, which goes on afterwards; its snapshot goes first."""
-    if "w@s" in play.pool.snapshots:
+    """From the trash or not, with the freeing of what it held, which goes on afterwards; its
+    snapshot goes first.
+    """
+    (volume,) = play.pool.trash or [play.pool.volumes["w"]]
+    if volume.snapshots:
         play.histories["w@s"].states.append(None)
-    await play.do(play.pool.delete_volume(play.pool.volumes["w"]), None, name="w")
+    await play.do(play.pool.delete_volume(volume), None, name="w")
     play.histories["w@s"].acknowledge()
     play.durable("w@s")
     play.durable("w")
     await _emptied(play)
+
+
+async def _trash(play: Play) -> None:
+    """With its snapshot, of which nothing changes."""
+    held = play.histories["w"].now
+    assert held is not None
+    after = replace(held, in_trash=True)
+    await play.do(play.pool.trash_volume(play.pool.volumes["w"]), after, name="w")
+    play.durable("w")
+
+
+async def _restore(play: Play) -> None:
+    held = play.histories["w"].now
+    assert held is not None
+    (volume,) = play.pool.trash
+    after = replace(held, in_trash=False)
+    await play.do(play.pool.restore_volume(volume, "w"), after, name="w")
+    play.durable("w")
 
 
 async def _emptied(play: Play) -> None:
@@ -362,6 +385,8 @@ OPERATIONS: Final[dict[str, Callable[[Play], Awaitable[None]]]] = {
     "create": _create,
     "delete": _delete,
     "kill": _kill,
+    "trash": _trash,
+    "restore": _restore,
     "snapshot": _snapshot,
     "drop": _drop,
     "clone": _clone,
@@ -377,7 +402,10 @@ BASES: Final[dict[str, set[str]]] = {
     "used": {"v", "w"},
     "snapped": {"v", "w", "v@s", "w@s", "c", "shared"},
 }
-"""Where a play begins, and what is there; "shared" is what a clone holds."""
+"""Where a play begins, and what is there.
+
+"shared" is what a clone shares with its origin, "trash" says that w is in it.
+"""
 
 
 def makes_sense(base: str, sequence: Sequence) -> bool:
@@ -405,6 +433,8 @@ def makes_sense(base: str, sequence: Sequence) -> bool:
 NEEDS: Final[dict[str, tuple[set[str], set[str]]]] = {
     "create": (set(), {"w"}),
     "delete": ({"w"}, set()),
+    "trash": ({"w"}, {"trash"}),
+    "restore": ({"trash"}, set()),
     "snapshot": (set(), {"v@s", "w@s"}),
     "drop": ({"v@s"}, {"shared"}),
     "clone": ({"v@s"}, {"c"}),
@@ -424,9 +454,12 @@ def can_be_done(name: str, there: set[str]) -> bool:
 def _after(name: str, there: set[str]) -> None:
     """Note what is there after an operation."""
     if name == "snapshot":
-        there |= {f"{volume}@s" for volume in there & {"v", "w"}}
-    there |= {"create": {"w"}, "clone": {"c", "shared"}}.get(name, set())
-    gone = {"delete": {"w", "w@s"}, "drop": {"v@s"}, "unclone": {"c", "shared"}}
+        volumes = {"v"} if "trash" in there else there & {"v", "w"}
+        there |= {f"{volume}@s" for volume in volumes}
+    come = {"create": {"w"}, "trash": {"trash"}, "clone": {"c", "shared"}}
+    there |= come.get(name, set())
+    gone = {"delete": {"w", "w@s", "trash"}, "restore": {"trash"}}
+    gone |= {"drop": {"v@s"}, "unclone": {"c", "shared"}}
     there -= gone.get(name, {"shared"} if name == "flatten" else set())
 
 
@@ -467,6 +500,9 @@ async def look(pool: Pool) -> Found:
     """What an open pool holds; before the first used blocks there must be nothing."""
     found: Found = {}
     images: dict[str, Image] = {**pool.volumes, **pool.snapshots}
+    for trashed in pool.trash:
+        assert trashed.name not in images
+        images |= {image.name: image for image in (trashed, *trashed.snapshots.values())}
     for name, volume in images.items():
         start = FIRST if volume.size > FIRST else 0
         kinds = ""
@@ -477,7 +513,7 @@ async def look(pool: Pool) -> Found:
             letter = {ExtentKind.DATA: "D", ExtentKind.ZERO: "Z", ExtentKind.HOLE: "H"}
             kinds += letter[extent.kind] * (extent.length // BLOCK)
         content = joined(await volume.read(start, volume.size - start))
-        found[name] = State(volume.size, kinds, content)
+        found[name] = State(volume.size, kinds, content, volume in pool.trash)
     return found
 
 
@@ -514,4 +550,4 @@ def _told(state: State | None) -> str:
     if state is None:
         return "none"
     runs = [(bytes([b]), len([*g])) for b, g in itertools.groupby(state.content)]
-    return f"{state.kinds} {runs}"
+    return f"{state.kinds} {runs}{' in the trash' if state.in_trash else ''}"
