@@ -255,9 +255,15 @@ def _report(task: Task, image: ImageLike, offset: int, fault: Exception) -> None
 
 async def _hole_at(image: ImageLike, offset: int) -> int:
     """Return how many bytes from `offset` on hold nothing, which need no looking at."""
-    if offset >= image.size:
+    size = image.size
+    if offset >= size:
         return 0
-    (first,) = await image.extents(offset, image.size - offset, max_extents=1)
+    try:
+        (first,) = await image.extents(offset, size - offset, max_extents=1)
+    except StoreError:
+        if image.size < size:
+            return 0  # it was shrunk on the way
+        raise
     return 0 if first.kind.name == "DATA" else first.length
 
 

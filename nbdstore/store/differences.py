@@ -110,7 +110,7 @@ def _nodes_alone(image: Image, others: Sequence[Image], first: int, stop: int) -
 
 def _leaves_alone(image: Image, others: Sequence[Image], first: int, stop: int) -> Leaves:
     """The leaves in `[first, stop)` that none of `others` may have, not empty ones."""
-    leaves = np.arange(first, stop)
+    leaves = np.arange(first, min(stop, image.map.n_leaves))  # it may have been shrunk
     for other in others:
         leaves = leaves[_leaves_unlike(image.map, other.map, leaves)]
     if not others:
@@ -231,6 +231,8 @@ async def current_locations(image: Image, leaves: Leaves) -> U64:
         last = min(first + (stop - start) * fanout, image.map.n_blocks)
         if first < last:
             await image.load(first, last)
+            last = min(last, image.map.n_blocks)  # it may have been shrunk
+        if first < last:
             found[start:stop].reshape(-1)[: last - first] = image.map.locations(first, last)
     return found
 

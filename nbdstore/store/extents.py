@@ -60,8 +60,9 @@ class Extents:
         self._shift = image.block_size.bit_length() - 1
 
     def next_slice(self, start: int, stop: int) -> Slice:
-        """Return the first slice of blocks `[start, stop)`."""
+        """Return the first slice of blocks `[start, stop)`; StoreError beyond the end."""
         blocks = self._image.map
+        self._check(start, stop)
         shift, fanout = blocks.leaf_shift, blocks.fanout
         leaf = start >> shift
         last = min(((stop - 1) >> shift) + 1, leaf + _SCAN_LEAVES)
@@ -87,10 +88,16 @@ class Extents:
             part = self.next_slice(start, stop)
             if part.uniform is None:
                 await self._image.load(part.start, part.stop)
+                self._check(part.start, part.stop)
             yield part
             start = part.stop
             if start < stop:
                 await self._image.core.host.sleep(0)
+
+    def _check(self, start: int, stop: int) -> None:
+        """Raise StoreError if the image was shrunk below block `stop`."""
+        if stop > self._image.map.n_blocks:
+            raise self._image.beyond_end(start << self._shift, (stop - start) << self._shift)
 
     async def extents(self, offset: int, length: int, max_extents: int) -> list[Extent]:
         """See Image.extents."""

@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from nbdstore.errors import StoreError
 from nbdstore.store import layout
 from nbdstore.store.layout import I64
 from nbdstore.store.volume import Volume
@@ -52,6 +53,8 @@ async def _own_blocks(volume: Volume, first: int, last: int) -> None:
             if start >= stop:  # it was shrunk
                 return
             await volume.load(start, stop)
+            if stop > volume.map.n_blocks:
+                continue
             foreign = _foreign(volume, start, stop)
             if not len(foreign):
                 return
@@ -78,7 +81,11 @@ async def _rewrite(volume: Volume, blocks: I64) -> Wait | None:
     for start, stop in layout.runs(blocks):
         offset = int(blocks[start]) * size
         length = min((stop - start) * size, end - offset)
-        data = memoryview(b"".join(map(bytes, await volume.read(offset, length))))
+        try:
+            data = memoryview(b"".join(map(bytes, await volume.read(offset, length))))
+        except StoreError:
+            if volume.size == end:
+                raise
         if volume.size < end:  # it was shrunk: the caller looks again at what is there
             return None
         contents += [data[at : at + size] for at in range(0, length, size)]

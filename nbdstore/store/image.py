@@ -169,7 +169,10 @@ class Image:
         """Return with the map in memory: a volume's always is."""
 
     async def load(self, start: int, stop: int) -> None:
-        """Return with the map's leaves of blocks `[start, stop)` in memory."""
+        """Return with the map's leaves of blocks `[start, stop)` in memory.
+
+        No await comes after that, but the image may have been shrunk or deleted before.
+        """
         await self.services.memory.load(self.current_map, start, stop, self.name)
 
     def current_map(self) -> BlockMap:

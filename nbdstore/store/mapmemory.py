@@ -78,6 +78,8 @@ class MapMemory:
     async def load(self, get_map: GetMap, start: int, stop: int, name: str) -> None:
         """Return with no leaf of blocks `[start, stop)` STORED, and no await after that.
 
+        The map may be a smaller one then, which has not all of these blocks.
+
         Raises:
             Corruption, ReadFailed: of a leaf or node.
         """
@@ -110,6 +112,9 @@ class MapMemory:
 
     async def _load_leaves(self, get_map: GetMap, leaves: Leaves, name: str) -> None:
         found = get_map()
+        leaves = leaves[leaves < found.n_leaves]  # it may have been shrunk since
+        # Others may have loaded a leaf, and made a hole of it: then it has no pointer any more.
+        leaves = leaves[found.states[leaves] & KIND == STORED]
         if len(found.nodes.missing(leaves)):
             return  # evicted between loading and here; the caller tries again
         pointers = found.nodes.leaf_pointers(leaves)

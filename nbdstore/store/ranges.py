@@ -67,6 +67,7 @@ class Ranges:
             part = min(length, self._size - offset % self._size)
             block = offset >> self._shift
             await self._volume.load(block, block + 1)
+            self._volume.check_range(offset, part)
             location = int(self._volume.map.locations(block, block + 1)[0])
             if location & layout.SLOT_MASK not in (layout.HOLE, layout.PROVISIONED):
                 await self._volume.writing.write(offset, bytes(part))
