@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -23,7 +24,18 @@ NAME: Final = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 MAX_LABEL: Final = 63
 ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 MAX_PORT: Final = 65535
+MAX_REPLICAS: Final = 1000
+"""Of one application: a bridge of Linux, such as Docker's networks are, has 1023 ports."""
 DRIVER: Final = "nbdstore"
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 3, 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
+
+
+def shown(value: object) -> str:
+    """Write a value for a message: never long, though a few lines of YAML may be gigabytes."""
+    return _SHORT.repr(value)
 
 
 def checked_name(name: str, of: str) -> str:
@@ -34,7 +46,7 @@ def checked_name(name: str, of: str) -> str:
     """
     if not NAME.fullmatch(name):
         raise InvalidArgument(
-            f"'{name}' is no name for {of}: give up to 40 lower-case letters, digits and '-', "
+            f"{shown(name)} is no name for {of}: give up to 40 lower-case letters, digits and '-', "
             "beginning with a letter"
         )
     return name
@@ -69,7 +81,8 @@ class Volume:
         checked_name(self.name, "a volume")
         if not self.path.startswith("/") or ":" in self.path:
             raise InvalidArgument(
-                f"volume {self.name}: '{self.path}' is no path in a container: begin it with '/'"
+                f"volume {self.name}: {shown(self.path)} is no path in a container: begin it "
+                "with '/'"
             )
         if self.size_bytes < 0 or (self.driver == DRIVER and not self.size_bytes + len(self.clone)):
             raise InvalidArgument(f"volume {self.name} has no size: give one, such as size='10G'")
@@ -107,9 +120,12 @@ class ContainerApp:
         object.__setattr__(self, "volumes", tuple(self.volumes))
         checked_name(self.name, "an application")
         if not self.image or self.image != self.image.strip():
-            raise InvalidArgument(f"application {self.name}: '{self.image}' is no image")
-        if self.replicas < 0:
-            raise InvalidArgument(f"application {self.name} cannot have {self.replicas} replicas")
+            raise InvalidArgument(f"application {self.name}: {shown(self.image)} is no image")
+        if not 0 <= self.replicas <= MAX_REPLICAS:
+            raise InvalidArgument(
+                f"application {self.name} cannot have {shown(self.replicas)} replicas: give 0 to "
+                f"{MAX_REPLICAS}"
+            )
         for what, values in (
             ("name", [volume.name for volume in self.volumes]),
             ("path", [volume.path for volume in self.volumes]),
@@ -117,7 +133,7 @@ class ContainerApp:
             for value in values:
                 if values.count(value) > 1:
                     raise InvalidArgument(
-                        f"application {self.name} has two volumes with the {what} '{value}'"
+                        f"application {self.name} has two volumes with the {what} {shown(value)}"
                     )
         self._check_command()
         self._check_env()
@@ -129,26 +145,26 @@ class ContainerApp:
         except ValueError as error:
             raise InvalidArgument(
                 f"application {self.name}: the command cannot be read as a shell would ({error}): "
-                f"{self.command!r}; give it as a list of words"
+                f"{shown(self.command)}; give it as a list of words"
             ) from error
         for text in (*words, *self.env.values()):
             if "\0" in text:
                 raise InvalidArgument(
-                    f"application {self.name}: {text!r} holds a zero byte, which no program can be "
-                    "given in its command or environment"
+                    f"application {self.name}: {shown(text)} holds a zero byte, which no program "
+                    "can be given in its command or environment"
                 )
 
     def _check_env(self) -> None:
         for name in self.env:
             if not ENV_NAME.fullmatch(name):
                 raise InvalidArgument(
-                    f"application {self.name}: '{name}' is no name of an environment variable"
+                    f"application {self.name}: {shown(name)} is no name of an environment variable"
                 )
 
     def _check_ports(self) -> None:
         for port in [*self.ports, *self.ports.values()]:
             if not 0 < port <= MAX_PORT:
-                raise InvalidArgument(f"application {self.name}: {port} is no port")
+                raise InvalidArgument(f"application {self.name}: {shown(port)} is no port")
 
     @property
     def words(self) -> list[str]:

@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from nbdstore.errors import InvalidArgument
-from nbdstore.orchestration.app import NAME, ContainerApp, Volume
+from nbdstore.orchestration.app import NAME, ContainerApp, Volume, checked_name, shown
 
 DEFAULT_PLATFORM: Final = "docker"
 DECIMAL: Final = re.compile(r"(0|-?[1-9][0-9]*)\Z", re.ASCII)
@@ -93,16 +93,16 @@ def parse(document: object, *, default_name: str) -> AppFile:
     """Build the applications from a file's content; see `read_app_file`."""
     top = _mapping(document, "the file", {"name", "platform", "apps"})
     apps = _mapping(top.get("apps"), "apps", None)
-    name = str(top.get("name", default_name))
+    name = _text(top.get("name", default_name), "name")
     if not NAME.fullmatch(name):
         raise InvalidArgument(
-            f"'{name}' is no name for a project: say 'name: NAME', with lower-case letters, digits "
-            "and '-'"
+            f"{shown(name)} is no name for a project: say 'name: NAME', with lower-case letters, "
+            "digits and '-'"
         )
     return AppFile(
         name,
         _text(top.get("platform", DEFAULT_PLATFORM), "platform"),
-        [_app(str(name), value, f"apps.{name}") for name, value in apps.items()],
+        [_app(_name(name, "an application"), it, f"apps.{name}") for name, it in apps.items()],
     )
 
 
@@ -117,10 +117,11 @@ def _app(name: str, value: object, where: str) -> ContainerApp:
         _text(given["image"], f"{where}.image"),
         command=_command(given.get("command", ""), f"{where}.command"),
         volumes=[
-            _volume(str(key), item, f"{where}.volumes.{key}") for key, item in volumes.items()
+            _volume(_name(key, "a volume"), item, f"{where}.volumes.{key}")
+            for key, item in volumes.items()
         ],
         env={
-            str(key): _text(item, f"{where}.env.{key}")
+            str(key): _text(item, f"{where}.env.{key!s:.60}")
             for key, item in _mapping(given.get("env") or {}, f"{where}.env", None).items()
         },
         ports={
@@ -139,25 +140,31 @@ def _volume(name: str, value: object, where: str) -> Volume:
     size = given.pop("size", 0)
     read_only = given.pop("read_only", False)
     if not isinstance(read_only, bool):
-        raise InvalidArgument(f"{where}.read_only is {read_only!r}: give true or false")
+        raise InvalidArgument(f"{where}.read_only is {shown(read_only)}: give true or false")
     options = _mapping(given.pop("options", {}), f"{where}.options", None)
     texts = {key: _text(item, f"{where}.{key}") for key, item in given.items()}
     return Volume(
         name,
         size=size if type(size) is int else _text(size, f"{where}.size"),
-        options={str(key): _text(item, f"{where}.options.{key}") for key, item in options.items()},
+        options={
+            str(key): _text(item, f"{where}.options.{key!s:.60}") for key, item in options.items()
+        },
         read_only=read_only,
         **texts,
     )
 
 
+def _name(key: object, of: str) -> str:
+    return checked_name(str(key), of)
+
+
 def _mapping(value: object, where: str, known: set[str] | None) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise InvalidArgument(f"{where} is {value!r:.60}: 'key: value' pairs belong there")
+        raise InvalidArgument(f"{where} is {shown(value)}: 'key: value' pairs belong there")
     for key in value:
         if known is not None and key not in known:
             raise InvalidArgument(
-                f"{where} does not know '{key}': it knows {', '.join(sorted(known))}"
+                f"{where} does not know {shown(key)}: it knows {', '.join(sorted(known))}"
             )
     return value
 
@@ -165,13 +172,13 @@ def _mapping(value: object, where: str, known: set[str] | None) -> Mapping[Any, 
 def _text(value: object, where: str) -> str:
     # YAML reads yes and no as booleans: which text was meant, nobody knows.
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InvalidArgument(f"{where} is {value!r:.60}: a text belongs there, in quotes")
+        raise InvalidArgument(f"{where} is {shown(value)}: a text belongs there, in quotes")
     return str(value)
 
 
 def _number(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgument(f"{where} is {value!r:.60}: a number belongs there")
+        raise InvalidArgument(f"{where} is {shown(value)}: a number belongs there")
     return value
 
 

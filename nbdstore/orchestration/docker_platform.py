@@ -8,7 +8,7 @@ it is, and a digest of what it was made from; it is replaced when that differs, 
 step such that it can be repeated::
 
     container  absent               create, start
-               of another project   AlreadyExists
+               of another one       AlreadyExists
                another digest       stop, remove, create, start
                same, not running    start
                same, running        nothing
@@ -77,7 +77,7 @@ class DockerPlatform:
             _check_ports(app)
         images = {app.name: self._image(app) for app in apps}
         for app in apps:
-            self._check_volumes(project, app)
+            self._check_made(project, app)
         self._make_network(project)
         for app in apps:
             for ordinal in range(app.replicas):
@@ -158,13 +158,24 @@ class DockerPlatform:
 
     # Volumes
 
-    def _check_volumes(self, project: str, app: ContainerApp) -> None:
-        """Raise InvalidArgument if a volume that is there is not what is asked for."""
+    def _check_made(self, project: str, app: ContainerApp) -> None:
+        """Raise what forbids to use the containers and volumes of these names that are there.
+
+        Raises:
+            AlreadyExists: one is another application's, whose names make the same name.
+            InvalidArgument: a volume is not what is asked for.
+        """
         for ordinal in range(app.replicas):
+            name = replica_name(project, app.name, ordinal)
+            with ignoring_missing():
+                _check_owner("container", name, self._inspect(name)["Config"], project, app.name)
             for volume in app.volumes:
                 name = volume_name(project, app.name, volume.name, ordinal)
                 found = self._volume(name)
                 if found is not None:
+                    # Made by hand, it has no labels, and is who made it to give away.
+                    if PROJECT in (found["Labels"] or {}):
+                        _check_owner("volume", name, found, project, app.name)
                     _check_volume(name, volume, found)
 
     def _volume(self, name: str) -> Json | None:
@@ -218,12 +229,8 @@ class DockerPlatform:
         with ignoring_missing():
             found = self._inspect(name)
         if found is not None:
+            _check_owner("container", name, found["Config"], project, app.name)
             labels = found["Config"]["Labels"]
-            if labels.get(PROJECT) != project:
-                raise AlreadyExists(
-                    f"there is a container '{name}' that is not of this project: rename the "
-                    f"project, or remove it with 'docker rm {name}'"
-                )
             if labels.get(DIGEST) != digest or found["State"]["Dead"]:
                 self._remove(found["Id"], name)
                 found = None
@@ -333,6 +340,22 @@ def _check_ports(app: ContainerApp) -> None:
             f"application {app.name} has {app.replicas} replicas, and only one container of a host "
             f"can have port {port}: give one replica or no ports"
         )
+
+
+def _check_owner(kind: str, name: str, found: Json, project: str, app: str) -> None:
+    """Raise AlreadyExists unless what was found is of this application, as its labels say."""
+    labels = found["Labels"] or {}
+    if (labels.get(PROJECT), labels.get(APP)) == (project, app):
+        return
+    owner = "not of this project"
+    if PROJECT in labels:
+        owner = f"of application {labels.get(APP)} of project {labels[PROJECT]}"
+    and_data = " and its data" if kind == "volume" else ""
+    remove = "docker volume rm" if kind == "volume" else "docker rm"
+    raise AlreadyExists(
+        f"there is a {kind} '{name}' that is {owner}: rename the project or the application, or "
+        f"remove it{and_data} with '{remove} {name}'"
+    )
 
 
 def _check_volume(name: str, volume: Volume, found: Json) -> None:

@@ -84,9 +84,7 @@ class KubernetesPlatform:
 
     def apply(self, project: str, apps: Sequence[ContainerApp]) -> None:
         wanted = [(app, manifests.manifests(project, app)) for app in apps]
-        for_change = [
-            [item for item in items if self._would_change(project, item)] for _, items in wanted
-        ]
+        for_change = [[item for item in items if self._would_change(item)] for _, items in wanted]
         for (app, items), changed in zip(wanted, for_change, strict=True):
             for item in changed:
                 self._make_way(item)
@@ -145,10 +143,10 @@ class KubernetesPlatform:
             query = {"labelSelector": selector} if selector else {}
             return list(self._call("GET", self._path(kind), query).get("items") or [])
 
-    def _would_change(self, project: str, item: Json) -> bool:
+    def _would_change(self, item: Json) -> bool:
         """Return whether an object is not there as it should be; raise if it cannot be."""
         found = self._get(item["kind"], item["metadata"]["name"])
-        _check_owner(project, item, found)
+        _check_owner(item, found)
         if found is not None and (_is_going(found) or _must_be_replaced(item, found)):
             return True
         return _essence(self._apply(item, dry_run=True)) != _essence(found)
@@ -280,17 +278,21 @@ def _configuration(kubernetes: ModuleType) -> tuple[Any, str | None]:
     )
 
 
-def _check_owner(project: str, item: Json, found: Json | None) -> None:
-    """Raise AlreadyExists if the object that is there is not of this project."""
+def _check_owner(item: Json, found: Json | None) -> None:
+    """Raise AlreadyExists if the object that is there is not of this application."""
     if found is None:
         return
     of = found["metadata"].get("labels") or {}
-    if (of.get(manifests.MANAGED_BY), of.get(manifests.PROJECT)) != (manifests.MANAGER, project):
-        kind, name = item["kind"], item["metadata"]["name"]
-        raise AlreadyExists(
-            f"there is a {kind} '{name}' that is not of this project: rename the project, or "
-            f"delete it with 'kubectl delete {kind.lower()} {name}'"
-        )
+    if all(of.get(key) == value for key, value in item["metadata"]["labels"].items()):
+        return
+    owner = "not of this project"
+    if of.get(manifests.MANAGED_BY) == manifests.MANAGER:
+        owner = f"of application {of.get(manifests.APP)} of project {of.get(manifests.PROJECT)}"
+    kind, name = item["kind"], item["metadata"]["name"]
+    raise AlreadyExists(
+        f"there is a {kind} '{name}' that is {owner}: rename the project or the application, or "
+        f"delete it with 'kubectl delete {kind.lower()} {name}'"
+    )
 
 
 def _is_going(found: Json) -> bool:

@@ -190,6 +190,9 @@ def test_what_cannot_be_is_refused_before_anything_is_made(engine: Engine) -> No
     options = ("--opt", "type=tmpfs", "--opt", "device=tmpfs")
     engine.docker("volume", "create", *options, "shop-writer-data-1")
     engine.docker("create", "--name", "other-writer-0", image, "true")
+    labels = ("--label", "nbdstore.project=shop", "--label", "nbdstore.app=db-a")
+    engine.docker("volume", "create", *labels, "shop-db-a-data-0")
+    engine.docker("create", *labels, "--name", "old-db-a-0", image, "true")
     before = engine.docker("ps", "--all", "--quiet")
 
     def refuse(error: type[Exception], match: str, app: ContainerApp, name: str = "shop") -> None:
@@ -206,6 +209,14 @@ def test_what_cannot_be_is_refused_before_anything_is_made(engine: Engine) -> No
         ContainerApp("web", image, ports={80: 80}, replicas=2),
     )
     refuse(AlreadyExists, "docker rm other-writer-0", application(image, "", LOCAL), "other")
+    for name in ("shop-db", "old-db"):  # of the one the volume is there, of the other the container
+        refuse(
+            AlreadyExists,
+            "that is of application db-a of project shop: rename the project or the application",
+            ContainerApp("a", image, volumes=[LOCAL]),
+            name,
+        )
+    assert "old-db-a-data-0" not in engine.docker("volume", "ls", "--quiet")
     refuse(
         InvalidArgument,
         "created with type=tmpfs, and now type=ext4",

@@ -123,11 +123,57 @@ def test_a_short_file_is_named_by_its_directory_and_for_docker(tmp_path: Path) -
     ],
 )
 def test_a_mistake_is_told_with_its_place(tmp_path: Path, text: str, match: str) -> None:
-    path = tmp_path / "apps.yaml"
-    path.write_text(text if "name:" in text or "apps" not in text else f"{text}\nname: shop")
+    path = write(tmp_path, text)
     with pytest.raises(InvalidArgument, match=match) as caught:
         read_app_file(path)
     assert str(path) in str(caught.value)
+
+
+def write(directory: Path, text: str) -> Path:
+    """Write a file, with a name for the project if it has applications and no name."""
+    path = directory / "apps.yaml"
+    path.write_text(text if "name:" in text or "apps" not in text else f"{text}\nname: shop")
+    return path
+
+
+BOMB = "[lol]"
+"""A text of which YAML makes 9 ** 9 others."""
+for level in range(9):
+    BOMB = f"[&a{level} {BOMB}" + f", *a{level}" * 8 + "]"
+LONG = "w" * 1000  # YAML takes no longer keys
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (BOMB, "the file is"),
+        (f"apps: {BOMB}", "apps is"),
+        (f"apps: {{web: {{image: {BOMB}}}}}", "image is"),
+        (f"apps: {{web: {{image: web, command: {BOMB}}}}}", "command is"),
+        (f"apps: {{web: {{image: web, replicas: {BOMB}}}}}", "replicas is"),
+        (f"apps: {{web: {{image: web, env: {{A: {{B: {BOMB}}}}}}}}}", "env.A is"),
+        (
+            f"apps: {{web: {{image: web, volumes: {{d: {{path: /, read_only: {BOMB}}}}}}}}}",
+            "read_only is",
+        ),
+        (f"name: {LONG}\napps: {{}}", "is no name for a project"),
+        (f"apps: {{{LONG}: []}}", "is no name for an application"),
+        (f"apps: {{web: {{image: web, volumes: {{{LONG}: []}}}}}}", "is no name for a volume"),
+        (f"apps: {{web: {{image: web, env: {{{LONG}: []}}}}}}", "a text belongs"),
+        (f"apps: {{web: {{image: web, env: {{-{LONG}: a}}}}}}", "no name of an environment"),
+        (f"apps: {{web: {{image: web, {LONG}: 1}}}}", "does not know"),
+        (f'apps: {{web: {{image: web, command: "\'{LONG}"}}}}', "No closing quotation"),
+        (f"apps: {{web: {{image: web, replicas: 1{'0' * 4000}}}}}", "replicas: give 0 to 1000"),
+    ],
+    ids=range(15),
+)
+def test_a_message_is_short_however_much_a_file_stands_for(
+    tmp_path: Path, text: str, match: str
+) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InvalidArgument, match=match) as caught:
+        read_app_file(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -256,6 +256,28 @@ def test_objects_of_others_are_left_alone(api: ApiServer, platform: KubernetesPl
     assert api.names("deployments") == []
 
 
+@pytest.mark.parametrize(
+    ("project", "app"),
+    [
+        ("shop-db", ContainerApp("a", "db:1", volumes=[Volume("data", "/data", size="1G")])),
+        ("shop", ContainerApp("db-a-replicas", "db:1", ports={80: 80})),
+    ],
+)
+def test_names_that_fall_together_with_those_of_another_application_are_refused(
+    api: ApiServer, platform: KubernetesPlatform, project: str, app: ContainerApp
+) -> None:
+    data = Volume("data", "/data", size="1G")
+    start(platform, ContainerApp("db-a", "db:1", volumes=[data]))
+    before = contents(api)
+    with (
+        Orchestration(platform, name=project) as other,
+        pytest.raises(AlreadyExists, match="is of application db-a of project shop: rename the"),
+    ):
+        other.add_container_app(app)
+        other.start()
+    assert contents(api) == before
+
+
 def test_status_and_logs_are_those_of_the_pods(
     api: ApiServer, platform: KubernetesPlatform
 ) -> None:
