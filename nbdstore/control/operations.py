@@ -7,14 +7,16 @@ forbids some of it (`usage`), and a lease decides who uses it (`leases`).
 
 Concurrency: everything runs on the loop of the pool, and changes of volumes take turns, the
 beginning and the end of an import included: what one has checked (the name, that no import runs)
-still holds when the store has done it. Only clients do not take turns: one may attach between a
-check ("nobody is attached") and the store's answer. It then finds its export gone, like any export
-that is deleted under its client; an import looks again once nobody new can attach.
+still holds when the store has done it. What takes long - deletions, shrinks - leaves its turn to
+others once nobody can use any more what it changes. Only clients do not take turns: one may attach
+between a check ("nobody is attached") and the store's answer. It then finds its export gone, like
+any export that is deleted under its client; an import looks again once nobody new can attach.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Unpack
 
@@ -169,12 +171,14 @@ class Operations:
         size, new_name, allow = (changes.get("size"), changes.get("new_name"), changes.get("allow"))
         names = None if allow is None else checked_names(allow)
         asked = (changes.get("iops"), changes.get("bandwidth"), changes.get("burst_s"))
+        # What makes no sense is refused before anything is done.
+        qos.current(self._usage.find(name).properties).changed(*asked)
+        if size is not None:
+            shrink, force = changes.get("shrink", False), changes.get("force", False)
+            await self._resize(name, size, shrink=shrink, force=force)
         async with self._usage.turn:
             volume = self._usage.find(name)
             limits = qos.current(volume.properties).changed(*asked)
-            if size is not None and size != volume.size:
-                shrink, force = changes.get("shrink", False), changes.get("force", False)
-                await self._resize(volume, size, shrink, force)
             if new_name is not None and new_name != name:
                 # Its holder could not come back: it knows the volume by its name.
                 self._usage.require_unleased(volume, "renaming it")
@@ -195,19 +199,24 @@ class Operations:
         }
         self.events.tell("volume.changed", name, **told)
 
-    async def _resize(self, volume: VolumeLike, size: int, shrink: bool, force: bool) -> None:
-        self._usage.require_no_import(volume, "resizing it")
-        if size > volume.size:
-            await self._pool.resize_volume(volume, size)
-            self._usage.grown(volume)
-            return
-        if not shrink:
-            raise InvalidArgument(
-                f"volume '{volume.name}' has {format_size(volume.size)} ({volume.size} bytes), "
-                f"more than {size}: if its end shall be cut off, say so with --shrink"
-            )
-        with self._usage.barred(volume):  # or a client might attach while it is being shrunk
-            self._usage.require_free(volume, "shrinking it")
+    async def _resize(self, name: str, size: int, *, shrink: bool, force: bool) -> None:
+        with ExitStack() as shrinking:
+            async with self._usage.turn:
+                volume = self._usage.find(name)
+                if size == volume.size:
+                    return
+                self._usage.require_no_import(volume, "resizing it")
+                if size > volume.size:
+                    await self._pool.resize_volume(volume, size)
+                    self._usage.grown(volume)
+                    return
+                if not shrink:
+                    raise InvalidArgument(
+                        f"volume '{name}' has {format_size(volume.size)} ({volume.size} bytes), "
+                        f"more than {size}: if its end shall be cut off, say so with --shrink"
+                    )
+                shrinking.enter_context(self._usage.shrinking(volume))
+            # This may take long; nobody uses the volume, and others may have their turns.
             await self._pool.resize_volume(volume, size, force=force)
 
     async def delete_volume(self, name: str, **how: Unpack[Deletion]) -> None:

@@ -182,6 +182,7 @@ class Receiving:
             return _Reception(self._usage, self._pool, made, progress, is_new=True)
         if volume.id in self._usage.imports:
             raise Busy(f"volume '{name}' is being received or imported right now: wait for that")
+        self._usage.require_not_shrinking(volume, "receiving into it")
         before = received_so_far(volume)
         if before and before.uuid != begin.uuid and _with_uuid(volume, before.uuid):
             await _unmark(self._usage, volume)  # a crash came between the snapshot and this

@@ -7,8 +7,8 @@ nothing of what the changes do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from nbdstore import lease
 from nbdstore.control.contracts import MeasuresLike, PoolLike, ServerLike, VolumeLike
@@ -33,6 +33,7 @@ class Usage:
     def __init__(self, pool: PoolLike, server: ServerLike | None) -> None:
         self.turn = asyncio.Lock()
         self.imports: set[int] = set()
+        self._shrinking: set[int] = set()
         self._pool = pool
         self._server = server
 
@@ -91,8 +92,12 @@ class Usage:
         self.require_detached(volume, before)
 
     def require_no_import(self, volume: VolumeLike, before: str) -> None:
-        """Raise Busy while an import into a volume runs, or as long as it is half received."""
+        """Raise Busy while an import into a volume runs, or as long as it is half received.
+
+        And while it is being shrunk, which forbids as much.
+        """
         name = volume.name
+        self.require_not_shrinking(volume, before)
         if volume.id in self.imports:
             raise Busy(f"an import into volume '{name}' is running: wait before {before}")
         if volume.properties.get("receiving"):
@@ -100,6 +105,11 @@ class Usage:
                 f"volume '{name}' is half received: receive the rest, or give it up with "
                 f"'nbdstore receive --abort {name}', before {before}"
             )
+
+    def require_not_shrinking(self, volume: VolumeLike, before: str) -> None:
+        """Raise Busy while a volume is being shrunk."""
+        if volume.id in self._shrinking:
+            raise Busy(f"volume '{volume.name}' is being shrunk: wait for that before {before}")
 
     def require_unleased(self, volume: VolumeLike, before: str) -> None:
         """Raise Busy, saying to whom, while a volume is leased."""
@@ -141,6 +151,20 @@ class Usage:
     def barred(self, volume: VolumeLike) -> AbstractContextManager[None]:
         """Let nobody attach a volume while the context lasts; who holds `turn` may do this."""
         return self._server.barred(volume) if self._server else nullcontext()
+
+    @contextmanager
+    def shrinking(self, volume: VolumeLike) -> Iterator[None]:
+        """Let nobody attach or change a volume while the context lasts, also without `turn`.
+
+        Who holds `turn` may begin this.
+        """
+        with self.barred(volume):
+            self.require_free(volume, "shrinking it")
+            self._shrinking.add(volume.id)
+            try:
+                yield
+            finally:
+                self._shrinking.discard(volume.id)
 
     async def fence(self, volume: VolumeLike, why: str) -> None:
         """End all connections of a volume: on return none of their requests is executed any more.

@@ -117,16 +117,18 @@ class Administration:
         await self.alone(self._resize(volume, size, force))
 
     async def _resize(self, volume: Volume, size: int, force: bool) -> None:
+        if size < volume.size:
+            # This takes long where much is mapped. What others do meanwhile is looked at below.
+            await _clear_tail(volume, size, force)
         async with self.turn():
             volume.check_there()
             shrinks = size < volume.size
-            if shrinks:
-                await _clear_tail(volume, size, force)
             await volume.flush()
             async with self._checkpointer.lock:
                 if shrinks:
                     await self._checkpointer.run_locked()  # no node may lie beyond the new end
                     n_blocks = -(-size // volume.block_size)
+                    await volume.load(n_blocks - 1, n_blocks)  # no await from here to the change
                     if not volume.map.ends_before(n_blocks):
                         raise Busy(
                             f"volume {volume.name}: it is being written beyond {size}: "
