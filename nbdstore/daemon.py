@@ -212,6 +212,7 @@ async def _serve(
         growth = GrowthMeter()
         operations = _operations(pool, server, options, growth)
         stack.push_async_callback(operations.close)
+        await operations.begin()
         endpoint = Endpoint(
             operations,
             options.pool,

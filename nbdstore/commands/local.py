@@ -48,6 +48,7 @@ class LocalService:
             self._runner.close()
             raise
         self._operations = Operations(self._pool)
+        self._run(self._operations.begin())
         self.backups = LocalBackups(self._operations.backups, self._run)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

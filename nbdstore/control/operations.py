@@ -73,6 +73,10 @@ class Operations:
         self.backups = Backups(self._usage, pool, self.snapshots, self.running, self.events)
         """Changed blocks and backups."""
 
+    async def begin(self) -> None:
+        """Complete what a crash has left between two steps; after the pool was opened."""
+        await self.backups.receiving.unmark_received()
+
     async def close(self) -> None:
         """Stop what takes long, where it can go on later; before the pool is closed."""
         await self.running.close()

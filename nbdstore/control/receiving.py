@@ -14,13 +14,15 @@ half received       ``receiving``: all bytes before `position` are as in the new
 being given up      ``receiving`` with position 0 while what came is taken back; then that goes, too
 received            the snapshot, with the name and uuid that it has where it was sent;
                     ``receiving`` goes away after it has come, so a crash between leaves both, and
-                    receiving it again, or the next one, or aborting, takes it away
+                    the next start takes it away; so does receiving it again, or the next one, or
+                    aborting
 ==================  ============================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Final
@@ -37,6 +39,7 @@ from nbdstore.errors import (
     AlreadyExists,
     Busy,
     InvalidArgument,
+    NbdstoreError,
     NotFound,
     StoreError,
     WrongBase,
@@ -46,6 +49,8 @@ KIND: Final = "receive"
 """The kind of that operation."""
 _SAVE_BYTES: Final = 64 << 20
 _SAVE_S: Final = 5.0  # how much of a transfer, in bytes or time, a killed server loses at most
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +166,22 @@ class Receiving:
                 await self._pool.rollback(volume, base)
                 self._events.tell("volume.changed", name, rolled_back_to=base.name)
             await _unmark(self._usage, volume)
+
+    async def unmark_received(self) -> None:
+        """Take the marks from volumes whose snapshot has come: a crash came between the two.
+
+        To be called when the pool has been opened. Where it fails the mark stays, and the log says
+        so: a pool that is full, say, is served all the same.
+        """
+        async with self._usage.turn:
+            for volume in list(self._pool.volumes.values()):
+                try:
+                    before = received_so_far(volume)
+                    if before is not None and _with_uuid(volume, before.uuid) is not None:
+                        await _unmark(self._usage, volume)
+                        log.info("volume %s: %s has come whole", volume.name, before.name)
+                except NbdstoreError as error:
+                    log.warning("volume %s stays as half received: %s", volume.name, error)
 
     # -- the beginning ----------------------------------------------------------------------
 

@@ -173,6 +173,36 @@ async def test_a_crash_between_the_snapshot_and_the_end_is_mended(
     assert await there.content("db@b") == await here.content("db@b")
 
 
+async def test_a_crash_between_the_snapshot_and_the_end_is_mended_by_the_next_start(
+    here: Site, tmp_path: Path
+) -> None:
+    await two_snapshots(here)
+    source, whole, half = tmp_path / "there", tmp_path / "whole", tmp_path / "half"
+    async with site(source) as there:
+        create = there.pool.create_snapshots
+
+        async def create_and_crash(*what: Any, **how: Any) -> Any:
+            made = await create(*what, **how)
+            killed(source, whole)
+            return made
+
+        with mock.patch.object(there.pool, "create_snapshots", create_and_crash):
+            await there.receive("db", await here.stream("db@a"))
+        with pytest.raises(BadStream):
+            await there.receive("web", (await here.stream("db@a"))[:-1])
+        killed(source, half)
+    async with site(whole) as there:
+        assert there.visible() == []
+        await there.operations.begin()
+        assert there.visible() == ["db", "db@a"]
+        assert await there.content("db") == await here.content("db@a")
+        await there.receive("db", await here.stream("db@b", "db@a"))
+    async with site(half) as there:
+        await there.operations.begin()
+        assert there.visible() == ["db", "db@a"]
+        assert there.token("web")
+
+
 async def test_of_a_stream_whose_first_frame_is_bad_nothing_is_kept(
     here: Site, there: Site
 ) -> None:
