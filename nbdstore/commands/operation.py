@@ -123,7 +123,10 @@ def events(session: Session, as_json: bool) -> None:
             if as_json:
                 click.echo(json.dumps(event, ensure_ascii=False))
             else:
-                facts = " ".join(f"{key}={value}" for key, value in event["detail"].items())
+                told = {
+                    key: value for key, value in event["detail"].items() if value not in (None, {})
+                }
+                facts = " ".join(f"{key}={value}" for key, value in told.items())
                 subject = event["subject"] or "-"
                 click.echo(f"{event['time']}  {event['kind']}  {subject}  {facts}".rstrip())
             sys.stdout.flush()

@@ -40,9 +40,13 @@ class Usage:
     def find(self, name: str) -> VolumeLike:
         """Return the volume of that name, or raise NotFound."""
         volume = self._pool.volumes.get(name)
-        if volume is None:
-            raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
-        return volume
+        if volume is not None:
+            return volume
+        if any(trashed.name == name for trashed in self._pool.trash):
+            raise NotFound(
+                f"volume '{name}' was deleted: 'nbdstore trash restore {name}' brings it back"
+            )
+        raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
 
     async def set(self, volume: VolumeLike, **properties: object) -> None:
         """Change some of a volume's properties, durably."""

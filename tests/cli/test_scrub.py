@@ -141,6 +141,31 @@ class TestEvents:
         process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == -signal.SIGINT
 
+    def test_what_there_is_to_tell_is_told_in_a_line(
+        self, commands: CommandLine, hold: Callable[[CommandLine], HeldPool]
+    ) -> None:
+        held = hold(commands)
+        process = subprocess.Popen(
+            [*NBDSTORE, "--pool", str(commands.directory), "events"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while not held.operations.events._listeners:
+            assert process.poll() is None
+        commands.run("volume", "create", "db", "--size", "1M")
+        commands.run("flatten", "db")
+        assert process.stdout is not None
+        lines = [process.stdout.readline().split(maxsplit=3) for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT_S)
+        assert [line[1] for line in lines] == [
+            "volume.created",
+            "operation.started",
+            "operation.ended",
+        ]
+        assert lines[0][2:] == ["db", "size=1048576\n"]
+        assert lines[2][3] == "state=done\n"  # and no result that is empty, nor an error of None
+
     def test_nothing_happens_to_a_pool_that_nobody_serves(self, commands: CommandLine) -> None:
         assert "nobody serves the pool" in commands.fail("events")
 

@@ -53,6 +53,7 @@ class TestALife:
     def test_delete(self, either: CommandLine) -> None:
         either.run("volume", "create", "db", "--size", "1G")
         assert either.run("volume", "delete", "db") == "deleted volume db\n"
+        assert "'nbdstore trash restore db' brings it back" in either.fail("volume", "show", "db")
         assert names(either) == []
 
     def test_allow(self, either: CommandLine) -> None:
