@@ -126,7 +126,10 @@ def _bearer(tokens: Tokens) -> Middleware:
         caller = tokens.find(secret) if scheme.lower() == b"bearer" else None
         if caller is None:
             wrong = "is wrong" if given else "is missing"
-            raise Unauthorized(f"the token of this control address {wrong}: give it a token file")
+            raise Unauthorized(
+                f"the token for this control address {wrong}: give its file with --token-file, or "
+                "send 'Authorization: Bearer TOKEN'"
+            )
         before = CALLER.set(caller)
         try:
             return await handler(request)

@@ -415,9 +415,10 @@ class ControlClient:
             raise ControlError(
                 f"{self.url} gave no answer within {self._timeout_s:g} s: see the server's log"
             ) from error
+        tls = "" if self._path or self._tls else " (or write https://, if it speaks TLS there)"
         raise ControlError(
             f"{self.url} went away before it answered ({str(error) or type(error).__name__}): "
-            "see whether the change was made, and try again"
+            f"see whether the change was made, and try again{tls}"
         ) from error
 
     def _received(

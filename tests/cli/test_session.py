@@ -100,7 +100,7 @@ class TestServersElsewhere:
     def test_without_the_token(self, answering: Answering) -> None:
         result = self.invoke(answering, "volume", "list")
         assert result.exit_code == 1
-        assert result.stderr.startswith("nbdstore: the token of this control address is missing")
+        assert "token for this control address is missing: give its file with" in result.stderr
 
     def test_the_server_wins_over_the_pool(self, answering: Answering, tmp_path: Path) -> None:
         args = ["--pool", str(tmp_path / "none"), "--server", answering.unix_url]
