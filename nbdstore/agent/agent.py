@@ -316,14 +316,20 @@ class Agent:
                 self.mounting.grow(attachment, device, mounts[0].path)
 
     def _grow_device(self, attachment: Attachment, device: BlockDevice, size: int) -> bool:
-        driver, volume = self.drivers[attachment.record.driver], attachment.record.volume
-        if not driver.grow(attachment.record, device, size):
+        volume = attachment.record.volume
+        try:
+            grown = self.drivers[attachment.record.driver].grow(attachment.record, device, size)
+        except DeviceError as error:
+            attachment.problem = str(error)
+            raise
+        if not grown:
             attachment.problem = (
                 f"the volume has {size} bytes now, of which {device.path} shows {device.size}, for "
-                f"the {driver.name} driver's cannot grow in use: unmount and mount it "
+                "it was attached by an older nbdstore: unmount and mount it "
                 f"('nbdstore umount {volume}'), or detach and attach it, or restart the agent"
             )
             return False
+        attachment.problem = ""
         self.attachments.save(dataclasses.replace(attachment.record, size=size))
         log.info("%s has %d bytes now", device.path, size)
         return True

@@ -183,12 +183,6 @@ class Doctor:
             return
         if info.size < device.size:
             text, advice = "has shrunk below its device", "give it its size again"
-        elif attachment.record.driver != "kernel":
-            text = "has grown"
-            advice = (
-                "its device grows when it is attached again: unmount and mount it, or detach and "
-                "attach it, or restart the agent"
-            )
         else:
             text, advice = "has grown, its device not yet", ""
         yield Finding(
@@ -287,7 +281,11 @@ class Doctor:
             agent.server.release(lease.volume, lease.holder, lease.epoch)
         elif finding.kind == "size":
             assert self._volumes
-            agent.grow(finding.subject, self._volumes[finding.subject].size)
+            size = self._volumes[finding.subject].size
+            agent.grow(finding.subject, size)
+            found = agent.attachments.find(finding.subject)
+            if found.device is None or found.device.size < size:
+                raise DeviceError(found.problem or "it waits for its server: try again then")
         elif finding.kind == "filesystem":
             agent.grow(finding.subject, 0)
             if left := agent.attachments.find(finding.subject).record.too_small:

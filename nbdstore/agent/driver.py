@@ -56,7 +56,7 @@ class Driver(Protocol):
         """
 
     def grow(self, record: AttachRecord, device: BlockDevice, size: int) -> bool:
-        """Let the device have more bytes while it is in use; False if this driver cannot."""
+        """Let the device have more bytes while it is in use; False if that device cannot."""
 
     def detach(self, record: AttachRecord, device: BlockDevice) -> None:
         """Take the device away; it must not be in use."""

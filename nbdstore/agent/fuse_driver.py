@@ -8,12 +8,9 @@ and data passes through two processes, which the agent starts and does not need 
     STATE/fuse/ID.log        what the two had to say
 
 A stop of the machine's init system or of the container ends them with everything else in there.
-The size stays what it was when the volume was attached. A loop device could follow a file that
-grows (LOOP_SET_CAPACITY), but nbdfuse asks for the size once, and its file keeps it; to another
-file a device that is in use changes (LOOP_CHANGE_FD) only if it is read-only. The limit of a loop
-device over a file that is larger than any volume can be raised while it is mounted (seen with Linux
-6.18), but then the page cache reads ahead beyond the volume's end, which the relay would have to
-answer, and to know that end at each moment.
+The file is as large as any volume can be (`relay.ROOM`), and the loop device over it is limited to
+the volume's size. To grow, the relay must know the new size, for which it connects anew; then the
+limit is raised (LOOP_SET_STATUS64 of loop(4)), which Linux allows while the device is mounted.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import errno
 import fcntl
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,6 +34,13 @@ from nbdstore.agent.records import AttachRecord
 from nbdstore.errors import DeviceError
 
 LOOP_CTL_GET_FREE: Final = 0x4C82
+LOOP_SET_STATUS64: Final = 0x4C04
+LOOP_GET_STATUS64: Final = 0x4C05
+LOOP_INFO_BYTES: Final = 232
+"""Of struct loop_info64 (linux/loop.h)."""
+LIMIT: Final = struct.Struct("=Q")
+LIMIT_AT: Final = 32
+"""Where its lo_sizelimit stands."""
 LOOP_ATTEMPTS: Final = 20
 """Others take loop devices, too: what was free may be taken when we come."""
 START_TIMEOUT_S: Final = 60.0
@@ -62,21 +67,28 @@ class FuseDriver:
     Arguments:
         directory: the agent's state directory.
         relay_command: starts a relay when a record's path is added to it.
+        end_connections: ends the connections of a volume's lease; see `StoreServer`.
     """
 
     name = "fuse"
     reconnects_itself = True  # the relay does
 
-    def __init__(self, directory: Path, relay_command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        relay_command: Sequence[str],
+        end_connections: Callable[[str, int], None],
+    ) -> None:
         self._directory = directory / "fuse"
         self._records = directory / "attachments"
         self._relay_command = relay_command
+        self._end_connections = end_connections
 
     def attach(self, record: AttachRecord) -> tuple[BlockDevice, AttachRecord]:
         directory = self._mountpoint(record)
         if mounts.mounted_at(str(directory)) is None:
             self._start_relay(record, directory)
-        device = self.find(record) or self._make_loop(record, directory / FILE_NAME)
+        device = self.find(record) or self._make_loop(record)
         device.make_node()
         return device, replace(record, size=device.size)
 
@@ -100,8 +112,11 @@ class FuseDriver:
             seen = alive
             time.sleep(POLL_S)
 
-    def _make_loop(self, record: AttachRecord, file: Path) -> BlockDevice:
-        options = ("--read-only",) if record.read_only else ()
+    def _make_loop(self, record: AttachRecord) -> BlockDevice:
+        self._wait(lambda: self._size(record) > 0, f"the relay of {record.volume} does not connect")
+        options = ["--sizelimit", str(self._size(record))]
+        options += ["--read-only"] if record.read_only else []
+        file = self._mountpoint(record) / FILE_NAME
         for _ in range(LOOP_ATTEMPTS):
             device = BlockDevice(f"loop{_free_loop()}")
             path = device.make_node()
@@ -123,14 +138,28 @@ class FuseDriver:
         state = relay.read_state(self._state_path(record))
         if state is None:
             return Health.DEAD
-        return Health.CONNECTED if state[1] else Health.WAITING
+        return Health.CONNECTED if state.connected else Health.WAITING
 
     def reconnect(self, record: AttachRecord, device: BlockDevice) -> AttachRecord:
         """Return the record as it is; see `reconnects_itself`."""
         return record
 
     def grow(self, record: AttachRecord, device: BlockDevice, size: int) -> bool:
-        return False
+        if device.attribute("loop/sizelimit") in (None, "0"):
+            return False  # it is as an agent made it that could not do this
+        if self._size(record) < size:
+            self._end_connections(record.volume, record.epoch)
+            self._wait(
+                lambda: self._size(record) >= size,
+                f"the relay of {record.volume} does not see that it has {size} bytes now",
+            )
+        _raise_limit(device, size)
+        return True
+
+    def _size(self, record: AttachRecord) -> int:
+        """Return how many bytes the relay has a connection for, 0 without one."""
+        state = relay.read_state(self._state_path(record))
+        return state.size if state is not None and state.connected else 0
 
     def detach(self, record: AttachRecord, device: BlockDevice) -> None:
         with device.claimed():
@@ -144,7 +173,7 @@ class FuseDriver:
         if self.find(record) == device:
             programs.run("losetup", "--detach", device.path)
         if (state := relay.read_state(self._state_path(record))) is not None:
-            os.kill(state[0], signal.SIGKILL)
+            os.kill(state.pid, signal.SIGKILL)
         # What still uses the device keeps it, and the file behind it, until it lets go.
         self.remove_remains(record, lazily=True)
 
@@ -186,6 +215,24 @@ def _free_loop() -> int:
         return fcntl.ioctl(control, LOOP_CTL_GET_FREE)
     finally:
         os.close(control)
+
+
+def _raise_limit(device: BlockDevice, size: int) -> None:
+    """Let a loop device have `size` bytes, and otherwise be as it is."""
+    try:
+        descriptor = os.open(device.make_node(), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            info = bytearray(LOOP_INFO_BYTES)
+            fcntl.ioctl(descriptor, LOOP_GET_STATUS64, info)
+            LIMIT.pack_into(info, LIMIT_AT, size)
+            fcntl.ioctl(descriptor, LOOP_SET_STATUS64, info)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DeviceError(
+            f"{device.path} cannot be given {size} bytes while it is in use ({error.strerror}): "
+            "unmount and mount it, or detach and attach it"
+        ) from error
 
 
 def _last(text: str) -> str:

@@ -86,7 +86,8 @@ def open_agent(setting: Setting, *, patience_s: float = 0.0) -> Iterator[LocalAg
             request_timeout_s=setting.request_timeout_s,
             dead_timeout_s=setting.dead_timeout_s,
         )
-        agent = LocalAgent(attachments, store_server(setting), _drivers(setting, records), options)
+        server = store_server(setting)
+        agent = LocalAgent(attachments, server, _drivers(setting, records, server), options)
         for attachment in attachments.all():
             attachment.device = agent.attaching.find_device(attachment)
         yield agent
@@ -105,13 +106,13 @@ def store_server(setting: Setting) -> StoreServer:
     return StoreServer(control, setting.nbd or None)
 
 
-def _drivers(setting: Setting, records: Records) -> Drivers:
+def _drivers(setting: Setting, records: Records, server: StoreServer) -> Drivers:
     files = {"--token-file": setting.token_file, "--tls-ca": setting.tls_ca}
     given = [word for option, path in files.items() if path for word in (option, str(path))]
     relay = (sys.executable, "-m", "nbdstore", "--server", setting.control_url, *given)
     return Drivers(
         {
             "kernel": KernelDriver(records.agent_id),
-            "fuse": FuseDriver(setting.state, (*relay, "agent", "relay")),
+            "fuse": FuseDriver(setting.state, (*relay, "agent", "relay"), server.end_connections),
         }
     )

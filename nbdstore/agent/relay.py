@@ -13,10 +13,14 @@ which lives as long as nbdfuse does and does not need the agent.
     dead_timeout_s over    the end: nbdfuse fails what it has, and all that comes
 
 Speaks oldstyle to nbdfuse (proto.md, "Oldstyle negotiation"), which leaves nothing to agree on:
-simple replies, the flags of the server. All bytes of requests and replies pass unchanged, to the
-server with TLS if its address says so (see `tls`).
+simple replies, the flags of the server. Bytes of requests and replies pass unchanged, to the
+server with TLS if its address says so (see `tls`), but for one thing: nbdfuse asks for the size
+once, and is told ROOM or more, so that its file can grow. The loop device over it is limited to the
+volume's size, but the page cache under that reads ahead: what is read beyond the volume's end is
+zeros, which are made here.
 
-The file that it is given is locked for its life, and says "PID connected" or "PID waiting".
+The file that it is given is locked for its life, and says "PID connected SIZE", the volume's bytes
+when this connection began, or "PID waiting".
 """
 
 from __future__ import annotations
@@ -57,16 +61,24 @@ NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 RETRY_S: Final = (0.1, 0.2, 0.5, 1.0)
 """Pauses between attempts to connect; the last one repeats."""
 LOCK_FILE_MODE: Final = 0o600
+STATE_BYTES: Final = 64
+ROOM: Final = 256 << 40
+"""Bytes: the largest volume that servers make now."""
 
 log = logging.getLogger(__name__)
 
 
 class Pending(NamedTuple):
-    """A request whose reply has not come. sent_s: when it was sent last."""
+    """A request whose reply has not come.
+
+    length: bytes that are asked of the server. beyond: zeros that follow them in the reply. sent_s:
+    when it was sent last.
+    """
 
     raw: bytes
     command: int
     length: int
+    beyond: int
     sent_s: float
 
 
@@ -81,7 +93,8 @@ class Relay:
         client: a socket; the other side speaks NBD to it.
         connect: makes a new connection, having ended those of before; raises NbdstoreError if it
             cannot. Called again and again until `dead_timeout_s` are over.
-        report: told whether the server is there, whenever that changes.
+        report: told how many bytes the server has for us, None while it is away, whenever that
+            changes.
     """
 
     def __init__(
@@ -91,7 +104,7 @@ class Relay:
         *,
         request_timeout_s: float,
         dead_timeout_s: float,
-        report: Callable[[bool], None],
+        report: Callable[[int | None], None],
     ) -> None:
         self._client = client
         self._connect = connect
@@ -99,7 +112,8 @@ class Relay:
         self._dead_timeout_s = dead_timeout_s
         self._report = report
         self._server: socket.socket | None = None
-        self._offered: tuple[int, int] | None = None
+        self._flags: int | None = None
+        self._size = 0
         self._pending: dict[bytes, Pending] = {}
         self._from_client = bytearray()
         self._from_server = bytearray()
@@ -114,9 +128,8 @@ class Relay:
             DeviceError: the server was away for too long, or does not fit any more.
         """
         self._reconnect()
-        assert self._offered
-        size, flags = self._offered
-        hello = OLDSTYLE.pack(INIT_PASSWD, OLDSTYLE_MAGIC, size, flags)
+        room = max(ROOM, self._size)
+        hello = OLDSTYLE.pack(INIT_PASSWD, OLDSTYLE_MAGIC, room, self._flags)
         self._to_client.append(memoryview(hello))
         try:
             while not (self._leaving and not self._pending and not self._to_server):
@@ -200,7 +213,7 @@ class Relay:
     def _receive_requests(self) -> None:
         self._from_client += self._receive(self._client) or b""
         while len(self._from_client) >= REQUEST.size:
-            magic, _, command, cookie, _, length = REQUEST.unpack_from(self._from_client)
+            magic, _, command, _, _, length = REQUEST.unpack_from(self._from_client)
             if magic != REQUEST_MAGIC:
                 raise DeviceError(f"nbdfuse sent a request that starts with {magic:#x}")
             size = REQUEST.size + (length if command == Command.WRITE else 0)
@@ -210,9 +223,25 @@ class Relay:
             del self._from_client[:size]
             if command == Command.DISC:
                 self._leaving = True
+                self._to_server.append(memoryview(raw))
             else:
-                self._pending[cookie] = Pending(raw, command, length, time.monotonic())
-            self._to_server.append(memoryview(raw))
+                self._pass_on(raw)
+
+    def _pass_on(self, raw: bytes) -> None:
+        """Send a request to the server; of a READ what lies within the volume."""
+        *header, length = REQUEST.unpack_from(raw)
+        _, _, command, cookie, offset = header
+        beyond = 0
+        if command == Command.READ and offset + length > self._size:
+            beyond = min(length, offset + length - self._size)
+            length -= beyond
+            raw = REQUEST.pack(*header, length)
+        if beyond and not length:
+            zeros = SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie) + bytes(beyond)
+            self._to_client.append(memoryview(zeros))
+            return
+        self._pending[cookie] = Pending(raw, command, length, beyond, time.monotonic())
+        self._to_server.append(memoryview(raw))
 
     def _receive_replies(self, server: socket.socket) -> None:
         self._from_server += self._receive(server) or b""
@@ -225,7 +254,8 @@ class Relay:
             size = SIMPLE_REPLY.size + (pending.length if with_data else 0)
             if len(self._from_server) < size:
                 return
-            self._to_client.append(memoryview(bytes(self._from_server[:size])))
+            zeros = bytes(pending.beyond) if with_data else b""
+            self._to_client.append(memoryview(bytes(self._from_server[:size]) + zeros))
             del self._from_server[:size]
             del self._pending[cookie]
 
@@ -241,7 +271,7 @@ class Relay:
     def _reconnect(self) -> None:
         """Get a connection, and send over it all that has no reply yet."""
         self._drop()
-        self._report(False)
+        self._report(None)
         deadline_s = time.monotonic() + self._dead_timeout_s
         said = ""
         for attempt in range(1 << 62):
@@ -249,7 +279,7 @@ class Relay:
                 link = self._connect()
                 break
             except NbdstoreError as error:
-                first_time = self._offered is None
+                first_time = self._flags is None
                 if first_time or time.monotonic() > deadline_s:
                     raise DeviceError(
                         f"gave up after {self._dead_timeout_s:g} s: {error}"
@@ -266,18 +296,20 @@ class Relay:
             cookie: pending._replace(sent_s=now_s) for cookie, pending in self._pending.items()
         }
         self._to_server.extend(memoryview(pending.raw) for pending in self._pending.values())
-        self._report(True)
+        self._report(link.size)
 
     def _require_same(self, link: Link) -> None:
-        if self._offered is None:
-            self._offered = (link.size, link.flags)
-        size, flags = self._offered
-        if not store_server.still_fits(flags, link.flags) or link.size < size:
+        """Take note of what the server offers; raises DeviceError if it is less than before."""
+        if self._flags is None:
+            self._flags = link.flags
+        if not store_server.still_fits(self._flags, link.flags) or link.size < self._size:
             link.socket.close()
             raise DeviceError(
                 f"the server offers {link.size} bytes with flags {link.flags:#x} now, not the "
-                f"{size} bytes with {flags:#x} of before: what was attached cannot go on"
+                f"{self._size} bytes with {self._flags:#x} of before: what was attached cannot go "
+                "on"
             )
+        self._size = link.size
 
     def _pause(self, seconds: float) -> None:
         """Wait; raises DeviceError at once if the client leaves meanwhile."""
@@ -297,18 +329,27 @@ class StateFile:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_FILE_MODE)
         # Those who look hold a shared lock for a moment.
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        self.report(False)
+        self.report(None)
 
-    def report(self, connected: bool) -> None:
-        text = f"{os.getpid()} {'connected' if connected else 'waiting'}"
-        os.pwrite(self._descriptor, text.ljust(32).encode() + b"\n", 0)
+    def report(self, size: int | None) -> None:
+        """Say how many bytes the server has, None while it is away."""
+        text = f"{os.getpid()} {'waiting' if size is None else f'connected {size}'}"
+        os.pwrite(self._descriptor, text.ljust(STATE_BYTES - 1).encode() + b"\n", 0)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
-def read_state(path: Path) -> tuple[int, bool] | None:
-    """Return (pid, connected) of the relay that keeps the file; None if there is none alive."""
+class RelayState(NamedTuple):
+    """How a relay fares. size: bytes of the volume, 0 while that is not told."""
+
+    pid: int
+    connected: bool
+    size: int
+
+
+def read_state(path: Path) -> RelayState | None:
+    """Return the state of the relay that keeps the file; None if there is none alive."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -316,8 +357,11 @@ def read_state(path: Path) -> tuple[int, bool] | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid, _, word = os.pread(descriptor, 64, 0).decode().strip().partition(" ")
-        return (int(pid), word == "connected") if pid else None
+        words = os.pread(descriptor, STATE_BYTES, 0).decode().split()
+        if not words:
+            return None
+        size = int(words[2]) if len(words) > 2 else 0
+        return RelayState(int(words[0]), words[1] == "connected", size)
     finally:
         os.close(descriptor)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdstore.agent import relay, store_server
-from nbdstore.agent.relay import OLDSTYLE, OLDSTYLE_MAGIC, Relay, StateFile
+from nbdstore.agent.relay import OLDSTYLE, OLDSTYLE_MAGIC, ROOM, Relay, StateFile
 from nbdstore.agent.store_server import Link, StoreServer
 from nbdstore.control.client import ControlClient
 from nbdstore.errors import DeviceError, NbdstoreError
@@ -31,7 +32,7 @@ class Client:
     def __init__(self, pool: ServedPool, *, dead_timeout_s: float = 60.0) -> None:
         self.server = StoreServer(ControlClient(f"unix:{pool.directory}/control.sock"))
         self.address = f"127.0.0.1:{pool.port}"
-        self.reports: list[bool] = []
+        self.reports: list[int | None] = []
         self.failure: NbdstoreError | None = None
         self.connected = threading.Event()
         self.waiting = threading.Event()
@@ -53,9 +54,9 @@ class Client:
     def connect(self) -> Link:
         return store_server.dial(self.address, "db")
 
-    def report(self, connected: bool) -> None:
-        self.reports.append(connected)
-        (self.connected if connected else self.waiting).set()
+    def report(self, size: int | None) -> None:
+        self.reports.append(size)
+        (self.waiting if size is None else self.connected).set()
 
     def run(self) -> None:
         try:
@@ -105,15 +106,15 @@ def client(pool: ServedPool) -> Iterator[Client]:
 
 def test_requests_and_replies_pass(client: Client) -> None:
     size, _ = client.hello()
-    assert size == SIZE
+    assert (size, client.reports) == (ROOM, [None, SIZE])
     data = bytes(range(256)) * 1024
     written = client.send(Command.WRITE, 4096, data=data)
     assert client.replies(1)[written].error == 0
     cookies = [client.send(Command.READ, 4096 + n, 100_000) for n in range(9)]
-    beyond = client.send(Command.READ, SIZE, 1)
+    beyond = client.send(Command.WRITE, SIZE, data=b"x")
     found = client.replies(10)
     assert [found[cookie].data for cookie in cookies] == [data[n : n + 100_000] for n in range(9)]
-    assert found[beyond].error == Errno.EINVAL
+    assert found[beyond].error == Errno.ENOSPC
     client.send(Command.DISC)
     client.thread.join(TIMEOUT_S)
     assert (client.thread.is_alive(), client.failure) == (False, None)
@@ -137,7 +138,34 @@ def test_what_was_under_way_is_sent_again_to_the_next_server(
     assert [found[cookie].error for cookie in (*cookies, flush)] == [0] * (N_WRITES + 1)
     read = client.send(Command.READ, 0, N_WRITES * 4096)
     assert client.replies(1)[read].data == b"".join(bytes([n + 1]) * 4096 for n in range(N_WRITES))
-    assert client.reports[-2:] == [False, True]
+    assert client.reports[-2:] == [None, SIZE]
+
+
+def test_what_is_read_beyond_the_end_is_zeros_until_the_volume_has_grown(
+    client: Client, pool: ServedPool
+) -> None:
+    """As the page cache reads ahead; the client is told of more room than there is."""
+    client.hello()
+    written = client.send(Command.WRITE, SIZE - 4096, data=b"x" * 4096)
+    assert client.replies(1)[written].error == 0
+    within = client.send(Command.READ, SIZE - 4096, 4096)
+    across = client.send(Command.READ, SIZE - 4096, 8192)
+    behind = client.send(Command.READ, SIZE, 4096)
+    found = client.replies(3)
+    assert found[within].data == b"x" * 4096
+    assert found[across].data == b"x" * 4096 + bytes(4096)
+    assert found[behind].data == bytes(4096)
+
+    pool.nbdstore("volume", "resize", "db", "192M")
+    client.connected.clear()
+    (connection,) = client.server.control.attachments()
+    client.server.control.disconnect(connection.id)
+    assert client.connected.wait(TIMEOUT_S)
+    assert client.reports[-1] == 192 << 20
+    written = client.send(Command.WRITE, SIZE, data=b"y" * 4096)
+    assert client.replies(1)[written].error == 0
+    across = client.send(Command.READ, SIZE - 4096, 8192)
+    assert client.replies(1)[across].data == b"x" * 4096 + b"y" * 4096
 
 
 def test_writes_that_overlap_end_as_they_were_sent(client: Client, pool: ServedPool) -> None:
@@ -196,9 +224,10 @@ def test_the_state_file_tells_whether_a_relay_lives(tmp_path: Path) -> None:
     assert relay.read_state(path) is None
     state = StateFile(path)
     found = relay.read_state(path)
-    assert found is not None and found[1] is False
-    state.report(True)
-    found = relay.read_state(path)
-    assert found is not None and found[1] is True
+    assert found == (os.getpid(), False, 0)
+    state.report(SIZE)
+    assert relay.read_state(path) == (os.getpid(), True, SIZE)
+    state.report(None)
+    assert relay.read_state(path) == (os.getpid(), False, 0)
     state.close()
     assert relay.read_state(path) is None
