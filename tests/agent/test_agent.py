@@ -259,6 +259,18 @@ def test_a_filesystem_that_cannot_grow_is_mounted_as_it_is(host: Host) -> None:
     host.nbdstore("detach", "db")
 
 
+def test_the_doctor_lets_what_is_mounted_grow_with_its_volume(host: Host) -> None:
+    where = host.directory / "mnt"
+    host.nbdstore("mount", "web", where, "--fs", "xfs", "--driver", "fuse")
+    before = os.statvfs(where).f_blocks
+    host.pool.nbdstore("volume", "resize", "web", "400M")
+    assert "has grown, its device not yet" in host.nbdstore("doctor", status=1)
+    assert "put right" in host.nbdstore("doctor", "--fix")
+    assert os.statvfs(where).f_blocks > before
+    assert "all is well" in host.nbdstore("doctor")
+    host.nbdstore("umount", "web")
+
+
 def test_a_mount_that_cannot_be_completed_is_not_left(host: Host) -> None:
     where = host.directory / "mnt"
     options = ("db", where, "--driver", "fuse")
