@@ -41,8 +41,13 @@ XFS_JOURNAL_IN_USE: Final = 2
 XFS_REPAIRED: Final = 4
 """Exit statuses of xfs_repair(8): the journal must be replayed before, and, with -e, it has
 repaired something."""
+IN_NAMESPACE: Final = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
+"""A shell whose mounts are its own: they cover nothing of anybody's, and end with it."""
 REPLAY_XFS: Final = 'mount -t xfs -o nouuid -- "$0" /tmp && umount /tmp'
-"""In a mount namespace of its own, where it covers nothing of anybody, and ends with that."""
+OWN: Final = """
+mount -t "$1" -- "$0" /tmp && { [ -z "$2" ] || chown "$2" /tmp; } &&
+{ [ -z "$3" ] || chmod "$3" /tmp; } && umount /tmp
+"""
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,7 @@ class Xfs:
     def repair(self, path: str) -> bool:
         done = _run_check("xfs_repair", "-e", path)
         if done.status == XFS_JOURNAL_IN_USE:
-            in_namespace = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
-            replay = _run_check(*in_namespace, REPLAY_XFS, path)
+            replay = _run_check(*IN_NAMESPACE, REPLAY_XFS, path)
             done = _run_check("xfs_repair", "-e", path)
             if done.status == XFS_JOURNAL_IN_USE:
                 raise DeviceError(
@@ -179,6 +183,29 @@ class Xfs:
 
     def grow(self, path: str, mountpoint: str) -> None:
         programs.run("xfs_growfs", mountpoint)
+
+
+def make(kind: str, path: str, owner: str = "", mode: str = "") -> None:
+    """Format a device that holds nothing, and give the root directory its owner and mode.
+
+    Arguments:
+        owner: "UID:GID"; mode: octal; "" leaves it as mkfs makes it.
+
+    Raises:
+        DeviceError: that failed; what is on the device need not be whole.
+    """
+    filesystem(kind).make(path)
+    if not (owner or mode):
+        return
+    # Before it is mounted where it is wanted: if that fails, and is tried again otherwise, it is a
+    # filesystem that was there before, whose root is its owner's business.
+    done = programs.run(*IN_NAMESPACE, OWN, path, kind, owner, mode, accept=range(256))
+    if done.status:
+        given = " and ".join(word for word in (owner, mode) if word)
+        raise DeviceError(
+            f"the root of the new filesystem on {path} cannot be given {given} ({_shown(done)}): "
+            "mount it without, and change that there"
+        )
 
 
 def _run_check(*argv: str) -> programs.Done:

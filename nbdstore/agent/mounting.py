@@ -27,12 +27,12 @@ from nbdstore.agent.mounts import Mount
 from nbdstore.agent.programs import ProgramTimeout
 from nbdstore.agent.records import FilesystemRecord, MountRecord
 from nbdstore.agent.repairs import Repairs
-from nbdstore.agent.requests import MountRequest, parse_mode, parse_owner
+from nbdstore.agent.requests import MountRequest
 from nbdstore.control.model import VolumeInfo
 from nbdstore.errors import Busy, DeviceError, InvalidArgument, NbdstoreError
 
 DEFAULT_FILESYSTEM: Final = "ext4"
-FOUND, BEGUN, MADE, OWNED = "found", "begun", "made", "owned"
+FOUND, BEGUN, MADE = "found", "begun", "made"
 HEAD_BYTES: Final = 1 << 20
 """Where mkfs begins to write; cleared before it begins again."""
 FORCED_TIMEOUT_S: Final = 5.0
@@ -74,12 +74,11 @@ class Mounting:
         self.require_kind(attachment, request)
 
     def _make(self, attachment: Attachment, device: BlockDevice, wanted: FilesystemRecord) -> None:
-        kind = filesystem(wanted.type)
         record = dataclasses.replace(attachment.record, filesystem=wanted)
         self._attachments.save(record)
         log.info("formatting volume %s with %s", record.volume, wanted.type)
         try:
-            kind.make(device.path)
+            filesystems.make(wanted.type, device.path, wanted.owner, wanted.mode)
         except ProgramTimeout:
             raise  # it may still be writing
         except DeviceError:
@@ -158,20 +157,13 @@ class Mounting:
         """
         if wanted.propagation:
             mounts.propagate(wanted.path, wanted.propagation)
-        read_only = wanted.read_only or attachment.record.read_only
-        filesystem_record = attachment.record.filesystem
-        if not read_only and filesystem_record is not None and filesystem_record.made == MADE:
-            _own(wanted.path, filesystem_record)
-            filesystem_record = dataclasses.replace(filesystem_record, made=OWNED)
         complete = tuple(
             dataclasses.replace(mount, complete=True) if mount.path == wanted.path else mount
             for mount in attachment.record.mounts
         )
         record = attachment.record
-        self._attachments.save(
-            dataclasses.replace(record, filesystem=filesystem_record, mounts=complete)
-        )
-        if not read_only:
+        self._attachments.save(dataclasses.replace(record, mounts=complete))
+        if not (wanted.read_only or record.read_only):
             self.grow(attachment, device, wanted.path)
 
     def grow(self, attachment: Attachment, device: BlockDevice, path: str) -> None:
@@ -239,22 +231,6 @@ class Mounting:
         if device is not None and device.attribute("dev") is not None:
             return found.device == device.number
         return found.source == f"/dev/{attachment.record.device}"
-
-
-def _own(path: str, made: FilesystemRecord) -> None:
-    """Give a new filesystem's root directory its owner and mode, which is done once: the files of
-    one that is in use are their owners' business."""
-    owner, mode = parse_owner(made.owner), parse_mode(made.mode)
-    try:
-        if owner is not None:
-            os.chown(path, *owner)
-        if mode is not None:
-            os.chmod(path, mode)  # noqa: PTH101 - beside chown
-    except OSError as error:
-        raise DeviceError(
-            f"the root of the new filesystem at {path} cannot get its owner and mode "
-            f"({error.strerror}): mount it without, and change them there"
-        ) from error
 
 
 def _require_no_other(device: BlockDevice, begun: FilesystemRecord, volume: str) -> None:

@@ -53,7 +53,7 @@ class MountRecord:
     """A mount point that is wanted, as it was asked for (see `MountRequest`), until it is unmounted
     by request: it is mounted so again by each agent that comes.
 
-    complete: what follows mounting (propagation, owner) has been done, too, since it was mounted.
+    complete: what follows mounting (its propagation) has been done, too, since it was mounted.
     """
 
     path: str
@@ -70,7 +70,8 @@ class FilesystemRecord:
     """The filesystem on a volume, and how far its making has come.
 
     made: "found" (it was there before this attachment), "begun" (mkfs was started: the volume held
-    nothing when it was), "made", "owned" (its root directory has got its owner and mode).
+    nothing when it was), "made" (and its root directory has its owner and mode; records of version
+    1 say "owned" then).
     """
 
     type: str

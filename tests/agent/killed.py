@@ -2,7 +2,7 @@
 
 ``python -m tests.agent.killed STATE CONTROL_URL PATH {mount,umount} MOMENT`` ends itself by SIGKILL
 before the N-th thing that can be seen from outside (a record that is written, a program that is
-run, a change that is asked of the server), or before the first one of a name, such as "chown". It
+run, a change that is asked of the server), or before the first one of a name: "propagate". It
 ends with 0 if it comes to its end before.
 """
 
@@ -27,7 +27,6 @@ MOMENTS = (
     (programs, "run"),
     (programs, "start_detached"),
     (mounts, "propagate"),
-    (os, "chown"),
     (ControlClient, "acquire_lease"),
     (ControlClient, "release_lease"),
 )

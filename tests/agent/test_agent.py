@@ -97,7 +97,7 @@ def test_mkfs_that_was_killed_is_begun_again(host: Host) -> None:
     host.children.run("mkfs.xfs", "-q", "-K", device)
     host.nbdstore("mount", "web", where, "--fs", "xfs")
     assert is_mounted(where)
-    assert json.loads(host.record_path("web").read_text())["filesystem"]["made"] == "owned"
+    assert json.loads(host.record_path("web").read_text())["filesystem"]["made"] == "made"
     host.nbdstore("umount", "web")
     host.nbdstore("detach", "web")
 
@@ -271,11 +271,23 @@ def test_the_doctor_lets_what_is_mounted_grow_with_its_volume(host: Host) -> Non
     host.nbdstore("umount", "web")
 
 
-def test_a_mount_that_cannot_be_completed_is_not_left(host: Host) -> None:
+def test_a_new_filesystem_has_its_owner_though_it_could_not_be_mounted(host: Host) -> None:
+    where = host.directory / "mnt"
+    options = ("db", where, "--driver", "fuse", "--owner", "5:6", "--mode", "2770")
+    refused = host.nbdstore("mount", *options, "--options", "nonsense", status=1)
+    assert "mount" in refused
+    assert host.status("db") is None
+    host.nbdstore("mount", *options)
+    found = where.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (5, 6, 0o2770)
+    host.nbdstore("umount", "db")
+
+
+def test_an_owner_that_cannot_be_set_is_told(host: Host) -> None:
     where = host.directory / "mnt"
     options = ("db", where, "--driver", "fuse")
     refused = host.run_without("chown", "mount", *options, "--owner", "5:6", status=1)
-    assert "cannot get its owner and mode (Operation not permitted): mount it without" in refused
+    assert "cannot be given 5:6 (chown: changing ownership" in refused
     assert not is_mounted(where)
     assert host.status("db") is None
     host.nbdstore("mount", *options)

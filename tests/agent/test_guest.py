@@ -58,10 +58,9 @@ def test_io_goes_on_through_kills_outages_and_growth(guest: Guest, served: Serve
     host = GuestHost(guest, served)
     host.start("--mount", f"volume=db,path={SHARED}/db,owner=65534:65534")
     where = f"{SHARED}/db"
-    # It has its owner a moment after it is mounted.
     guest.run(
-        f"until grep -q ' {where} ext4 ' /proc/mounts && "
-        f"[ $(stat -c %u:%g {where}) = 65534:65534 ]; do {WAIT}; done"
+        f"until grep -q ' {where} ext4 ' /proc/mounts; do {WAIT}; done; "
+        f"[ $(stat -c %u:%g {where}) = 65534:65534 ]"
     )
     guest.run(f"({FIO.format(where=where)} >/run/fio.log 2>&1; echo $? >/run/fio.status) &")
 

@@ -94,9 +94,8 @@ def test_an_agent_is_killed_at_every_moment_of_a_mount(machine: Killed) -> None:
     raise AssertionError("it never came to its end")
 
 
-@pytest.mark.parametrize("moment", ["propagate", "chown"])
-def test_what_follows_a_mount_is_done_once_by_whoever_comes(machine: Killed, moment: str) -> None:
-    assert machine.die("mount", moment)
+def test_what_follows_a_mount_is_done_once_by_whoever_comes(machine: Killed) -> None:
+    assert machine.die("mount", "propagate")
     setting = killed.setting(machine.host.state, machine.url)
     with open_agent(setting) as agent:
         machine.tend(agent)
