@@ -69,9 +69,7 @@ class Administrator:
         return f"v{self._n_names}"
 
     def _some_export(self) -> Export | None:
-        exports = [
-            e for e in self._world.exports.values() if not e.leaving and e.resizing_to is None
-        ]
+        exports = [e for e in self._world.exports.values() if e.is_settled]
         return self._random.choice(exports) if exports else None
 
     async def _create(self) -> None:
@@ -111,7 +109,7 @@ class Administrator:
             await world.process.ask(world.pool.delete_volume(world.volume(export)))
         except NbdstoreError:
             export.leaving = False
-            world.snapshots.volume_kept(export)
+            world.snapshots.volume_kept(world.volume(export))
             raise
         world.forget(export)
 
@@ -149,12 +147,29 @@ class Administrator:
             raise
         export.resized()
 
+    # --- The trash ---------------------------------------------------------------------------
+
+    async def _trash(self) -> None:
+        export = self._some_export()
+        if export is not None and len(self._world.exports) > 1:
+            await self._world.trash.put(export)
+
+    async def _restore(self) -> None:
+        volumes = self._world.trash.choose()
+        if volumes and self._world.has_room and self._n_names < _MOST_NAMES:
+            await self._world.trash.restore(self._random.choice(volumes), self.new_name())
+
+    async def _empty(self) -> None:
+        volumes = self._world.trash.choose()
+        if volumes:
+            await self._world.trash.empty(self._random.choice(volumes))
+
     # --- Snapshots ---------------------------------------------------------------------------
 
     async def _snapshot(self) -> None:
         """Of some volumes at once."""
         world = self._world
-        exports = [e for e in world.exports.values() if not e.leaving and e.resizing_to is None]
+        exports = [e for e in world.exports.values() if e.is_settled]
         if exports and len(world.snapshots.known) < _MOST_SNAPSHOTS:
             self._n_names += 1
             chosen = self._random.sample(exports, self._random.randint(1, len(exports)))
@@ -185,7 +200,7 @@ class Administrator:
         if snapshot is None:
             return
         export, content = world.exports[snapshot.volume.id], world.snapshots.known[key_of(snapshot)]
-        if content is None or export.leaving or export.resizing_to is not None:
+        if content is None or not export.is_settled:
             return
         process, server, volume = world.process, world.process.server, snapshot.volume
         assert server is not None

@@ -39,6 +39,7 @@ class Export:
         n_cells: its size.
         errors: which error replies there is a reason for.
         leaving: its deletion has begun.
+        trashing: it is being put into the trash.
         rolling_to: what it is to hold, once it is rolled back to a snapshot.
     """
 
@@ -54,7 +55,7 @@ class Export:
         self.smallest = len(content)
         self.spread = spread
         self.history = History(content)
-        self.leaving = False
+        self.leaving = self.trashing = False
         self.rolling_to: Stamps | None = None
         self._shrunk = False
         self.machine = Machine(world, self)
@@ -65,6 +66,11 @@ class Export:
 
     def count_error(self) -> None:
         self._world.n_errors += 1
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is being done to it whose outcome nobody knows."""
+        return not (self.leaving or self.trashing) and self.resizing_to is None
 
     @property
     def was_shrunk(self) -> bool:

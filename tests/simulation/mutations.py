@@ -22,8 +22,10 @@ from nbdstore.protocol.transmission import Request
 from nbdstore.server import Server
 from nbdstore.server.session import Session
 from nbdstore.store import Image, Pool, Snapshot, Volume
+from nbdstore.store.administration import Administration
 from nbdstore.store.durability import Committer, OnDurable
 from nbdstore.store.slots import Slots
+from nbdstore.store.trash import Trash
 from nbdstore.store.writing import Writing
 from tests.simulation.network import Weather
 from tests.simulation.plan import NARROW, Plan
@@ -53,6 +55,13 @@ ROLLBACKS: Final = replace(
     CRASHES, actions={"crash": 0, "snapshot": 1, "drop": 1, "roll_back": 3, "wait": 1}
 )
 """Worlds in which volumes are rolled back under their users."""
+
+TRASH: Final = replace(
+    CRASHES,
+    n_exports=2,
+    actions={"crash": 2, "create": 1, "trash": 2, "restore": 2, "empty": 1, "wait": 1},
+)
+"""Worlds in which volumes are put into the trash, and taken out again."""
 
 BACKUPS: Final = replace(
     CRASHES,
@@ -207,6 +216,24 @@ def _forget_overwrites() -> Any:
     return mock.patch.object(Writing, "_attempt", attempt)
 
 
+async def _change_without_commit(self: Administration, *args: Any) -> None:
+    """As if it was enough that a volume is in the trash, or out of it, until the next sync."""
+    if args[1]["op"] not in ("trash", "restore"):
+        await _CHANGE(self, *args)
+        return
+    with mock.patch.object(Committer, "commit_all", mock.AsyncMock()):
+        await _CHANGE(self, *args)
+
+
+def _empty_too_soon(self: Trash) -> None:
+    oldest = self._oldest()
+    if oldest is not None:
+        self._delete(oldest, "its time in the trash is up")
+
+
+_CHANGE: Final = Administration.change
+
+
 # --- Backups -------------------------------------------------------------------------------------
 
 
@@ -292,6 +319,18 @@ MUTATIONS: Final = (
         _forget_overwrites,
         "",
         replace(PEACE, share_uncached=0.9, cells=64, n_requests=200),
+    ),
+    Mutation(
+        "what is in the trash is not durably there",
+        lambda: mock.patch.object(Administration, "change", _change_without_commit),
+        "",
+        TRASH,
+    ),
+    Mutation(
+        "the trash is emptied too soon",
+        lambda: mock.patch.object(Trash, "empty_in_time", _empty_too_soon),
+        "is deleted since its time",
+        TRASH,
     ),
     Mutation(
         "a send reads the volume, not its snapshot",

@@ -117,6 +117,11 @@ def choose_plan(seed: int, *, scale: float = 1.0) -> Plan:
     )
     if "snapshot" in plan.actions:
         plan = replace(plan, n_transfers=rng.choice((0, 5, 15)))
+    if rng.random() < 0.5:
+        trash = {"trash": rng.choice((1, 2)), "restore": 1, "empty": rng.choice((0, 1))}
+        keep_s = rng.choice((0.5, 20.0, 1e6))
+        options = replace(plan.options, trash_keep_s=keep_s)
+        plan = replace(plan, actions={**plan.actions, **trash}, options=options)
     return plan
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdstore.control.operations import Operations
+from nbdstore.errors import NotFound
 from nbdstore.server import Server, ServerOptions
-from nbdstore.store import Pool
+from nbdstore.store import Pool, Volume
 from tests.simulation.oracle import Stamps, stamps_of
 from tests.simulation.pool_process import PoolProcess
 from tests.simulation.received import Found, look
@@ -29,6 +31,7 @@ class ServerProcess(PoolProcess):
         server: None before it is there.
         found: what was in its volumes when it came up, by id: name, size, content.
         found_snapshots: what was in their snapshots, by id and the snapshot's name.
+        found_trash: what volumes in the trash held, by id.
         found_received: what was there of volumes that backups are received into, by name.
     """
 
@@ -38,6 +41,7 @@ class ServerProcess(PoolProcess):
         self.server: Server | None = None
         self.found: dict[int, tuple[str, int, Stamps]] = {}
         self.found_snapshots: dict[tuple[int, str], Stamps] = {}
+        self.found_trash: dict[int, Stamps] = {}
         self.found_received: dict[str, Found] = {}
 
     # --- Life --------------------------------------------------------------------------------
@@ -53,6 +57,7 @@ class ServerProcess(PoolProcess):
         plan = self._world.plan
         options = adversarial(plan.options)
         self.pool = pool = await Pool.open(PLACE, options, host=self.disk.host)
+        self._world.trash.watch(pool)
         if plan.ballast and BALLAST not in pool.volumes:
             ballast = await pool.create_volume(BALLAST, plan.ballast)
             await ballast.write_zeroes(0, ballast.size, no_hole=True)
@@ -64,9 +69,17 @@ class ServerProcess(PoolProcess):
                 continue
             raw = await plan.spread.read(volume)
             self.found[volume.id] = volume.name, plan.spread.offset(volume.size), stamps_of(raw)
-            for snapshot in volume.snapshots.values():
-                key = volume.id, snapshot.info.name
-                self.found_snapshots[key] = stamps_of(await plan.spread.read(snapshot))
+            await self._read_snapshots(volume)
+        for volume in pool.trash:
+            with contextlib.suppress(NotFound):  # it is being deleted, which was noted
+                raw = await plan.spread.read(volume)
+                self.found_trash[volume.id] = stamps_of(raw)
+                await self._read_snapshots(volume)
+
+    async def _read_snapshots(self, volume: Volume) -> None:
+        for snapshot in [*volume.snapshots.values()]:
+            stamps = stamps_of(await self._world.plan.spread.read(snapshot))
+            self.found_snapshots[volume.id, snapshot.info.name] = stamps
 
     async def serve(self) -> None:
         """Begin to serve; from here on the disk makes trouble."""

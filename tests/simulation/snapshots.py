@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nbdstore.errors import NbdstoreError
-from nbdstore.store import Snapshot
+from nbdstore.store import Snapshot, Volume
 from tests.simulation.export import Export
 from tests.simulation.oracle import Stamps, Wrong, stamps_of
 from tests.simulation.pool_process import ProcessDied
@@ -86,7 +86,7 @@ class Snapshots:
 
     def _check_moment(self, key: Key, found: Stamps, start: int, now: int) -> None:
         try:
-            self._world.exports[key[0]].history.check_moment(found, start, now)
+            self._world.history(key[0]).check_moment(found, start, now)
         except Wrong as error:
             raise Wrong(f"snapshot {key}: {error}") from None
 
@@ -96,7 +96,7 @@ class Snapshots:
             snapshot
             for volume in self._world.pool.volumes.values()
             for snapshot in volume.snapshots.values()
-            if key_of(snapshot) in self.known
+            if key_of(snapshot) in self.known and volume.id in self._world.exports
         ]
         return rng.choice(found) if found else None
 
@@ -129,11 +129,10 @@ class Snapshots:
             raise Wrong(f"snapshot {key} has changed")
         self.known[key] = found
 
-    def volume_kept(self, export: Export) -> None:
+    def volume_kept(self, volume: Volume) -> None:
         """The volume could not be deleted; some of its snapshots may be gone."""
-        there = self._world.volume(export).snapshots
         for key in [*self.known]:
-            if key[0] == export.id and key[1] not in there:
+            if key[0] == volume.id and key[1] not in volume.snapshots:
                 self._forget(key)
 
     def volume_gone(self, volume: int) -> None:
@@ -175,7 +174,7 @@ class Snapshots:
 
     def _goes(self, key: Key) -> bool:
         export = self._world.exports.get(key[0])
-        return export is None or export.leaving
+        return self._world.trash.goes(key[0]) if export is None else export.leaving
 
 
 def key_of(snapshot: Snapshot) -> Key:

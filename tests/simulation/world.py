@@ -27,12 +27,13 @@ from tests.simulation.carrier import Carrier
 from tests.simulation.export import Export
 from tests.simulation.jobs import Job
 from tests.simulation.network import Network
-from tests.simulation.oracle import CELL, Stamps, Wrong, stamps_of
+from tests.simulation.oracle import CELL, History, Stamps, Wrong, stamps_of
 from tests.simulation.plan import Plan
 from tests.simulation.pool_process import Death, ProcessDied, new_pool
 from tests.simulation.received import Received, look
 from tests.simulation.server_process import ServerProcess
 from tests.simulation.snapshots import Snapshots
+from tests.simulation.trash import Trash
 from tests.simulation.world_loop import Trace, WorldLoop, is_ghost
 from tests.store.power_loss import assert_clean
 from tests.store.simulated_disk import Images, SimulatedDisk
@@ -50,6 +51,7 @@ class World:
         exports: those that exist, by id.
         maybe_created: what volumes shall hold whose making has begun, by name.
         snapshots: what is known of them.
+        trash: what is known of it.
         received: the volumes that backups are received into, by name; nobody uses them yet.
         carrier: who does that; None = nobody.
         process: the server, alive or dead.
@@ -65,6 +67,7 @@ class World:
         self.exports: dict[int, Export] = {}
         self.maybe_created: dict[str, Stamps] = {}
         self.snapshots = Snapshots(self)
+        self.trash = Trash(self)
         self.received: dict[str, Received] = {}
         self.carrier: Carrier | None = None
         self.process: ServerProcess
@@ -129,6 +132,11 @@ class World:
         """The volume of an export; it must exist."""
         return next(v for v in self.pool.volumes.values() if v.id == export.id)
 
+    def history(self, volume_id: int) -> History:
+        """What is known of a volume, in the trash or not."""
+        export = self.exports.get(volume_id)
+        return (export or self.trash.held[volume_id].export).history
+
     def allowed_errors(self, export: Export) -> set[int]:
         """The errors that there is a reason for now."""
         allowed: set[int] = set()
@@ -136,7 +144,7 @@ class World:
             allowed.add(Errno.EIO)
         if self.plan.may_fill:
             allowed.add(Errno.ENOSPC)
-        if export.leaving or export.rolling_to is not None:
+        if export.leaving or export.trashing or export.rolling_to is not None:
             allowed.add(Errno.ESHUTDOWN)
         return allowed
 
@@ -255,6 +263,8 @@ class World:
             received.compare(process.found_received.get(received.name))
         for export in list(self.exports.values()):
             if export.id not in found:
+                if export.trashing and export.id in process.found_trash:
+                    continue
                 if not export.leaving:
                     raise Wrong(f"volume {export.id} {export.names} is gone")
                 self.forget(export)
@@ -262,7 +272,7 @@ class World:
             name, size, stamps = found.pop(export.id)
             if name not in export.names:
                 raise Wrong(f"volume {export.id} is called {name}, not {export.names}")
-            export.names, export.leaving = [name], False
+            export.names, export.leaving, export.trashing = [name], False, False
             if export.rolling_to is not None and np.array_equal(stamps, export.rolling_to):
                 export.begin_anew(stamps)
                 continue
@@ -275,6 +285,7 @@ class World:
             except Wrong as error:
                 raise Wrong(f"volume {export.id}: {error}") from None
             export.begin_anew(stamps)
+        self.trash.compare(process.found_trash, found)
         for volume_id, (name, size, stamps) in found.items():
             content = self.maybe_created.get(name)
             if content is None or len(content) * CELL != size or (stamps != content).any():
@@ -367,6 +378,7 @@ class World:
             export.history.check_crash(stamps_of(found), self.trace.now, lossless=True)
             for snapshot in volume.snapshots.values():
                 await self.snapshots.look(snapshot)
+        await self.trash.look_at_all()
         for received in self.received.values():
             there = self.pool.volumes.get(received.name)
             received.compare(None if there is None else await look(there, self.plan.spread))
@@ -391,6 +403,10 @@ class World:
             "changes": self.n_changes,
             "snapshots made": self.snapshots.n_made,
             "rollbacks": self.n_rollbacks,
+            "volumes put into the trash": self.trash.n_put,
+            "of them restored": self.trash.n_restored,
+            "emptied": self.trash.n_emptied,
+            "deleted by the pool": self.trash.n_reclaimed,
             "changes refused": self.n_refused,
             **(self.carrier.figures if self.carrier else {}),
             "virtual seconds": int(self._loop.time()),
