@@ -1,20 +1,23 @@
-"""Somebody who makes, imports, resizes, renames, snapshots, clones, rolls back and deletes volumes
-while the server is killed.
+"""Somebody who makes, imports, resizes, renames, snapshots, clones, flattens, rolls back, leases,
+trashes and restores volumes, and has them scrubbed, while the server is killed.
 
 What the control API has acknowledged must be there after a kill; the one call that was on its way
 may have been done or not, but not by half. An import that was cut off may leave its volume behind,
-marked, so that nobody takes it for whole.
+marked, so that nobody takes it for whole. After each kill a scrub, which goes on with the one that
+was cut off, finds nothing; whoever was fenced before it is refused after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from nbdstore.control.client import ControlClient
-from nbdstore.control.model import VolumeInfo
+from nbdstore.control.model import SnapshotInfo, VolumeInfo
 from nbdstore.control.stream import Piece
 from nbdstore.errors import Busy, ControlError, NoSpace
 from tests.load.model import Violation
@@ -24,16 +27,35 @@ PREFIX: Final = "extra-"
 IMPORTED_BYTES: Final = 256 << 10
 MAX_VOLUMES: Final = 6
 MAX_SNAPSHOTS: Final = 6
+MAX_LEASED: Final = 2
+"""What is leased cannot be renamed, rolled back or deleted."""
 REFUSED_PAUSE_S: Final = 0.1
+TRASHED: Final = "trash:"
+HOLDERS: Final = ("node-1", "node-2")
+SLOW_RATE: Final = 1 << 20
+FAST_RATE: Final = 1 << 30
+REFUSED: Final = (NoSpace.code, Busy.code)
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A volume or snapshot: `n_imported` bytes of content number `number`, then zeroes."""
+    """A volume or snapshot: `n_imported` bytes of content number `number`, then zeroes.
+
+    holder: of its lease; `n_leases` is the epoch of the newest one it had.
+    snapshots: what it has, by their own names; of a volume in the trash alone.
+    """
 
     number: int
     size: int
     n_imported: int = 0
+    holder: str | None = None
+    n_leases: int = 0
+    snapshots: tuple[tuple[str, Extra], ...] = ()
+
+    @property
+    def shown(self) -> tuple[int, str | None, int]:
+        """What the server tells of it."""
+        return self.size, self.holder, self.n_leases if self.holder else 0
 
 
 @dataclass(frozen=True)
@@ -50,10 +72,21 @@ class Administrator:
     Arguments:
         control: the server's.
         source: decides everything.
+        keeps_trash: the pool has so much room that nothing leaves the trash by itself.
+
+    Attributes:
+        n_calls: acknowledged since somebody set it to 0.
+        done: what they were, in all.
+        fenced: exports that nobody may attach any more.
     """
 
-    def __init__(self, control: ControlClient, source: random.Random) -> None:
+    def __init__(
+        self, control: ControlClient, source: random.Random, *, keeps_trash: bool = False
+    ) -> None:
         self.n_calls = 0
+        self.done = Counter[str]()
+        self.fenced: list[str] = []
+        self._keeps_trash = keeps_trash
         self._control = control
         self._source = source
         self._volumes: dict[str, Extra] = {}
@@ -76,31 +109,47 @@ class Administrator:
     # --- Calls ---
 
     def _do_something(self) -> None:
-        n_snapshots = sum(map(is_snapshot, self._volumes))
-        n_volumes = len(self._volumes) - n_snapshots
-        kinds = [self._create, self._import, *([self._clone] if n_snapshots else [])]
-        if n_volumes >= MAX_VOLUMES:
-            kinds = [self._delete]
-        elif n_volumes:
-            kinds += [self._resize, self._rename, self._delete]
-        if n_snapshots:
-            kinds += [self._drop, self._roll_back]
-        if n_volumes and n_snapshots < MAX_SNAPSHOTS:
-            kinds += [self._snapshot, self._snapshot]
-        self._source.choice(kinds)()
+        kind = self._source.choice(self._kinds())
+        kind()
         assert self._on_its_way
         for name, extra in self._on_its_way.after.items():
             self._volumes.pop(name, None)
             if extra is not None:
                 self._volumes[name] = extra
         self._on_its_way = None
+        self.done[kind.__name__.strip("_")] += 1
+
+    def _kinds(self) -> list[Callable[[], None]]:
+        """What can be done now."""
+        n_snapshots = sum(map(is_snapshot, self._volumes))
+        n_trashed = sum(map(is_trashed, self._volumes))
+        n_volumes = len(self._volumes) - n_snapshots - n_trashed
+        kinds = [self._create, self._import, *([self._clone] if n_snapshots else [])]
+        if n_volumes >= MAX_VOLUMES:
+            kinds = [self._delete]
+        elif n_volumes:
+            kinds += [self._resize, self._rename, self._delete]
+        if n_volumes:
+            kinds += [self._flatten, self._scrub, self._lease]
+            kinds += [self._delete] * 2 if self._keeps_trash and not n_trashed else []
+        if any(extra.holder for extra in self._volumes.values()):
+            kinds += [self._break_lease]
+        if n_snapshots:
+            kinds += [self._drop, self._roll_back]
+        if n_volumes and n_snapshots < MAX_SNAPSHOTS:
+            kinds += [self._snapshot, self._snapshot]
+        if n_trashed:
+            kinds += [self._purge]
+            kinds += [self._restore] * 4 if n_volumes < MAX_VOLUMES else []
+        return kinds
 
     def _new(self, n_imported: int) -> tuple[str, Extra]:
         self._next_number += 1
         return f"{PREFIX}{self._next_number}", Extra(self._next_number, 1 << 20, n_imported)
 
     def _any(self, *, snapshot: bool = False) -> tuple[str, Extra]:
-        name = self._source.choice([n for n in sorted(self._volumes) if is_snapshot(n) is snapshot])
+        kind = is_snapshot if snapshot else is_volume
+        name = self._source.choice([n for n in sorted(self._volumes) if kind(n)])
         return name, self._volumes[name]
 
     def _snapshots_of(self, name: str) -> list[str]:
@@ -138,15 +187,79 @@ class Administrator:
 
     def _delete(self) -> None:
         """Into the trash, with its snapshots: nobody sees those any more either."""
-        name, _ = self._any()
-        self._on_its_way = Call(dict.fromkeys([name, *self._snapshots_of(name)]))
+        name, extra = self._any()
+        snapshots = self._snapshots_of(name)
+        after: dict[str, Extra | None] = dict.fromkeys([name, *snapshots])
+        if self._keeps_trash:
+            held = tuple((s.partition("@")[2], self._volumes[s]) for s in snapshots)
+            after[TRASHED + name] = replace(extra, snapshots=held)
+        self._on_its_way = Call(after)
         self._control.delete_volume(name, snapshots=True)
+
+    def _trashed(self) -> tuple[str, Extra]:
+        name = self._source.choice([n for n in sorted(self._volumes) if is_trashed(n)])
+        return name, self._volumes[name]
+
+    def _restore(self) -> None:
+        """With its snapshots."""
+        trashed, extra = self._trashed()
+        name, _ = self._new(0)
+        after: dict[str, Extra | None] = {trashed: None, name: replace(extra, snapshots=())}
+        after |= {f"{name}@{snapshot}": held for snapshot, held in extra.snapshots}
+        self._on_its_way = Call(after)
+        self._control.restore(trashed.removeprefix(TRASHED), name)
+
+    def _purge(self) -> None:
+        trashed, extra = self._trashed()
+        if extra.snapshots:  # they would go one by one, and each is another state
+            self._on_its_way = Call({})
+            return
+        self._on_its_way = Call({trashed: None})
+        self._control.purge(trashed.removeprefix(TRASHED))
+
+    def _flatten(self) -> None:
+        """What the volume holds stays as it is, whenever that ends."""
+        name, _ = self._any()
+        self._on_its_way = Call({})
+        operation = self._control.start_flatten(name)
+        while operation.is_running:
+            operation = self._control.operation(operation.id, wait_s=1)
+        if operation.error is not None and operation.error["code"] not in REFUSED:
+            raise Violation(f"flattening {name}: {operation.error}")
+
+    def _scrub(self) -> None:
+        """Begin to read everything, so slowly that it is not done when the server ends."""
+        self._on_its_way = Call({})
+        self._control.start_scrub(rate=SLOW_RATE)
+
+    def _lease(self) -> None:
+        """Take over the lease of a volume; whoever had it is fenced."""
+        leased = [name for name, extra in self._volumes.items() if extra.holder]
+        name = self._source.choice(leased) if len(leased) >= MAX_LEASED else self._any()[0]
+        extra, holder = self._volumes[name], self._source.choice(HOLDERS)
+        is_new = holder != extra.holder
+        after = replace(extra, holder=holder, n_leases=extra.n_leases + is_new)
+        self._on_its_way = Call({name: after})
+        fenced = None
+        if is_new and extra.holder is not None:
+            fenced = self._control.acquire_lease(name, extra.holder).export  # the same one again
+        lease = self._control.acquire_lease(name, holder, force=True)
+        if (lease.holder, lease.epoch) != (holder, after.n_leases):
+            raise Violation(f"{lease} was granted; wanted: {after}")
+        if fenced is not None:
+            self.fenced.append(fenced)
+
+    def _break_lease(self) -> None:
+        name = self._source.choice([n for n, found in self._volumes.items() if found.holder])
+        self._on_its_way = Call({name: replace(self._volumes[name], holder=None)})
+        self._control.break_lease(name)
 
     def _snapshot(self) -> None:
         """Of one volume or two, all or none."""
         self._next_number += 1
         names = {self._any()[0] for _ in range(2)}
-        after = {f"{name}@s{self._next_number}": self._volumes[name] for name in sorted(names)}
+        number = self._next_number
+        after = {f"{name}@s{number}": _unleased(self._volumes[name]) for name in sorted(names)}
         self._on_its_way = Call({**after})
         self._control.create_snapshots([*after])
 
@@ -162,8 +275,11 @@ class Administrator:
         self._control.clone(snapshot, name)
 
     def _roll_back(self) -> None:
-        snapshot, extra = self._any(snapshot=True)
-        self._on_its_way = Call({snapshot.partition("@")[0]: extra})
+        snapshot, held = self._any(snapshot=True)
+        name = snapshot.partition("@")[0]
+        volume = self._volumes[name]
+        after = replace(held, holder=volume.holder, n_leases=volume.n_leases)
+        self._on_its_way = Call({name: after})
         self._control.rollback(snapshot)
 
     # --- Afterwards ---
@@ -177,24 +293,57 @@ class Administrator:
         snapshots = [info for info in self._control.snapshots() if info.volume in found]
         before, call = self._volumes, self._on_its_way
         if call is not None and call.imports in found and found[call.imports].importing:
-            self._control.delete_volume(call.imports)  # cut off, and says so
+            self._control.delete_volume(call.imports, now=True)  # cut off, and says so
             del found[call.imports]
         allowed = [before]
         if call is not None:
             after = {**before, **call.after}
             allowed.append({name: extra for name, extra in after.items() if extra is not None})
-        shown = {name: info.size for name, info in found.items()}
-        shown |= {info.snapshot: info.size for info in snapshots}
+        shown = self._shown(found, snapshots)
         for state in allowed:
-            if shown == {name: extra.size for name, extra in state.items()}:
+            if shown == {name: extra.shown for name, extra in state.items()}:
                 self._volumes = state
                 break
         else:
             raise Violation(f"volumes {shown}; allowed: {allowed}")
         self._on_its_way = None
         for name, extra in self._volumes.items():
-            if not is_snapshot(name):  # what those hold is told by their clones
+            if is_volume(name):  # what others hold is told by their clones, or once restored
                 self._verify(name, extra)
+        self._scrub_all()
+
+    def granted(self) -> list[str]:
+        """The exports of the leases that are held: whoever held one has it yet."""
+        exports = []
+        for name, extra in self._volumes.items():
+            if extra.holder is not None:
+                lease = self._control.acquire_lease(name, extra.holder)
+                if lease.export is None or lease.epoch != extra.n_leases:
+                    raise Violation(f"the lease of {name} is another one: {lease}, {extra}")
+                exports.append(lease.export)
+        return exports
+
+    def _shown(
+        self, found: Mapping[str, VolumeInfo], snapshots: Iterable[SnapshotInfo]
+    ) -> dict[str, tuple[int, str | None, int]]:
+        """All that is there, as `Extra.shown` has it."""
+        leases = {info.volume: (info.holder, info.epoch) for info in self._control.leases()}
+        shown = {name: (info.size, *leases.get(name, (None, 0))) for name, info in found.items()}
+        shown |= {info.snapshot: (info.size, None, 0) for info in snapshots}
+        if self._keeps_trash:
+            trash = [info for info in self._control.trash() if info.name.startswith(PREFIX)]
+            shown |= {TRASHED + info.name: (info.size, None, 0) for info in trash}
+        return shown
+
+    def _scrub_all(self) -> None:
+        """Read everything, or what a scrub that was cut off has not: all of it is whole."""
+        operation = self._control.start_scrub(rate=FAST_RATE)
+        while operation.is_running:
+            operation = self._control.operation(operation.id, wait_s=1)
+        if operation.error is not None and operation.error["code"] in REFUSED:
+            return  # there is no room even to note how far it is
+        if operation.state != "done" or operation.result["damaged"]:
+            raise Violation(f"a scrub has found what must not be: {operation}")
 
     def _verify(self, name: str, extra: Extra) -> None:
         content = bytearray(extra.size)
@@ -209,6 +358,20 @@ class Administrator:
 def is_snapshot(name: str) -> bool:
     """Tell whether it is the name of a snapshot."""
     return "@" in name
+
+
+def is_trashed(name: str) -> bool:
+    """Tell whether it stands for a volume in the trash."""
+    return name.startswith(TRASHED)
+
+
+def is_volume(name: str) -> bool:
+    """Tell whether it is the name of a volume that can be used."""
+    return not is_snapshot(name) and not is_trashed(name)
+
+
+def _unleased(extra: Extra) -> Extra:
+    return replace(extra, holder=None, n_leases=0)
 
 
 def _is_extra(info: VolumeInfo) -> bool:

@@ -33,6 +33,7 @@ DRAIN_S: Final = 0.15  # a drain under load takes some tens of milliseconds
 RECOVERY_KILLS: Final = (0, 0, 0, 1, 1, 3)
 READY_S: Final = 0.5  # a start takes about that
 MODES: Final = tuple(ReplyMode)
+ROOMY: Final = 4 << 30  # bytes: more than a round can write
 
 
 class Ending(enum.Enum):
@@ -51,6 +52,7 @@ class Geometry:
     """A pool: so small that slots are used again and the journal goes round within a round.
 
     Some are too small for their volumes: they fill up, and writes are held when the kill comes.
+    Others have so much room that whatever is in the trash stays there.
     """
 
     block_size: int
@@ -64,7 +66,7 @@ class Geometry:
         sizes = [source.choice([1, 2, 4]) << 20 for _ in range(source.randint(1, 4))]
         return cls(
             block_size=block_size,
-            capacity=max(16 << 20, sum(sizes) * source.choice([5, 8]) // 4),
+            capacity=source.choice([max(16 << 20, sum(sizes) * source.choice([5, 8]) // 4), ROOMY]),
             journal_size=source.choice([1, 2, 8]) << 20,
             volume_sizes=tuple(sizes) if source.random() < 0.8 else (16 << 20, 16 << 20),
         )
@@ -80,6 +82,8 @@ class Tally:
     administered: int = 0
     lost_in_flight: int = 0
     """Changes that were on their way when a server ended."""
+    refused: int = 0
+    """Attempts of whoever was fenced before a server ended."""
 
     @property
     def n_kills(self) -> int:
@@ -94,6 +98,7 @@ class Tally:
             **{f"servers {ending}": n for ending, n in sorted(self.endings.items())},
             "changes in flight at an end": self.lost_in_flight,
             "changes of volumes acknowledged": self.administered,
+            "fenced clients refused afterwards": self.refused,
             "requests acknowledged": self.figures.n_requests,
             "bytes verified under load": self.figures.bytes_verified,
         }
@@ -121,7 +126,9 @@ class KillLoop:
             *("--journal-size", str(geometry.journal_size)),
         )
         self.administrator = Administrator(
-            ControlClient(f"unix:{pool.directory}/control.sock"), random.Random(source.random())
+            ControlClient(f"unix:{pool.directory}/control.sock"),
+            random.Random(source.random()),
+            keeps_trash=geometry.capacity >= ROOMY,
         )
         for number, size in enumerate(geometry.volume_sizes, start=1):
             name = f"volume-{number}"
@@ -218,8 +225,20 @@ class KillLoop:
 
     # --- Afterwards ---
 
+    async def _is_refused(self, export: str) -> bool:
+        client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
+        answer = await client.try_go(export)
+        client.close()
+        await client.writer.wait_closed()
+        return answer.is_error
+
     async def _verify(self) -> None:
         self.administrator.recovered()
+        for export in self.administrator.granted():
+            assert not await self._is_refused(export), f"{export} was granted, and is refused"
+        for export in self.administrator.fenced:
+            assert await self._is_refused(export), f"{export} was fenced, and can be attached"
+            self.tally.refused += 1
         for name, model in self.models.items():
             client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
             await client.go(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.model import VolumeInfo
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
+from nbdstore.errors import Busy
 from tests.kills.administrator import Administrator, is_snapshot
 from tests.load.model import Violation
 from tests.load.stamps import Garbage
@@ -25,6 +27,10 @@ class Volumes:
         self.contents: dict[str, bytearray] = {}
         self.importing: set[str] = set()
         self.is_dead = False
+        self.leased: dict[str, tuple[str, int]] = {}
+        self.n_leases: Counter[str] = Counter()
+        self.trashed: dict[str, dict[str, bytearray]] = {}
+        self.n_damaged = 0
 
     def _live(self) -> None:
         if self.is_dead:
@@ -62,7 +68,48 @@ class Volumes:
         self.contents[new_name] = bytearray(self.contents[name])
 
     def rollback(self, name: str) -> None:
+        self._require_unleased(name.partition("@")[0])
         self.contents[name.partition("@")[0]] = bytearray(self.contents[name])
+
+    def start_flatten(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(is_running=False, error=None)
+
+    def start_scrub(self, *, rate: int) -> SimpleNamespace:
+        result = {"damaged": self.n_damaged}
+        return SimpleNamespace(is_running=False, error=None, state="done", result=result)
+
+    def acquire_lease(self, name: str, holder: str, *, force: bool = False) -> SimpleNamespace:
+        held, epoch = self.leased.get(name, (None, 0))
+        if held != holder:
+            self.n_leases[name] += 1
+            epoch = self.n_leases[name]
+            self.leased[name] = holder, epoch
+        return SimpleNamespace(volume=name, holder=holder, epoch=epoch, export=f"{name},{epoch}")
+
+    def break_lease(self, name: str) -> None:
+        self.leased.pop(name, None)
+
+    def leases(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(volume=name, holder=holder, epoch=epoch)
+            for name, (holder, epoch) in self.leased.items()
+        ]
+
+    def trash(self) -> list[SimpleNamespace]:
+        found = self.trashed.items()
+        return [SimpleNamespace(name=name, size=len(held[name])) for name, held in found]
+
+    def restore(self, which: str, name: str) -> None:
+        for found, content in self.trashed.pop(which).items():
+            self.contents[name + found.removeprefix(which)] = content
+        self.n_leases[name] = self.n_leases.pop(which, 0)
+
+    def purge(self, which: str) -> None:
+        del self.trashed[which]
+
+    def _require_unleased(self, name: str) -> None:
+        if name in self.leased:
+            raise Busy("it is leased")
 
     def create_volume(self, name: str, size: int) -> None:
         self._live()
@@ -77,6 +124,9 @@ class Volumes:
         self, name: str, *, size: int | None = None, new_name: str | None = None
     ) -> None:
         self._live()
+        if new_name is not None:
+            self._require_unleased(name)
+            self.n_leases[new_name] = self.n_leases.pop(name, 0)
         content = self.contents.pop(name)
         content.extend(bytes(max(0, (size or 0) - len(content))))
         self.contents[new_name or name] = content
@@ -87,9 +137,12 @@ class Volumes:
     def _snapshots_of(self, name: str) -> list[str]:
         return [found for found in self.contents if found.startswith(f"{name}@")]
 
-    def delete_volume(self, name: str, *, snapshots: bool = False) -> None:
-        for gone in [name, *self._snapshots_of(name)]:
-            del self.contents[gone]
+    def delete_volume(self, name: str, *, snapshots: bool = False, now: bool = False) -> None:
+        self._require_unleased(name)
+        names = [name, *self._snapshots_of(name)]
+        held = {gone: self.contents.pop(gone) for gone in names}
+        if not now:
+            self.trashed[name] = held
 
     def read_content(self, name: str) -> Content:
         content = self.contents[name]
@@ -104,9 +157,13 @@ def volumes() -> Volumes:
 @pytest.fixture
 async def administrator(volumes: Volumes) -> Administrator:
     """Somebody who has made some volumes."""
-    administrator = Administrator(cast("ControlClient", volumes), random.Random(1))
-    for _ in range(40):
-        administrator._do_something()
+    control = cast("ControlClient", volumes)
+    administrator = Administrator(control, random.Random(1), keeps_trash=True)
+    for _ in range(80):
+        try:
+            administrator._do_something()
+        except Busy:
+            administrator._on_its_way = None
     administrator.recovered()
     assert any(any(content) for content in volumes.contents.values()), "nothing was imported"
     return administrator
@@ -194,4 +251,43 @@ async def test_a_snapshot_that_is_lost_or_that_nobody_made_is_noticed(
     volumes.contents[name] = content
     volumes.contents[f"{name}0"] = content
     with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()
+
+
+async def test_what_the_trash_has_lost_is_noticed(
+    administrator: Administrator, volumes: Volumes
+) -> None:
+    administrator._create()
+    name = next(reversed(volumes.contents))
+    administrator._on_its_way = None
+    volumes.trashed["extra-1"] = {"extra-1": volumes.contents[name]}
+    with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()
+    volumes.trashed.popitem()
+    assert volumes.trashed, "nothing was deleted"
+    volumes.trashed.popitem()
+    with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()
+
+
+async def test_a_lease_that_is_lost_or_is_another_one_is_noticed(
+    administrator: Administrator, volumes: Volumes
+) -> None:
+    administrator.recovered()
+    assert volumes.leased, "nothing is leased"
+    name, (holder, epoch) = next(iter(volumes.leased.items()))
+    for wrong in ((holder, epoch + 1), ("node-3", epoch)):
+        volumes.leased[name] = wrong
+        with pytest.raises(Violation, match="allowed"):
+            administrator.recovered()
+    del volumes.leased[name]
+    with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()
+
+
+async def test_damage_that_a_scrub_finds_is_noticed(
+    administrator: Administrator, volumes: Volumes
+) -> None:
+    volumes.n_damaged = 1
+    with pytest.raises(Violation, match="scrub"):
         administrator.recovered()

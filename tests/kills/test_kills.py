@@ -10,13 +10,13 @@ import pytest
 from tests.children import Children
 from tests.clients.served_pool import ServedPool
 from tests.figures import Tell
-from tests.kills.loop import Geometry, KillLoop, Tally
+from tests.kills.loop import ROOMY, Geometry, KillLoop, Tally
 
 KILLS_PER_SEED = 8
 MIB = 1 << 20
 
 GEOMETRIES = {
-    "small blocks": Geometry(4 << 10, 16 * MIB, MIB, (4 * MIB, 2 * MIB, 4 * MIB)),
+    "small blocks": Geometry(4 << 10, ROOMY, MIB, (4 * MIB, 2 * MIB, 4 * MIB)),
     "large blocks": Geometry(64 << 10, 16 * MIB, MIB, (8 * MIB, 2 * MIB)),
     "a full pool": Geometry(4 << 10, 16 * MIB, MIB, (16 * MIB, 16 * MIB)),
 }
@@ -42,4 +42,5 @@ def test_what_was_acknowledged_survives_kills_at_any_moment(
         assert was_full()
     pool.close()
     tell("kills", tally.figures_by_name())
+    tell("kills", {f"times {kind}": n for kind, n in loop.administrator.done.items()})
     assert tally.lost_in_flight > 0, "no kill has met a change in flight"
