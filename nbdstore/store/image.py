@@ -190,6 +190,12 @@ class Image:
         if offset + length > self.info.size:
             raise self.beyond_end(offset, length)
 
+    def check_blocks(self, start: int, stop: int) -> None:
+        """Like `check_range`, of blocks `[start, stop)`: the last one may end beyond the image."""
+        self.check_there()
+        if stop > self.map.n_blocks:
+            raise self.beyond_end(start * self.block_size, (stop - start) * self.block_size)
+
     def beyond_end(self, offset: int, length: int) -> StoreError:
         """The error for a client that knows the size from before the volume was shrunk."""
         return StoreError(

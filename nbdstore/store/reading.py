@@ -188,7 +188,7 @@ class Reading:
         first = offset >> self._shift
         stop = ((offset + length - 1) >> self._shift) + 1
         await self._image.load(first, stop)
-        self._image.check_range(offset, length)
+        self._image.check_blocks(first, stop)
         # No await between the lookup and the pin: what is planned cannot be overwritten.
         slots, checksums = self._lookup(first, stop)
         runs = _plan(slots)
@@ -232,7 +232,7 @@ class Reading:
         await self._image.load(first, stop)
         if unlike is not None:
             await self._load_both(unlike, first, stop)
-        self._image.check_range(offset, length)
+        self._image.check_blocks(first, stop)
         slots, checksums = self._lookup(first, stop)
         if unlike is not None:
             n_shared = min(stop, unlike.map.n_blocks) - first
@@ -285,7 +285,7 @@ class Reading:
         for start in range(first, stop, step):
             end = min(start + step, stop)
             await self._image.load(start, end)
-            self._image.check_range(offset, length)
+            self._image.check_blocks(start, end)
             slots, _ = self._lookup(start, end)
             for a, b, slot in _plan(slots):
                 if slot:

@@ -438,3 +438,19 @@ async def test_a_write_beyond_a_shrunk_volume_is_an_error(pool: Pool, volume: Vo
     with pytest.raises(StoreError):
         await volume.write(2 * MIB, b"x")
     assert await read(volume) == bytes(MIB)
+
+
+async def test_a_write_into_a_last_block_that_ends_beyond_the_volume_waits_for_what_it_holds(
+    tmp_path: Path,
+) -> None:
+    make_pool(tmp_path)
+    async with opened(tmp_path) as pool:
+        volume = await pool.create_volume("v", 5 * 4096 + 512)
+        content = bytearray(data(volume.size))
+        await volume.write(0, content)
+        with cold():
+            assert not volume.write_now([(volume.size - 300, b"x" * 100)])
+            await volume.write(volume.size - 300, b"x" * 100)
+        content[-300:-200] = b"x" * 100
+        assert await read(volume) == content
+    await assert_clean(tmp_path)
