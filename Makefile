@@ -27,7 +27,7 @@ MINUTES ?= 10
 SEED ?=
 LISTEN ?= 127.0.0.1:10809
 
-.PHONY: serve test lint types tests soak memory-test compose-kernel-test bench bench-quick format packages clean
+.PHONY: serve test lint types tests soak kubernetes-test memory-test compose-kernel-test bench bench-quick format packages clean
 .NOTPARALLEL:
 
 serve: $(VENV)/.ready
