@@ -9,10 +9,11 @@ from unittest import mock
 
 import pytest
 
-from nbdstore.errors import Busy, NoSpace, NotFound
+from nbdstore.errors import Busy, NoSpace, NotFound, ReadFailed
 from nbdstore.store import Pool, differences
 from nbdstore.store.administration import Administration
 from nbdstore.store.ranges import Ranges
+from nbdstore.store.reading import Segment
 from nbdstore.store.snapshot import Snapshot
 from tests.store.crashes import KILLED
 from tests.store.pools import MIB, assert_clean, make_pool, opened, read, until
@@ -166,6 +167,28 @@ async def test_a_clone_may_shrink_while_it_is_flattened(directory: Path) -> None
         found = await read(clone)
         assert found == (await read(volume))[: sizes[-1]]
         assert clone.status()["own"] == clone.status()["mapped"]
+    await assert_clean(directory)
+
+
+async def test_what_cannot_be_read_stays_as_it_is_though_the_clone_grows_meanwhile(
+    directory: Path,
+) -> None:
+    async with opened(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, b"1" * BLOCK)
+        await volume.write(2 * BLOCK, b"2" * BLOCK)
+        clone = await pool.clone(await snap(pool, volume, "s"), "c")
+        read_clone = clone.read
+
+        async def grow_and_fail(offset: int, length: int) -> list[Segment]:
+            if not offset:
+                return await read_clone(offset, length)
+            await pool.resize_volume(clone, 2 * MIB)
+            raise ReadFailed("the disk does not answer")
+
+        with mock.patch.object(clone, "read", grow_and_fail), pytest.raises(ReadFailed):
+            await pool.flatten(clone)
+        assert await read(clone) == await read(volume) + bytes(MIB)
     await assert_clean(directory)
 
 
