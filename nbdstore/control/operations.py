@@ -177,11 +177,14 @@ class Operations:
         asked = (changes.get("iops"), changes.get("bandwidth"), changes.get("burst_s"))
         # What makes no sense is refused before anything is done.
         qos.current(self._usage.find(name).properties).changed(*asked)
+        resized = None
         if size is not None:
             shrink, force = changes.get("shrink", False), changes.get("force", False)
-            await self._resize(name, size, shrink=shrink, force=force)
+            resized = await self._resize(name, size, shrink=shrink, force=force)
         async with self._usage.turn:
-            volume = self._usage.find(name)
+            # Others had their turns: another volume may have the name by now.
+            volume = self._usage.find_again(resized or self._usage.find(name))
+            name = volume.name
             limits = qos.current(volume.properties).changed(*asked)
             if new_name is not None and new_name != name:
                 # Its holder could not come back: it knows the volume by its name.
@@ -203,17 +206,17 @@ class Operations:
         }
         self.events.tell("volume.changed", name, **told)
 
-    async def _resize(self, name: str, size: int, *, shrink: bool, force: bool) -> None:
+    async def _resize(self, name: str, size: int, *, shrink: bool, force: bool) -> VolumeLike:
         with ExitStack() as shrinking:
             async with self._usage.turn:
                 volume = self._usage.find(name)
                 if size == volume.size:
-                    return
+                    return volume
                 self._usage.require_no_import(volume, "resizing it")
                 if size > volume.size:
                     await self._pool.resize_volume(volume, size)
                     self._usage.grown(volume)
-                    return
+                    return volume
                 if not shrink:
                     raise InvalidArgument(
                         f"volume '{name}' has {format_size(volume.size)} ({volume.size} bytes), "
@@ -222,6 +225,7 @@ class Operations:
                 shrinking.enter_context(self._usage.shrinking(volume))
             # This may take long; nobody uses the volume, and others may have their turns.
             await self._pool.resize_volume(volume, size, force=force)
+            return volume
 
     async def delete_volume(self, name: str, **how: Unpack[Deletion]) -> None:
         """Put a volume that nobody uses into the trash, or delete it for good.

@@ -48,6 +48,12 @@ class Usage:
             )
         raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
 
+    def find_again(self, volume: VolumeLike) -> VolumeLike:
+        """Return a volume that was found before others had a turn; NotFound if it is gone since."""
+        if self._pool.volumes.get(volume.name) is not volume:
+            raise NotFound(f"volume '{volume.name}' was deleted meanwhile")
+        return volume
+
     async def set(self, volume: VolumeLike, **properties: object) -> None:
         """Change some of a volume's properties, durably."""
         await self._pool.set_properties(volume, {**volume.properties, **properties})

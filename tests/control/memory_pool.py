@@ -256,11 +256,12 @@ class MemoryServer:
 
     @contextmanager
     def barred(self, volume: Any) -> Iterator[None]:
-        self.barred_volumes.append(volume.name)
+        name = volume.name  # it may change meanwhile
+        self.barred_volumes.append(name)
         try:
             yield
         finally:
-            self.barred_volumes.remove(volume.name)
+            self.barred_volumes.remove(name)
 
     async def fence(self, volume: Any, why: str) -> int:
         return await self._end(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -111,6 +112,22 @@ class TestChanges:
             "db", size=2 * SIZE, new_name="data", allow=["bob"]
         )
         assert (info.name, info.size, info.allow) == ("data", 2 * SIZE, ["bob"])
+
+    async def test_all_are_of_one_volume_whatever_others_do_while_it_shrinks(
+        self, bench: Bench
+    ) -> None:
+        operations, resize = bench.operations, bench.pool.resize_volume
+        await operations.create_volume("db", 2 * SIZE)
+
+        async def rename_and_resize(volume: Any, size: int, *, force: bool) -> None:
+            await operations.update_volume("db", new_name="old")
+            await operations.create_volume("db", 2 * SIZE)
+            await resize(volume, size, force=force)
+
+        with mock.patch.object(bench.pool, "resize_volume", rename_and_resize):
+            info = await operations.update_volume("db", size=SIZE, shrink=True, iops=100)
+        assert (info.name, info.size, info.iops) == ("old", SIZE, 100)
+        assert (operations.volume("db").size, operations.volume("db").iops) == (2 * SIZE, 0)
 
     async def test_what_is_not_named_stays(self, bench: Bench) -> None:
         created = await bench.operations.create_volume("db", SIZE, ["alice"])
