@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
+from typing import Any
 
 from aiohttp import ClientPayloadError, web
 
@@ -169,7 +170,7 @@ class _Reader:
 
     async def write(self, frames: list[Buffer]) -> None:
         """Give whole frames to the transport, and return when it has little left to send."""
-        await asyncio.shield(asyncio.ensure_future(self.response.write(b"".join(frames))))
+        await asyncio.shield(_left_alone(self.response.write(b"".join(frames))))
 
     async def dismiss(self, writer: BackupWriter) -> None:
         """End the stream so that the reader knows that more was to come; hang up if it has stopped.
@@ -177,7 +178,7 @@ class _Reader:
         Every frame that was begun is with the transport whole, so this one follows it.
         """
         goodbye = writer.failed(Cancelled("the sender was told to end before all was sent"))
-        leaving = asyncio.ensure_future(self._end(goodbye))
+        leaving = _left_alone(self._end(goodbye))
         try:
             async with asyncio.timeout(GOODBYE_S):
                 await asyncio.shield(leaving)
@@ -190,6 +191,13 @@ class _Reader:
     async def _end(self, frames: list[Buffer]) -> None:
         await self.response.write(b"".join(frames))
         await self.response.write_eof()
+
+
+def _left_alone(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Begin what goes on when nobody waits for it any more, nor wants to know how it failed."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return task
 
 
 async def _chunks(request: web.Request) -> AsyncIterator[Buffer]:

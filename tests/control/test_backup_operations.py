@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -143,6 +145,29 @@ def test_a_cancelled_send_hangs_up_on_a_reader_that_has_stopped(filled: Served) 
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         response.read()
     connection.close()
+
+
+def test_a_reader_that_leaves_a_cancelled_send_is_no_fault(filled: Served) -> None:
+    connection = filled.connect()
+    connection.request("GET", "/v1/snapshots/db@a/stream")
+    response = connection.getresponse()
+    info = begun(filled, "send")
+    faults: list[dict[str, Any]] = []
+    filled.loop.call_soon_threadsafe(
+        filled.loop.set_exception_handler, lambda _, context: faults.append(context)
+    )
+    with saying_goodbye() as begun_to, ThreadPoolExecutor(1) as threads:
+        call = threads.submit(filled.client.cancel_operation, info.id)
+        assert begun_to.wait(TIMEOUT_S)
+        response.close()
+        connection.close()
+        assert call.result(TIMEOUT_S).state == "cancelled"
+
+    async def collect() -> None:
+        gc.collect()  # who has not told of a failure does so now
+
+    filled.run(collect())
+    assert faults == []
 
 
 def test_a_send_whose_receiver_leaves_has_failed(filled: Served) -> None:
