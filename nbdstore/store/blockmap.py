@@ -341,6 +341,8 @@ class BlockMap:
 
     def ends_before(self, n_blocks: int) -> bool:
         """Tell whether all from block `n_blocks` on is holes, on disk too; nothing is STORED."""
+        if n_blocks >= self.n_blocks:
+            return True  # the last leaf may be UNIFORM as far as the map goes
         boundary = n_blocks >> self.leaf_shift
         if n_blocks % self.fanout:
             if self.state_bytes[boundary] & KIND == UNIFORM:

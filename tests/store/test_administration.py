@@ -242,6 +242,17 @@ async def test_shrinking_through_every_height_of_the_tree(pool: Pool, after: int
     assert await read(volume, after * MIB - 1024, 2048) == b"x" * 512 + bytes(1536)
 
 
+async def test_a_volume_that_is_set_aside_as_a_whole_shrinks_within_its_last_block(
+    pool: Pool,
+) -> None:
+    volume = await pool.create_volume("v", 4 * 4096 + 1024)
+    await volume.write_zeroes(0, volume.size, no_hole=True)
+    await pool.resize_volume(volume, 4 * 4096 + 512, force=True)
+    await pool.resize_volume(volume, 9 * 4096)
+    kinds = [(e.kind, e.length) for e in await volume.extents(0, volume.size, max_extents=9)]
+    assert kinds == [(ExtentKind.ZERO, 5 * 4096), (ExtentKind.HOLE, 4 * 4096)]
+
+
 async def test_shrinking_over_data_needs_force_and_says_how_much(
     pool: Pool, volume: Volume
 ) -> None:
