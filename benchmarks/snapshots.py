@@ -3,7 +3,7 @@
 Owns the measurement: of each change, how long it takes, how long it holds up the event loop at a
 time, how long a client's write waits at most, and how full the journal gets::
 
-    python -m benchmarks.snapshots --mapped 100G DIRECTORY
+    python -m benchmarks.snapshots --mapped 100 DIRECTORY
 
 The volume is of 1 TiB.  So that its map can be large on a small disk, the data of most blocks is
 not written: nothing here reads them.  Maps, journal and all of the client's writes are real.
