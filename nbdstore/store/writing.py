@@ -344,6 +344,7 @@ class Writing:
         found: dict[int, OldBlock] = {}
         for block in {offset >> self._shift, (offset + length - 1) >> self._shift}:
             await self._volume.load(block, block + 1)
+            self._volume.check_blocks(block, block + 1)
             location = self._volume.map.words[2 * block]
             (segment,) = await self._volume.reading.read(block << self._shift, self._size)
             found[block] = (location, bytes(segment))  # bytes(n) is n zeros

@@ -18,6 +18,7 @@ import pytest
 from nbdstore.errors import Corruption, StoreError
 from nbdstore.store import Pool, Volume, local_host
 from nbdstore.store.mapmemory import MapMemory
+from nbdstore.store.reading import Reading, Segment
 from tests.store.pools import MIB, assert_clean, make_pool, opened
 
 SIZE, FAR = 1 << 30, 512 * MIB
@@ -101,6 +102,27 @@ async def test_what_waits_is_done_or_refused(
             break
         await assert_clean(directory)
     assert n
+
+
+async def test_a_write_whose_ends_are_cut_off_while_they_are_read_is_refused(
+    tmp_path: Path,
+) -> None:
+    read = Reading.read
+    async with opened(make_pool(tmp_path / "pool")) as pool:
+        volume = await pool.create_volume("db", 2 * MIB)
+        await volume.write(0, b"a" * 2 * MIB)
+
+        async def read_and_shrink(reading: Reading, offset: int, length: int) -> list[Segment]:
+            found = await read(reading, offset, length)
+            await pool.resize_volume(volume, MIB // 2, force=True)
+            return found
+
+        with (
+            mock.patch.object(Reading, "block_now", return_value=None),  # it is not in memory
+            mock.patch.object(Reading, "read", autospec=True, side_effect=read_and_shrink),
+            pytest.raises(StoreError, match="beyond its end"),
+        ):
+            await volume.write(MIB + 5, bytes(MIB // 2))
 
 
 async def shrunk_beside(
