@@ -256,7 +256,8 @@ async def changes(
         Corruption, ReadFailed: of a leaf or node.
     """
     others = [] if older is None else [older]
-    for image in (newer, *others):
+    images = [newer, *others]
+    for image in images:
         await image.open()
     end = newer.size if length is None else offset + length
     size = newer.block_size
@@ -267,6 +268,7 @@ async def changes(
         before = np.zeros_like(now)
         for other in others:
             before = await current_locations(other, leaves)
+        _check_there(images)
         for start, stop, is_data in _runs_unlike(leaves, _content(before), _content(now)):
             low, high = max(start * size, offset), min(stop * size, end)
             if low >= high:
@@ -277,8 +279,15 @@ async def changes(
             if last:
                 yield last
             last = Change(low, high - low, is_data)
+    _check_there(images)
     if last:
         yield last
+
+
+def _check_there(images: Sequence[Image]) -> None:
+    """Raise NotFound if one was deleted: it is being emptied, and what it held is not told."""
+    for image in images:
+        image.check_there()
 
 
 def _content(locations: U64) -> U64:

@@ -107,6 +107,7 @@ class Extents:
         found: list[list[int]] = []  # [kind, first byte, last byte + 1]
         start, stop = offset >> self._shift, ((end - 1) >> self._shift) + 1
         async for part in self.slices(start, stop):
+            self._image.check_there()  # or it is being emptied, and its holes are none
             for kind, first, last in self._kinds_of(part):
                 low, high = max(first << self._shift, offset), min(last << self._shift, end)
                 if found and found[-1][0] == kind:

@@ -1,7 +1,7 @@
-"""A volume shrinks at any moment at which something that was asked of it waits.
+"""A volume shrinks, or is deleted, at any moment at which something that was asked of it waits.
 
 What was asked then is done, or refused since the bytes it wanted are gone: never a failure of the
-search in a map that is a smaller one now, nor damage that is none.
+search in a map that is a smaller one now, nor damage that is none, nor holes where there was data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from nbdstore.errors import Corruption, StoreError
+from nbdstore.errors import NotFound, StoreError
 from nbdstore.store import Pool, Volume, local_host
 from nbdstore.store.mapmemory import MapMemory
 from nbdstore.store.reading import Reading, Segment
@@ -30,7 +30,9 @@ async def all_of(items: AsyncIterator[Any]) -> None:
         pass
 
 
-ASKED: dict[str, Callable[[Pool, Volume], Awaitable[Any]]] = {
+Ask = Callable[[Pool, Volume], Awaitable[Any]]
+
+ASKED: dict[str, Ask] = {
     "read": lambda _, v: v.read(FAR, 8 * MIB),
     "extents": lambda _, v: v.extents(0, SIZE, max_extents=1000),
     "verify": lambda _, v: v.verify(FAR, 8 * MIB),
@@ -84,7 +86,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 await volume.write(offset, b"a" * MIB)
             (snapshot,) = await pool.create_snapshots([(volume, "a")])
             await volume.write(FAR, b"b" * MIB)
-            await pool.clone(snapshot, "copy")
+            clone = await pool.clone(snapshot, "copy")
+            await clone.write(FAR + MIB, b"c" * MIB)
 
     asyncio.run(fill())
     return directory
@@ -92,16 +95,16 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("size", [MIB, FAR + 4 * MIB + 512])
 @pytest.mark.parametrize("asked", ASKED)
-async def test_what_waits_is_done_or_refused(
+async def test_what_waits_while_its_volume_shrinks_is_done_or_refused(
     filled: Path, tmp_path: Path, asked: str, size: int
 ) -> None:
-    for n in range(5):
-        directory = tmp_path / str(n)
-        shutil.copytree(filled, directory)
-        if not await shrunk_beside(directory, ASKED[asked], asked == "flatten", size, n):
-            break
-        await assert_clean(directory)
-    assert n
+    async def shrink(pool: Pool, volume: Volume) -> None:
+        await pool.resize_volume(volume, size, force=True)
+
+    name = "copy" if asked == "flatten" else "db"
+    async for error in asked_beside(filled, tmp_path, ASKED[asked], name, shrink):
+        assert error is None or "beyond its end" in str(error)
+        assert error is None or type(error) is StoreError
 
 
 async def test_a_write_whose_ends_are_cut_off_while_they_are_read_is_refused(
@@ -125,32 +128,45 @@ async def test_a_write_whose_ends_are_cut_off_while_they_are_read_is_refused(
             await volume.write(MIB + 5, bytes(MIB // 2))
 
 
-async def shrunk_beside(
-    directory: Path,
-    ask: Callable[[Pool, Volume], Awaitable[Any]],
-    of_clone: bool,
-    size: int,
-    n: int,
-) -> bool:
-    """Shrink at the `n`-th moment of waiting; False if there was none."""
-    gate = Gate(n)
-    with (
-        mock.patch.object(MapMemory, "_read", autospec=True, side_effect=gate.read),
-        mock.patch.object(local_host.LocalHost, "sleep", autospec=True, side_effect=gate.sleep),
-    ):
-        async with opened(directory) as pool:
-            volume = pool.volumes["copy" if of_clone else "db"]
-            gate.task = asyncio.ensure_future(ask(pool, volume))
-            reached = asyncio.ensure_future(gate.reached.wait())
-            await asyncio.wait([gate.task, reached], return_when=asyncio.FIRST_COMPLETED)
-            if reached.done():
-                await pool.resize_volume(volume, size, force=True)
-            reached.cancel()
-            gate.passed.set()
-            try:
-                await gate.task
-            except StoreError as error:
-                assert not isinstance(error, Corruption)
-                assert "beyond its end" in str(error)
-            assert pool.status()["corruptions"] == 0
-            return gate.reached.is_set()
+@pytest.mark.parametrize("asked", ["extents", "changes", "changes against it", "all it holds"])
+async def test_of_a_volume_that_is_deleted_nobody_is_told_that_it_holds_nothing(
+    filled: Path, tmp_path: Path, asked: str
+) -> None:
+    async def delete(pool: Pool, volume: Volume) -> None:
+        await pool.delete_volume(volume)
+        await pool._administration.emptied(volume)
+
+    async for error in asked_beside(filled, tmp_path, ASKED[asked], "copy", delete):
+        assert isinstance(error, NotFound)
+
+
+async def asked_beside(
+    filled: Path, tmp_path: Path, ask: Ask, name: str, change: Ask
+) -> AsyncIterator[BaseException | None]:
+    """Do `change` at each moment at which what is asked waits; yield how that ends."""
+    for n in range(5):
+        directory = tmp_path / str(n)
+        shutil.copytree(filled, directory)
+        gate = Gate(n)
+        with (
+            mock.patch.object(MapMemory, "_read", autospec=True, side_effect=gate.read),
+            mock.patch.object(local_host.LocalHost, "sleep", autospec=True, side_effect=gate.sleep),
+        ):
+            async with opened(directory) as pool:
+                volume = pool.volumes[name]
+                gate.task = asyncio.ensure_future(ask(pool, volume))
+                reached = asyncio.ensure_future(gate.reached.wait())
+                await asyncio.wait([gate.task, reached], return_when=asyncio.FIRST_COMPLETED)
+                if reached.done():
+                    await change(pool, volume)
+                reached.cancel()
+                gate.passed.set()
+                await asyncio.wait([gate.task])
+                assert pool.status()["corruptions"] == 0
+        await assert_clean(directory)
+        error = gate.task.exception()
+        if not gate.reached.is_set():
+            assert error is None
+            break
+        yield error
+    assert n
