@@ -302,4 +302,5 @@ async def _clear_tail(volume: Volume, size: int, force: bool) -> None:
             f"volume {volume.name}: {used} bytes are mapped beyond the new size {size}: "
             "trim them, or use force to lose them"
         )
-    await volume.write_zeroes(size, volume.size - size)
+    if size < volume.size:  # else another change has made it as small meanwhile
+        await volume.write_zeroes(size, volume.size - size)
