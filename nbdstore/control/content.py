@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 from nbdstore.control.contracts import VolumeLike
 from nbdstore.control.stream import PIECE_BYTES, Piece
-from nbdstore.errors import Busy
+from nbdstore.errors import Busy, StoreError
 
 EXTENTS_PER_CALL = 1024
 """Extents asked for at a time, so that the map of a TiB is never held as objects."""
@@ -22,20 +22,23 @@ async def read_pieces(volume: VolumeLike) -> AsyncIterator[Piece]:
     this runs may or may not be seen: a live volume is not one moment in time.
     """
     offset, size = 0, volume.size
-    while offset < size:
-        for extent in await volume.extents(offset, size - offset, max_extents=EXTENTS_PER_CALL):
-            stop = offset + extent.length
-            if extent.kind.name == "DATA":
-                async for piece in _read_range(volume, offset, stop):
-                    yield piece
-            offset = stop
+    try:
+        while offset < size:
+            for extent in await volume.extents(offset, size - offset, max_extents=EXTENTS_PER_CALL):
+                stop = offset + extent.length
+                if extent.kind.name == "DATA":
+                    async for piece in _read_range(volume, offset, stop):
+                        yield piece
+                offset = stop
+    except StoreError as error:
+        if volume.size >= size:
+            raise
+        raise Busy(f"volume '{volume.name}' was shrunk while it was read: read it again") from error
 
 
 async def _read_range(volume: VolumeLike, start: int, stop: int) -> AsyncIterator[Piece]:
     for offset in range(start, stop, PIECE_BYTES):
         length = min(PIECE_BYTES, stop - offset)
-        if offset + length > volume.size:
-            raise Busy(f"volume '{volume.name}' was shrunk while it was read: read it again")
         position = offset
         for segment in await volume.read(offset, length):
             if isinstance(segment, int):

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbdstore.control.operations import Operations
 from nbdstore.control.stream import Buffer
-from nbdstore.errors import AlreadyExists, InvalidArgument, NbdstoreError
+from nbdstore.errors import AlreadyExists, InvalidArgument, NbdstoreError, StoreError
 from nbdstore.sizes import MAX_SIZE
 
 BLOCK = 4096
@@ -68,7 +68,12 @@ class MemoryVolume:
             "of_a_newer_version": True,
         } | ({} if self.was_written is None else {"written": self.was_written})
 
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset + length > self.size:
+            raise StoreError("beyond the end: connect anew")
+
     async def read(self, offset: int, length: int) -> list[Buffer | int]:
+        self._check_range(offset, length)
         if self.fail_read_at is not None and offset <= self.fail_read_at < offset + length:
             raise NbdstoreError("the disk is on fire")
         segments: list[Buffer | int] = []
@@ -97,6 +102,7 @@ class MemoryVolume:
         return MemoryVerified(sum(index in self.blocks for index in indexes) * BLOCK)
 
     async def extents(self, offset: int, length: int, *, max_extents: int) -> list[MemoryExtent]:
+        self._check_range(offset, length)
         found: list[MemoryExtent] = []
         for start in range(offset, offset + length, BLOCK):
             kind = "DATA" if start // BLOCK in self.blocks else "HOLE"

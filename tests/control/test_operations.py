@@ -9,9 +9,10 @@ from unittest import mock
 
 import pytest
 
+from nbdstore.control import content
 from nbdstore.control.model import VolumeInfo
 from nbdstore.control.stream import Piece
-from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NbdstoreError, NotFound
+from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound
 from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
 
 SIZE = 64 * BLOCK
@@ -331,10 +332,14 @@ class TestWritten:
 
 
 class TestExport:
-    async def test_a_shrinking_volume_is_noticed(self, bench: Bench) -> None:
+    @pytest.mark.parametrize("extents_per_call", [1, 1000])
+    async def test_a_shrinking_volume_is_noticed(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, extents_per_call: int
+    ) -> None:
+        monkeypatch.setattr(content, "EXTENTS_PER_CALL", extents_per_call)
         await bench.operations.write_content("db", 8 << 20, pieces((0, b"x"), (5 << 20, b"y")))
         _, found = bench.operations.read_content("db")
         await anext(found)
         await bench.operations.update_volume("db", size=1 << 20, shrink=True, force=True)
-        with pytest.raises(NbdstoreError, match="shrunk"):
+        with pytest.raises(Busy, match="was shrunk while it was read: read it again"):
             await anext(found)
