@@ -67,11 +67,11 @@ class Leases:
             return self._describe(volume, held, with_token=True)
 
     async def _grant(self, volume: VolumeLike, holder: str, force: bool) -> Lease:
-        before = f"leasing it to '{holder}', or take it with force"
-        self._usage.require_no_import(volume, before)
+        leasing = f"leasing it to '{holder}'"
+        self._usage.require_no_import(volume, leasing)
         with self._usage.barred(volume):
             if not force:
-                self._usage.require_free(volume, before)
+                self._usage.require_free(volume, f"{leasing}, or take it with force")
             await self._usage.fence(volume, f"the volume was leased to '{holder}'")
             since = datetime.now(UTC).isoformat(timespec="seconds")
             granted, properties = lease.grant(volume.properties, holder, since)

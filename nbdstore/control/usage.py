@@ -164,7 +164,7 @@ class Usage:
 
     @contextmanager
     def shrinking(self, volume: VolumeLike) -> Iterator[None]:
-        """Let nobody attach or change a volume while the context lasts, also without `turn`.
+        """Let nobody attach a volume or change its data while this lasts, also without `turn`.
 
         Who holds `turn` may begin this.
         """
