@@ -67,14 +67,14 @@ def read_app_file(path: Path) -> AppFile:
         raise InvalidArgument(f"cannot read '{path}': {reason}") from error
     try:
         document = yaml.load(text, Loader=_loader(yaml))
+        return parse(document, default_name=path.absolute().parent.name)
     except yaml.YAMLError as error:
         raise InvalidArgument(f"'{path}' is no YAML: {error}") from error
-    except (ValueError, RecursionError) as error:  # a date that is none, a hundred brackets
-        raise InvalidArgument(f"'{path}' makes no sense as YAML: {error}") from error
-    try:
-        return parse(document, default_name=path.absolute().parent.name)
     except InvalidArgument as error:
         raise InvalidArgument(f"{path}: {error}") from error
+    # A date that is none, a hundred brackets, a number that is too long to be written.
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"'{path}' makes no sense as YAML: {error}") from error
 
 
 def _loader(yaml: ModuleType) -> Any:

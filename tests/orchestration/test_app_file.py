@@ -164,8 +164,10 @@ LONG = "w" * 1000  # YAML takes no longer keys
         (f"apps: {{web: {{image: web, {LONG}: 1}}}}", "does not know"),
         (f'apps: {{web: {{image: web, command: "\'{LONG}"}}}}', "No closing quotation"),
         (f"apps: {{web: {{image: web, replicas: 1{'0' * 4000}}}}}", "replicas: give 0 to 1000"),
+        (f"apps: {{web: {{image: web, replicas: !!int 0x1{'0' * 4000}}}}}", "makes no sense"),
+        (f"apps: {{web: {{image: !!int 0x1{'0' * 4000}}}}}", "makes no sense"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_a_message_is_short_however_much_a_file_stands_for(
     tmp_path: Path, text: str, match: str
