@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdstore.errors import NbdstoreError
 from nbdstore.store.host import Failpoint
 from tests.simulation.export import Export
-from tests.simulation.oracle import CELL, Stamps, zero_stamps
+from tests.simulation.oracle import CELL, Stamps, Wrong, zero_stamps
 from tests.simulation.pool_process import Death, ProcessDied
 from tests.simulation.server_process import BALLAST
 from tests.simulation.snapshots import key_of
 
 if TYPE_CHECKING:
-    from nbdstore.store import Volume
+    from nbdstore.store import Image, Volume
     from tests.simulation.world import World
 
 _PLACES: Final = [place for place in Failpoint if not place.name.startswith("POOL_")]
 MOST_EXPORTS: Final = 6
+_SCRUB_BYTES: Final = 64 << 10
 _MOST_SNAPSHOTS: Final = 4
 _MOST_NAMES: Final = 50
 """Whose volumes are made anew again and again never comes to an end."""
@@ -224,6 +225,27 @@ class Administrator:
         export = self._some_export()
         if export is not None:
             await self._world.process.ask(self._world.pool.flatten(self._world.volume(export)))
+
+    # --- Scrubbing ---------------------------------------------------------------------------
+
+    async def _scrub(self) -> None:
+        """Verify a volume, then what its newest snapshot has alone, as a scrub does."""
+        export = self._some_export()
+        if export is None:
+            return
+        volume = self._world.volume(export)
+        await self._verify(volume, None)
+        for snapshot in [*volume.snapshots.values()][-1:]:
+            await self._verify(snapshot, volume)
+
+    async def _verify(self, image: Image, unlike: Image | None) -> None:
+        at = 0
+        while (n_bytes := min(_SCRUB_BYTES, image.size - at)) > 0:
+            found = await self._world.process.ask(image.verify(at, n_bytes, unlike=unlike))
+            for _, fault in found.faults:  # no world has a disk that damages anything
+                raise Wrong(f"a scrub takes what is intact for damaged: {fault}")
+            at += n_bytes
+        self._world.n_scrubs += 1
 
     # --- The pool ----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest import mock
@@ -62,6 +62,16 @@ TRASH: Final = replace(
     actions={"crash": 2, "create": 1, "trash": 2, "restore": 2, "empty": 1, "wait": 1},
 )
 """Worlds in which volumes are put into the trash, and taken out again."""
+
+SCRUBS: Final = replace(
+    CRASHES,
+    n_requests=300,
+    actions={
+        **{"scrub": 6, "snapshot": 1, "drop": 1, "grow": 1, "shrink": 1},
+        **{"settle": 2, "evict": 1, "crash": 1},
+    },
+)
+"""Worlds in which volumes and snapshots are scrubbed all the time."""
 
 BACKUPS: Final = replace(
     CRASHES,
@@ -319,6 +329,12 @@ MUTATIONS: Final = (
         _forget_overwrites,
         "",
         replace(PEACE, share_uncached=0.9, cells=64, n_requests=200),
+    ),
+    Mutation(
+        "what a scrub reads may be used again meanwhile",
+        lambda: mock.patch.object(Slots, "pinned", lambda *_: nullcontext()),
+        "a scrub takes what is intact for damaged",
+        replace(SCRUBS, share_uncached=0.0),
     ),
     Mutation(
         "what is in the trash is not durably there",

@@ -12,7 +12,7 @@ import pytest
 
 from nbdstore.errors import StoreError
 from tests.figures import Tell
-from tests.simulation.mutations import BACKUPS, MUTATIONS, Mutation
+from tests.simulation.mutations import BACKUPS, MUTATIONS, SCRUBS, Mutation
 from tests.simulation.oracle import Wrong
 from tests.simulation.plan import choose_plan
 from tests.simulation.world import run_world
@@ -23,6 +23,7 @@ SCALE = 0.25
 
 N_WORLDS = 40
 N_BACKUP_WORLDS = 30
+N_SCRUBBED_WORLDS = 10
 
 
 @pytest.mark.parametrize("first", range(0, N_WORLDS, 4))
@@ -42,6 +43,15 @@ def test_what_is_carried_to_another_pool_and_back_is_what_was_sent(tell: Tell) -
         assert figures[f"transfers {what}"], what
     assert figures["volumes restored"]
     tell("simulation", {"worlds": N_BACKUP_WORLDS, **figures})
+
+
+def test_what_is_scrubbed_while_it_is_used_is_never_taken_for_damaged(tell: Tell) -> None:
+    figures: Counter[str] = Counter()
+    for seed in range(N_SCRUBBED_WORLDS):
+        figures.update(run_world(seed, SCRUBS).figures())
+    assert figures["scrubs"] > 100
+    assert figures["power losses"]
+    tell("simulation", {"worlds": N_SCRUBBED_WORLDS, **figures})
 
 
 DIGEST = """

@@ -74,6 +74,7 @@ class World:
         self.n_answered = self.n_lost = self.n_resent = self.n_stalls = self.n_timeouts = 0
         self.n_attached = self.n_changes = self.n_refused = self.n_restarts = self.n_errors = 0
         self.n_killed = self.n_powerless = self.n_at_places = self.n_rollbacks = 0
+        self.n_scrubs = 0
         self.remains: list[Images] = []
         """At the end: what is on the disk, and what could be if the power failed then."""
         self._serial = 0
@@ -403,6 +404,7 @@ class World:
             "changes": self.n_changes,
             "snapshots made": self.snapshots.n_made,
             "rollbacks": self.n_rollbacks,
+            "scrubs": self.n_scrubs,
             "volumes put into the trash": self.trash.n_put,
             "of them restored": self.trash.n_restored,
             "emptied": self.trash.n_emptied,
