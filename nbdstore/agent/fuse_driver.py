@@ -113,8 +113,8 @@ class FuseDriver:
             time.sleep(POLL_S)
 
     def _make_loop(self, record: AttachRecord) -> BlockDevice:
-        self._wait(lambda: self._size(record) > 0, f"the relay of {record.volume} does not connect")
-        options = ["--sizelimit", str(self._size(record))]
+        size = self._await_size(record, 1, f"the relay of {record.volume} does not connect")
+        options = ["--sizelimit", str(size)]
         options += ["--read-only"] if record.read_only else []
         file = self._mountpoint(record) / FILE_NAME
         for _ in range(LOOP_ATTEMPTS):
@@ -149,8 +149,9 @@ class FuseDriver:
             return False  # it is as an agent made it that could not do this
         if self._size(record) < size:
             self._end_connections(record.volume, record.epoch)
-            self._wait(
-                lambda: self._size(record) >= size,
+            self._await_size(
+                record,
+                size,
                 f"the relay of {record.volume} does not see that it has {size} bytes now",
             )
         _raise_limit(device, size)
@@ -160,6 +161,21 @@ class FuseDriver:
         """Return how many bytes the relay has a connection for, 0 without one."""
         state = relay.read_state(self._state_path(record))
         return state.size if state is not None and state.connected else 0
+
+    def _await_size(self, record: AttachRecord, least: int, complaint: str) -> int:
+        """Wait until the relay has a connection for so many bytes; return how many it then had.
+
+        Asked once more it may have none: a limit of 0 would be none, on a file that is all ROOM.
+        """
+        size = 0
+
+        def is_enough() -> bool:
+            nonlocal size
+            size = self._size(record)
+            return size >= least
+
+        self._wait(is_enough, complaint)
+        return size
 
     def detach(self, record: AttachRecord, device: BlockDevice) -> None:
         with device.claimed():
