@@ -114,8 +114,8 @@ class BlockDevice:
     def _is_open_in(self, directory: str) -> bool:
         try:
             with os.scandir(directory) as entries:
-                return any(Path(entry).readlink().name == self.name for entry in entries)
-        except OSError:  # the process, or the file in it, is gone, or it is none of ours
+                return any(_name_behind(entry) == self.name for entry in entries)
+        except OSError:  # the process is gone, or it is none of ours
             return False
 
     def attribute(self, name: str) -> str | None:
@@ -199,6 +199,13 @@ class BlockDevice:
         holders = self.holders
         by = f"{', '.join(holders)} is made of it" if holders else "it is mounted"
         return Busy(f"{self.path} is in use: {by}, here or in a container")
+
+
+def _name_behind(link: os.DirEntry[str]) -> str:
+    try:
+        return Path(link).readlink().name
+    except OSError:  # closed meanwhile, which tells nothing of the others
+        return ""
 
 
 def nbd_devices(sysfs: Path = Path("/sys/block")) -> list[BlockDevice]:

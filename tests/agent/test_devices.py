@@ -47,6 +47,19 @@ def test_processes_that_have_a_device_open(tmp_path: Path) -> None:
     assert device.users(tmp_path / "proc") == ["qemu (7)", "qemu (9)"]
 
 
+def test_what_a_process_closes_meanwhile_hides_nothing_else_that_it_has_open(
+    tmp_path: Path,
+) -> None:
+    pids = [str(pid) for pid in range(100, 120)]
+    for pid in pids:
+        fd = tmp_path / pid / "fd"
+        fd.mkdir(parents=True)
+        (tmp_path / pid / "comm").write_text("qemu\n")
+        (fd / "3").touch()  # its link cannot be read
+        (fd / "5").symlink_to("/dev/nbd3")
+    assert BlockDevice("nbd3", tmp_path).users(tmp_path) == [f"qemu ({pid})" for pid in pids]
+
+
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     device = BlockDevice("nbd3", tmp_path)
     assert (device.size, device.configured, device.identifier, device.holders) == (
