@@ -217,13 +217,13 @@ def _begin_handshake(sock: socket.socket) -> ClientHandshake:
 def _start_tls(sock: socket.socket, handshake: ClientHandshake, address: str) -> None:
     """Have the server agree to TLS; never go on without it."""
     sock.sendall(build_option(Option.STARTTLS))
-    (answer,) = _answers(sock, handshake)
+    answer = next(iter(_answers(sock, handshake)))
     if answer.is_error:
         raise DeviceError(
             f"the server at {address} speaks no TLS ({OptionReply(answer.reply).name}): serve it "
             "with --tls, or give its address without nbds://"
         )
-    if handshake.unread():
+    if not answer.is_last or handshake.unread():
         # What somebody in between slipped in would be taken for the server's word under TLS.
         raise ProtocolError(f"the server at {address} sent more before TLS than its consent")
 

@@ -115,15 +115,26 @@ def test_a_server_and_a_client_that_do_not_agree_about_tls(
         store_server.dial(address(secured, authority.issue_client("host")), "db")
 
 
-def test_what_is_slipped_in_before_tls_is_refused(tmp_path: Path) -> None:
+def reply(kind: int) -> bytes:
+    return OPTION_REPLY.pack(OPTION_REPLY_MAGIC, Option.STARTTLS, kind, 0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        reply(OptionReply.ACK) + b"forged",
+        reply(OptionReply.SERVER) + reply(OptionReply.ACK),
+    ],
+    ids=["behind the consent", "before the consent"],
+)
+def test_what_is_slipped_in_before_tls_is_refused(said: bytes) -> None:
     """An answer to GO that came without TLS would be taken for the server's."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
         peer, _ = listener.accept()
         with peer:
-            consent = OPTION_REPLY.pack(OPTION_REPLY_MAGIC, Option.STARTTLS, OptionReply.ACK, 0)
-            peer.sendall(HELLO.pack(INIT_PASSWD, OPTION_MAGIC, 3) + consent + b"forged")
+            peer.sendall(HELLO.pack(INIT_PASSWD, OPTION_MAGIC, 3) + said)
             while peer.recv(4096):
                 pass
 
