@@ -199,6 +199,7 @@ def make(kind: str, path: str, owner: str = "", mode: str = "") -> None:
         return
     # Before it is mounted where it is wanted: if that fails, and is tried again otherwise, it is a
     # filesystem that was there before, whose root is its owner's business.
+    mode = mode and f"{int(mode, 8):o}"  # chmod(1) does not know of "0o755", and adds "+755"
     done = programs.run(*IN_NAMESPACE, OWN, path, kind, owner, mode, accept=range(256))
     if done.status:
         given = " and ".join(word for word in (owner, mode) if word)

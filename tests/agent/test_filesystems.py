@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from nbdstore.agent import filesystems
 from nbdstore.agent.filesystems import (
     FILESYSTEMS,
     Damaged,
@@ -79,6 +81,19 @@ def test_other_bytes_are_no_superblock() -> None:
     assert parse_superblock(b"") is None
     assert parse_superblock(bytes(4096)) is None
     assert parse_superblock(b"x" * 4096) is None
+
+
+@pytest.mark.requires("root", "/dev/loop-control", "unshare", "mount")
+@pytest.mark.parametrize("mode", ["755", "0o2755", "+755"])
+def test_a_mode_is_a_number_however_it_is_written(
+    image: Path, children: Children, mode: str
+) -> None:
+    """As `parse_mode` takes it, which chmod(1) does not in each case."""
+    filesystems.make("ext4", str(image), "5:6", mode)
+    shown = children.run("debugfs", "-R", "stat <2>", image)
+    assert re.search(r"User: +5 +Group: +6 ", shown), shown
+    found = re.search(r"Mode: +([0-7]+)", shown)
+    assert found and int(found[1], 8) == int(mode, 8), shown
 
 
 def test_other_kinds_cannot_be_made() -> None:
