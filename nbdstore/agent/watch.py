@@ -182,24 +182,17 @@ class Watch:
         for attachment in attachments:
             volume = attachment.record.volume
             size = sizes.get(attachment.record.volume_uuid, 0)
+            grow = functools.partial(self._agent.grow, volume, size)
+            subject = f"{volume}'s device"
             if attachment.device is not None and size > attachment.device.size:
-                self._pool.submit(self._grow, volume, size)
-            subject = f"{volume}'s filesystem"
-            if attachment.record.too_small:
-                work = functools.partial(self._agent.grow, volume, size)
-                self._begin(subject, work, LAST_FILESYSTEM_RETRY_S)
+                self._begin(subject, grow)
             else:
                 self._care.pop(subject, None)
-
-    def _grow(self, volume: str, size: int) -> None:
-        try:
-            self._agent.grow(volume, size)
-        except AtWork:
-            pass  # the next poll finds it again
-        except NbdstoreError as error:
-            log.warning("volume %s cannot grow yet: %s", volume, error)
-        except Exception:
-            log.exception("growing volume %s has a bug", volume)
+            subject = f"{volume}'s filesystem"
+            if attachment.record.too_small:
+                self._begin(subject, grow, LAST_FILESYSTEM_RETRY_S)
+            else:
+                self._care.pop(subject, None)
 
 
 def _events() -> DeadLinks | None:
