@@ -10,7 +10,9 @@ and data passes through two processes, which the agent starts and does not need 
 A stop of the machine's init system or of the container ends them with everything else in there.
 The file is as large as any volume can be (`relay.ROOM`), and the loop device over it is limited to
 the volume's size. To grow, the relay must know the new size, for which it connects anew; then the
-limit is raised (LOOP_SET_STATUS64 of loop(4)), which Linux allows while the device is mounted.
+limit is raised (LOOP_SET_STATUS64 of loop(4)). While the device is mounted, Linux allows that from
+5.19 (before: EAGAIN while anything of the device is cached) to 6.18 (since: EBUSY); elsewhere it
+grows when it is attached again.
 """
 
 from __future__ import annotations
