@@ -265,7 +265,6 @@ class Agent:
             except NbdstoreError as error:
                 attachment.problem = str(error)
                 raise
-            attachment.problem = ""
 
     def _tend(self, attachment: Attachment) -> None:
         attachment.device = self.attaching.find_device(attachment)
@@ -281,9 +280,12 @@ class Agent:
         else:
             attachment.device.make_node()  # a new container has a new /dev
         self.attaching.reconnect_if_needed(attachment)
+        before = attachment.problem
         if not attachment.settled:
             self._mount_what_is_wanted(attachment)
             attachment.settled = True
+        if attachment.problem == before:  # or a repair has told of its snapshot
+            attachment.problem = ""
 
     def _mount_what_is_wanted(self, attachment: Attachment) -> None:
         device = attachment.device

@@ -116,6 +116,11 @@ def test_a_stop_detaches_and_the_next_start_brings_it_back(host: Host, pool: Ser
     assert leases(pool) == []
 
 
+def is_private(path: Path) -> bool:
+    found = mounts.mounted_at(str(path))
+    return found is not None and not found.shared
+
+
 def test_a_restarted_agent_mounts_as_it_was_asked_to(host: Host) -> None:
     host.start()
     where = mount(host, "db", options="noatime", fsck="never", propagation="private")
@@ -124,13 +129,27 @@ def test_a_restarted_agent_mounts_as_it_was_asked_to(host: Host) -> None:
     device = host.nbdstore("attach", "db").splitlines()[0]
     host.children.run("debugfs", "-w", "-R", "ssv state 2", device)
     host.start()
-    until(lambda: is_mounted(where), "the wish is fulfilled")
-    (found,) = [item for item in mounts.mounts() if item.path == str(where)]
-    assert not found.shared
+    # A moment after it is mounted.
+    until(lambda: is_private(where), "the wish is fulfilled")
     assert f" {where} ext4 rw,noatime" in Path("/proc/mounts").read_text()
     host.client.umount("db")
     superblock = filesystems.read_superblock(device)
     assert superblock and not superblock.clean, "it was not to be checked"
+    host.client.detach("db")
+    host.stop()
+
+
+def test_a_restarted_agent_tells_of_the_snapshot_before_its_repair(host: Host) -> None:
+    host.start()
+    where = mount(host, "db", fsck="repair")
+    host.stop()
+    device = host.nbdstore("attach", "db").splitlines()[0]
+    for change in ("clri <2>", "ssv state 2"):
+        host.children.run("debugfs", "-w", "-R", change, device)
+    host.start()
+    until(lambda: is_mounted(where), "it is repaired, and mounted")
+    until(lambda: "the snapshot db@before-fsck-" in host.client.status()[0].message, "it is told")
+    host.client.umount("db")
     host.client.detach("db")
     host.stop()
 
