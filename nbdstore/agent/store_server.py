@@ -7,6 +7,7 @@ comes out of it is the kernel's, or the relay's. Knows nothing of devices.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ from nbdstore.protocol.constants import U16, Info, Option, OptionReply, Transmis
 DIAL_TIMEOUT_S: Final = 10.0
 CONTROL_TIMEOUT_S: Final = 30.0
 RECEIVE_BYTES: Final = 64 << 10
+MAX_PORT: Final = 0xFFFF
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 # A peer that is gone without a word is noticed after about half a minute, though nothing is sent.
 KEEPALIVE_IDLE_S: Final = 15
@@ -66,7 +68,7 @@ class StoreServer:
 
     def __init__(self, control: ControlClient, address: str | None = None) -> None:
         if address is not None:
-            tls.parse_address(address)
+            require_address(address)
         self.control = control
         self._address = address
 
@@ -111,6 +113,17 @@ class StoreServer:
         if pool.server is None:
             raise ControlError(f"{self.control.url} does not serve its volumes over NBD")
         return pool
+
+
+def require_address(text: str) -> None:
+    """Raise InvalidArgument of what is none of the addresses that `dial` understands."""
+    if text.startswith("unix:") or tls.parse_address(text) is not None:
+        return
+    found = re.fullmatch(r".+:([0-9]{1,5})", text)
+    if found is None or int(found[1]) > MAX_PORT:
+        raise InvalidArgument(
+            f"'{text}' is no address: give HOST:PORT, unix:PATH or, with TLS, {tls.FORM}"
+        )
 
 
 def choose_address(control_url: str, pool: PoolInfo) -> str:
@@ -170,10 +183,9 @@ def dial(address: str, export: str, *, timeout_s: float = DIAL_TIMEOUT_S) -> Lin
     secured = tls.parse_address(address)
     try:
         sock = _connect(f"[{secured.host}]:{secured.port}" if secured else address, timeout_s)
-    except OSError as error:
-        raise ServerAway(
-            f"no NBD server answers at {address} ({error.strerror or error})"
-        ) from error
+    except (OSError, UnicodeError) as error:  # the latter of what cannot be a host's name
+        reason = getattr(error, "strerror", None) or error
+        raise ServerAway(f"no NBD server answers at {address} ({reason})") from error
     try:
         handshake = _begin_handshake(sock)
         if secured:

@@ -48,6 +48,20 @@ def test_the_address_that_can_be_reached_is_chosen(
         assert choose_address(control, pool) == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["store", "store:", "store:nbd", "store:65536", ":10809", "nbds:/store", "nbd://store:1"],
+)
+def test_an_address_that_makes_no_sense_is_refused_at_once(text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"is no address: .*nbds://HOST:PORT"):
+        StoreServer(ControlClient("unix:/nowhere"), text)
+
+
+@pytest.mark.parametrize("text", ["store:1", "[::1]:65535", "unix:nbd.sock", "nbds://store"])
+def test_addresses_that_make_sense(text: str) -> None:
+    assert StoreServer(ControlClient("unix:/nowhere"), text).address() == text
+
+
 def test_shaking_hands(server: StoreServer, pool: ServedPool) -> None:
     for address in (server.address(), f"unix:{pool.socket_path}"):
         link = dial(address, "db")
@@ -100,6 +114,8 @@ def test_nobody_there() -> None:
         dial(f"127.0.0.1:{free_port()}", "db")
     with pytest.raises(ServerAway, match="no NBD server answers"):
         dial("unix:/nowhere", "db")
+    with pytest.raises(ServerAway, match="no NBD server answers"):
+        dial("host..name:1", "db")
 
 
 @pytest.mark.parametrize(
