@@ -148,7 +148,9 @@ def test_a_restarted_agent_tells_of_the_snapshot_before_its_repair(host: Host) -
         host.children.run("debugfs", "-w", "-R", change, device)
     host.start()
     until(lambda: is_mounted(where), "it is repaired, and mounted")
-    until(lambda: "the snapshot db@before-fsck-" in host.client.status()[0].message, "it is told")
+    # When the agent is done with it.
+    told = host.client.attach(AttachRequest(volume="db")).message
+    assert "the snapshot db@before-fsck-" in told
     host.client.umount("db")
     host.client.detach("db")
     host.stop()
