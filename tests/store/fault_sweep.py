@@ -103,7 +103,11 @@ async def _play(play: Play, sequence: Sequence) -> bool:
 def _there(pool: Pool) -> set[str]:
     """What the operations of short_plays.py need, or are hindered by."""
     shared = {"shared"} if "c" in pool.volumes and pool.volumes["c"].info.parent else set()
-    return {*pool.volumes, *pool.snapshots} | shared
+    there = {*pool.volumes, *pool.snapshots} | shared
+    for volume in pool.trash:
+        own = volume.snapshots.values()
+        there |= {"trash", volume.name, *(snapshot.name for snapshot in own)}
+    return there
 
 
 async def _take_stock(play: Play) -> None:
