@@ -195,7 +195,7 @@ def dial(address: str, export: str, *, timeout_s: float = DIAL_TIMEOUT_S) -> Lin
         sock.settimeout(None)
     except BaseException as error:
         sock.close()
-        if secured and isinstance(error, ssl.SSLError):
+        if secured and isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             raise tls.failure(secured, error) from error
         if isinstance(error, OSError):
             raise ServerAway(f"{address} went away in the handshake: {error}") from error

@@ -86,6 +86,8 @@ def secure(sock: socket.socket, address: TlsAddress) -> ssl.SSLSocket:
         raise DeviceError(
             f"the server at {address.host}:{address.port} is not trusted: {error.verify_message}"
         ) from error
+    except ssl.SSLEOFError:
+        raise  # it hung up, as a server does that goes away
     except ssl.SSLError as error:
         raise failure(address, error) from error
 

@@ -98,7 +98,8 @@ def test_both_sides_must_be_trusted(
     other = Authority(tmp_path / "other").issue_client("host")
     with pytest.raises(DeviceError, match="is not trusted: "):
         store_server.dial(address(secured, other), "db")
-    with pytest.raises(DeviceError, match=r"no TLS with the server at .*certificate required"):
+    # It hangs up, and what we have sent by then may keep its reason from us.
+    with pytest.raises(DeviceError, match=r"certificate required|went away in the handshake"):
         store_server.dial(address(secured, authority.trusting_client("nobody")), "db")
     with pytest.raises(InvalidArgument, match=r"files in .* cannot be used"):
         store_server.dial(address(secured, tmp_path / "nowhere"), "db")
