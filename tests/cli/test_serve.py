@@ -262,7 +262,7 @@ class TestALife:
         assert nbdstore("s3cret", *create).stdout == "created volume db, 1 MiB\n"
         assert "db" in nbdstore("0nlyl00k", "volume", "list").stdout
         tokens.write_text("admin s3cret alice\n")
-        assert "token of this control address is wrong" in nbdstore("0nlyl00k", "ps").stderr
+        assert "token for this control address is wrong" in nbdstore("0nlyl00k", "ps").stderr
         assert serving.end(signal.SIGTERM) == 0
         assert "in the clear" not in serving.log
 

@@ -201,7 +201,7 @@ def test_compose_makes_uses_and_removes_volumes(storage: Storage, tmp_path: Path
         engine.compose(file, *project, "down")
         assert storage.volume("shop_db")["size"] == 300 << 20
     engine.compose(file, *project, "down", "--volumes")
-    assert "no volume" in storage.nbdstore("volume", "show", "shop_db", status=1)
+    assert "was deleted" in storage.nbdstore("volume", "show", "shop_db", status=1)
 
 
 @pytest.mark.requires("podman")
@@ -238,7 +238,7 @@ def test_podman_uses_the_same_plugin(storage: Storage, tmp_path: Path) -> None:
     assert shell("cat /data/file") == "kept\n"
     assert json.loads(storage.nbdstore("lease", "list", "--json")) == []
     podman("volume", "rm", "db")
-    assert "no volume" in storage.nbdstore("volume", "show", "db", status=1)
+    assert "was deleted" in storage.nbdstore("volume", "show", "db", status=1)
 
 
 def test_a_server_that_is_away(storage: Storage) -> None:
