@@ -19,7 +19,7 @@ from tests.load.scene import HOSTILE_SHARE, SLOWEST_S
 from tests.peers.sabotage import SABOTAGES
 from tests.peers.test_nbdstore import SKIPPED as CONFIGURATIONS
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.test_worlds import N_BACKUP_WORLDS, N_WORLDS
+from tests.simulation.test_worlds import N_BACKUP_WORLDS, N_SCRUBBED_WORLDS, N_WORLDS
 from tests.soak import PARTS
 from tests.store.exhaustive import sequences
 from tests.store.short_plays import BASES, OPERATIONS
@@ -47,7 +47,7 @@ WORDS = {3: "three"}
         f"| {IN_CI:,} sequences",
         f"all {ALL:,} sequences",
         f"{len(Failpoint)} of them",
-        f"| {N_WORLDS + N_BACKUP_WORLDS} worlds",
+        f"| {N_WORLDS + N_BACKUP_WORLDS + N_SCRUBBED_WORLDS} worlds",
         f"in {WORDS[len(subjects())]} pools each byte",
         f"{len(all_cases())} cases on {len(RULES)} rules",
         f"each in one of {len(CONFIGURATIONS)} configurations at least",
