@@ -31,7 +31,7 @@ from nbdstore.errors import BadStream, ControlError, NbdstoreError, NotFound
 from tests.children import Children
 from tests.clients.served_pool import ServedPool
 from tests.seeds import main
-from tests.server.nbd_client import NbdClient
+from tests.server.nbd_client import NbdClient, is_refused
 
 MIB: Final = 1 << 20
 SIZE: Final = 92 * MIB
@@ -65,13 +65,9 @@ class Side:
         self.pool.check()
         self.pool.restart()
 
-    async def refuses(self, export: str) -> bool:
+    def refuses(self, export: str) -> bool:
         """Tell whether nobody can attach an export."""
-        client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
-        answer = await client.try_go(export)
-        client.close()
-        await client.writer.wait_closed()
-        return answer.is_error
+        return asyncio.run(is_refused(f"unix:{self.pool.socket_path}", export))
 
     async def client(self, export: str) -> NbdClient:
         client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
@@ -221,7 +217,7 @@ class BackupKills:
             assert n <= number and half.snapshot == f"db@{number}", half
             assert half.position >= self._position, f"{half.position} left of {self._position}"
             self._position = half.position
-            assert asyncio.run(self._there.refuses("db")), "what is half received can be attached"
+            assert self._there.refuses("db"), "what is half received can be attached"
         else:
             assert n, "a volume without a snapshot can be used"
             self._compare("db")

@@ -25,7 +25,7 @@ from tests.kills.administrator import Administrator
 from tests.load.figures import Figures
 from tests.load.model import VolumeModel
 from tests.load.worker import Worker, read_volume
-from tests.server.nbd_client import NbdClient
+from tests.server.nbd_client import NbdClient, is_refused
 
 MAX_REQUESTS: Final = 1500  # of a round, before the server is ended
 MAX_LOAD_S: Final = 3.0
@@ -225,22 +225,16 @@ class KillLoop:
 
     # --- Afterwards ---
 
-    async def _is_refused(self, export: str) -> bool:
-        client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
-        answer = await client.try_go(export)
-        client.close()
-        await client.writer.wait_closed()
-        return answer.is_error
-
     async def _verify(self) -> None:
         self.administrator.recovered()
+        address = f"unix:{self.pool.socket_path}"
         for export in self.administrator.granted():
-            assert not await self._is_refused(export), f"{export} was granted, and is refused"
+            assert not await is_refused(address, export), f"{export} was granted, and is refused"
         for export in self.administrator.fenced:
-            assert await self._is_refused(export), f"{export} was fenced, and can be attached"
+            assert await is_refused(address, export), f"{export} was fenced, and can be attached"
             self.tally.refused += 1
         for name, model in self.models.items():
-            client = await NbdClient.connect(f"unix:{self.pool.socket_path}")
+            client = await NbdClient.connect(address)
             await client.go(name)
             model.recovered(await read_volume(client, model))
             client.close()

@@ -198,3 +198,12 @@ class NbdClient:
     async def write(self, offset: int, data: bytes) -> None:
         reply = await self.do(Command.WRITE, offset, payload=data)
         assert reply.error == 0
+
+
+async def is_refused(address: str, export: str) -> bool:
+    """Tell whether the server at `address` refuses to attach an export."""
+    client = await NbdClient.connect(address)
+    answer = await client.try_go(export)
+    client.close()
+    await client.writer.wait_closed()
+    return answer.is_error
