@@ -8,24 +8,12 @@ import pytest
 
 from nbdstore.agent import relay
 from nbdstore.agent.fuse_driver import FuseDriver
-from nbdstore.agent.records import AttachRecord
 from nbdstore.agent.relay import RelayState, StateFile
+from tests.agent.unserved import RECORD
 from tests.children import Children
 
 SIZE = 64 << 20
 ROOM = 1 << 30
-
-RECORD = AttachRecord(
-    id="0123456789abcdef",
-    volume="db",
-    volume_uuid="u",
-    driver="fuse",
-    created="now",
-    export="db",
-    address="127.0.0.1:1",
-    request_timeout_s=10,
-    dead_timeout_s=60,
-)
 
 
 @pytest.mark.requires("root", "/dev/loop-control", "losetup", "mount")

@@ -11,24 +11,12 @@ import pytest
 from nbdstore.agent import watch
 from nbdstore.agent.devices import BlockDevice
 from nbdstore.agent.local import Setting, open_agent
-from nbdstore.agent.records import AttachRecord
 from nbdstore.agent.watch import Watch
 from nbdstore.control.model import VolumeInfo
 from nbdstore.errors import DeviceError
+from tests.agent.unserved import RECORD
 
 TIMEOUT_S = 60.0
-
-RECORD = AttachRecord(
-    id="0123456789abcdef",
-    volume="db",
-    volume_uuid="u",
-    driver="fuse",
-    created="now",
-    export="db",
-    address="127.0.0.1:1",
-    request_timeout_s=10,
-    dead_timeout_s=60,
-)
 
 
 def test_a_device_that_cannot_grow_is_told_once(
