@@ -84,7 +84,8 @@ class Nbdstore(Server):
         return [self.pool / name for name in ("data", "journal", "super")]
 
     def _nbdstore(self, *arguments: str | int | Path) -> list[str]:
-        return [sys.executable, "-m", "nbdstore", *map(str, arguments)]
+        # -P: of the checkout in PYTHONPATH, even if this is run in the root of another one.
+        return [sys.executable, "-P", "-m", "nbdstore", *map(str, arguments)]
 
 
 class FileServer(Server):

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks import machine
-from benchmarks.peers import PEERS, ROOT
+from benchmarks.model import Transport
+from benchmarks.peers import PEERS, ROOT, Nbdstore
 from benchmarks.rows import rows
 from benchmarks.scale import SMOKE
 from tests.children import Children
@@ -88,6 +89,19 @@ def test_another_checkout_is_measured_beside_this_one(children: Children) -> Non
     assert {name: len(found) for name, found in row["samples"].items()} == {
         **{"nbdstore": 2, "nbdstore@other": 2}
     }
+
+
+def test_what_another_checkout_names_is_not_taken_from_the_working_directory(
+    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "other" / "nbdstore"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("print(__file__)")
+    monkeypatch.chdir(ROOT)
+    server = Nbdstore(children, tmp_path / "server", tmp_path, checkout=package.parent)
+    said = children.run(*server.command(Transport.UNIX), env=server.env)
+    assert said.split() == [str(package / "__main__.py")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
