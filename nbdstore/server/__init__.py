@@ -9,7 +9,8 @@ limiter      requests wait for the limits of their volume
 stall        what a client is that does not get on
 meter        how fast a connection's counters grow
 commands     the commands that may have to wait
-channel      sockets, plain and under TLS
+channel      a client's socket
+tls_channel  the same under TLS
 exports      which volumes a client may see
 tls          contexts and certificate names
 """

@@ -1,4 +1,4 @@
-"""A connected socket, plain or under TLS: non-blocking, without a buffer of its own to receive.
+"""A connected socket: non-blocking, without a buffer of its own to receive.
 
 Owns the socket and its registration with the event loop; knows nothing of NBD. Two ways to use
 it, for the two phases of a connection:
@@ -18,17 +18,12 @@ import asyncio
 import contextlib
 import select
 import socket
-import ssl
 from collections.abc import Callable
 
 from nbdstore.protocol.replies import Buffer
 
 IOV_MAX = 1024
 """Buffers that one sendmsg takes (Linux, UIO_MAXIOV)."""
-
-TLS_SEND_BYTES = 64 << 10
-"""Small buffers are joined to this much before they are encrypted: records of 16 KiB instead of
-one per header."""
 
 HANDSHAKE_RECV_BYTES = 16 << 10
 
@@ -60,8 +55,12 @@ class Outbox:
         if n_bytes:
             self.buffers[0] = memoryview(self.buffers[0])[n_bytes:]
 
-    def take(self, max_bytes: int) -> bytes:
-        """Remove and return up to ``max_bytes``, joined."""
+    def take(self, max_bytes: int) -> Buffer:
+        """Remove and return up to ``max_bytes``: of a large buffer, or small ones joined."""
+        if len(self.buffers[0]) >= max_bytes:
+            piece = memoryview(self.buffers[0])[:max_bytes]
+            self.sent(max_bytes)
+            return piece
         parts: list[Buffer] = []
         room = max_bytes
         for buffer in self.buffers:
@@ -161,16 +160,6 @@ class Channel:
         while not self.flush(outbox):
             await self.writable()
 
-    async def start_tls(self, context: ssl.SSLContext) -> TlsChannel:
-        """Do the server's side of a TLS handshake; this channel must not be used any more."""
-        channel = TlsChannel(self.sock, context)
-        try:
-            await channel.shake_hands()
-        except BaseException:
-            channel.abort()
-            raise
-        return channel
-
     # --- Closing -----------------------------------------------------------------------------
 
     async def close(self, linger_s: float) -> None:
@@ -197,12 +186,8 @@ class Channel:
         """
         while True:
             await self.readable()
-            if not self._recv_raw():
+            if not self.sock.recv(HANDSHAKE_RECV_BYTES):
                 return
-
-    def _recv_raw(self) -> bytes:
-        """Receive once what the peer sent, as it came over the wire."""
-        return self.sock.recv(HANDSHAKE_RECV_BYTES)
 
     def _say_goodbye(self) -> None:
         """Send what the layer below NBD wants to be sent last."""
@@ -213,76 +198,6 @@ class Channel:
             self._loop.remove_reader(self.sock)
             self._loop.remove_writer(self.sock)
         self.sock.close()
-
-
-class TlsChannel(Channel):
-    """A socket under TLS."""
-
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
-        self.tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        super().__init__(self.tls)
-        self._callback: Callable[[], None] | None = None
-        self._unsent = memoryview(b"")
-
-    async def shake_hands(self) -> None:
-        """Do the server's side of the TLS handshake; ssl.SSLError if it fails."""
-        while True:
-            try:
-                return self.tls.do_handshake()
-            except ssl.SSLWantReadError:
-                await self.readable()
-            except ssl.SSLWantWriteError:
-                await self.writable()
-
-    def recv_into(self, buffer: memoryview) -> int:
-        """Receive as many records as have arrived and fit."""
-        n_bytes = 0
-        try:
-            while n_bytes < len(buffer):
-                got = self.tls.recv_into(buffer[n_bytes:])
-                if not got:
-                    break
-                n_bytes += got
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            if not n_bytes:
-                raise BlockingIOError from None
-        return n_bytes
-
-    def flush(self, outbox: Outbox) -> bool:
-        """Encrypt and send; what OpenSSL was given once must be given again until it is sent."""
-        try:
-            while self._unsent or outbox.buffers:
-                if not self._unsent:
-                    self._unsent = memoryview(outbox.take(TLS_SEND_BYTES))
-                self._unsent = self._unsent[self.tls.send(self._unsent) :]
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return False
-        return True
-
-    def watch_readable(self, callback: Callable[[], None]) -> None:
-        """As above; also calls for bytes that OpenSSL has taken from the socket already."""
-        self._callback = callback
-        self._loop.add_reader(self.sock, self._on_readable)
-        if self.tls.pending():
-            self._loop.call_soon(self._on_readable)
-
-    def unwatch_readable(self) -> None:
-        self._callback = None
-        super().unwatch_readable()
-
-    def _on_readable(self) -> None:
-        if self._callback is not None:
-            self._callback()
-        if self._callback is not None and self.tls.pending():
-            self._loop.call_soon(self._on_readable)
-
-    def _recv_raw(self) -> bytes:
-        return socket.socket.recv(self.sock, HANDSHAKE_RECV_BYTES)
-
-    def _say_goodbye(self) -> None:
-        """Send close_notify; the peer's is not waited for (proto.md, "Termination")."""
-        with contextlib.suppress(ssl.SSLError):
-            self.tls.unwrap()
 
 
 def _set_once(future: asyncio.Future[None]) -> None:

@@ -29,6 +29,7 @@ from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
 from nbdstore.server.session import Session
 from nbdstore.server.tls import TlsFiles, identify
+from nbdstore.server.tls_channel import start_tls
 from nbdstore.server.wakefulness import Wakefulness
 from nbdstore.store import Image
 
@@ -264,7 +265,7 @@ class Connection:
     async def _start_tls(self) -> None:
         files = self._settings.tls_files
         assert files is not None
-        channel = await self._channel.start_tls(files.context())
+        channel = await start_tls(self._channel, files.context())
         self._channel = channel
         self._view.identity = identify(channel.tls)
 

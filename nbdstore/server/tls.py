@@ -110,9 +110,9 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
-def identify(sock: ssl.SSLSocket) -> Identity:
+def identify(tls: ssl.SSLObject) -> Identity:
     """Read the names in a client's verified certificate: subject CN, then DNS SANs."""
-    certificate = sock.getpeercert()
+    certificate = tls.getpeercert()
     if not certificate:
         return Identity(tls=True)
     names: list[str] = []

@@ -36,9 +36,9 @@ from nbdstore.protocol.replies import SimpleReplies, StructuredReplies
 from nbdstore.protocol.rules import Rules
 from nbdstore.protocol.transmission import Request, RequestParser
 from nbdstore.server import commands, connection, tls
-from nbdstore.server.channel import TlsChannel
 from nbdstore.server.commands import Target
 from nbdstore.server.session import Session
+from nbdstore.server.tls_channel import TlsChannel
 from nbdstore.store import ExtentKind
 from tests.conformance.wire import Mode
 from tests.server.memory_pool import MemoryVolume

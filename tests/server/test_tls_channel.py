@@ -1,0 +1,240 @@
+"""Channels under TLS: bytes pass in order and whole, however records and segments are cut."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import ssl
+
+import pytest
+
+from nbdstore.server.channel import Channel
+from nbdstore.server.options import TlsMode, TlsOptions
+from nbdstore.server.tls import make_context
+from nbdstore.server.tls_channel import ENCRYPT_BYTES, RECORD_BYTES, TlsChannel, start_tls
+from tests.clients.certificates import Authority
+from tests.server.test_channel import outbox_of
+
+DEADLINE_S = 20
+SIZES = [1, 28, RECORD_BYTES, 300, 3 * RECORD_BYTES + 5, 60, 60, 60]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls-channel") / "authority")
+
+
+@pytest.fixture(scope="module")
+def options(authority) -> TlsOptions:
+    issued = authority.issue_server()
+    return TlsOptions(TlsMode.REQUIRED, issued.certificate, issued.key)
+
+
+class Peer:
+    """The client's side, which sees every encrypted byte: OpenSSL without a socket."""
+
+    def __init__(self, sock: socket.socket, authority: Authority, version: ssl.TLSVersion) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = ssl.create_default_context(cafile=str(authority.certificate))
+        context.maximum_version = version
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+        self.n_received = 0
+
+    async def send_all(self) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sock, self.outgoing.read())
+
+    async def receive_more(self) -> None:
+        data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+        self.n_received += len(data)
+        if data:
+            self.incoming.write(data)
+        else:
+            self.incoming.write_eof()
+
+    async def shake_hands(self) -> None:
+        """Shake hands, but leave it to the caller to send the last of it."""
+        while True:
+            try:
+                return self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self.send_all()
+                await self.receive_more()
+
+    async def read(self, n_bytes: int) -> bytes:
+        """Read so many bytes, fewer only at the end that close_notify announces."""
+        data = b""
+        while len(data) < n_bytes:
+            try:
+                part = self.tls.read(n_bytes - len(data))
+            except ssl.SSLWantReadError:
+                await self.receive_more()
+                continue
+            if not part:
+                break
+            data += part
+        return data
+
+
+@pytest.fixture
+async def pair():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture(params=[ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def connected(request, pair, authority, options):
+    """A channel and its peer, both done with the handshake."""
+    ours, theirs = pair
+    peer = Peer(theirs, authority, request.param)
+    starting = asyncio.ensure_future(start_tls(Channel(ours), make_context(options)))
+    await peer.shake_hands()
+    await peer.send_all()
+    channel = await starting
+    yield channel, peer
+    channel.abort()
+
+
+def receive(channel: TlsChannel, n_bytes: int, buffer_bytes: int) -> asyncio.Future[bytes]:
+    """Receive so many bytes as a session does, a buffer at a time."""
+    received = bytearray()
+    done = asyncio.get_running_loop().create_future()
+    buffer = memoryview(bytearray(buffer_bytes))
+
+    def on_readable() -> None:
+        try:
+            received.extend(buffer[: channel.recv_into(buffer)])
+        except BlockingIOError:
+            return
+        if len(received) >= n_bytes:
+            channel.unwatch_readable()
+            done.set_result(bytes(received))
+
+    channel.watch_readable(on_readable)
+    return done
+
+
+@pytest.mark.parametrize("cut", [1, 5, 23, 1000, 1 << 20])
+@pytest.mark.parametrize("buffer_bytes", [7, 7000, 1 << 20])
+async def test_records_come_whole_however_they_are_cut(connected, cut, buffer_bytes):
+    channel, peer = connected
+    sizes = SIZES if cut > 23 and buffer_bytes > 7 else [1, 28, 300, 60, 60]
+    sent = [random.randbytes(size) for size in sizes]
+    for data in sent:
+        for at in range(0, len(data), RECORD_BYTES):
+            peer.tls.write(data[at : at + RECORD_BYTES])
+    encrypted = peer.outgoing.read()
+    async with asyncio.timeout(DEADLINE_S):
+        received = receive(channel, sum(sizes), buffer_bytes)
+        for at in range(0, len(encrypted), cut):
+            await asyncio.get_running_loop().sock_sendall(peer.sock, encrypted[at : at + cut])
+            await asyncio.sleep(0)  # the channel may look at this piece alone
+        assert await received == b"".join(sent)
+
+
+async def test_small_records_are_received_at_once(connected):
+    channel, peer = connected
+    for _ in range(100):
+        peer.tls.write(bytes(28))
+    await peer.send_all()
+    await channel.readable()
+    assert channel.recv_into(memoryview(bytearray(1 << 16))) == 2800
+    with pytest.raises(BlockingIOError):
+        channel.recv_into(memoryview(bytearray(1 << 16)))
+
+
+async def test_what_comes_with_the_end_of_the_handshake_is_not_lost(pair, authority, options):
+    ours, theirs = pair
+    peer = Peer(theirs, authority, ssl.TLSVersion.TLSv1_3)
+    starting = asyncio.ensure_future(start_tls(Channel(ours), make_context(options)))
+    async with asyncio.timeout(DEADLINE_S):
+        await peer.shake_hands()
+        peer.tls.write(b"first")
+        await peer.send_all()
+        channel = await starting
+        assert await channel.receive() == b"first"
+    channel.abort()
+
+
+async def test_replies_leave_whole_however_much_the_socket_takes(connected):
+    channel, peer = connected
+    channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    buffers = [random.randbytes(size) for size in [*SIZES, 5 * ENCRYPT_BYTES, *SIZES]]
+    outbox = outbox_of(buffers)
+    expected = b"".join(buffers)
+    assert not channel.flush(outbox)
+    async with asyncio.timeout(DEADLINE_S):
+        reading = asyncio.ensure_future(peer.read(len(expected)))
+        while not channel.flush(outbox):
+            await channel.writable()
+        assert await reading == expected
+    assert (outbox.n_bytes, outbox.buffers) == (0, [])
+
+
+async def test_small_replies_share_records(connected):
+    channel, peer = connected
+    peer.n_received = 0
+    outbox = outbox_of([bytes(16), bytes(4096)] * 32)
+    n_bytes = outbox.n_bytes
+    assert channel.flush(outbox)
+    async with asyncio.timeout(DEADLINE_S):
+        await peer.read(n_bytes)
+    assert peer.n_received - n_bytes <= 40 * -(-n_bytes // RECORD_BYTES)
+
+
+async def test_a_peer_that_is_refused_is_told_why(pair, authority, options):
+    ours, theirs = pair
+    guarded = TlsOptions(options.mode, options.certificate, options.key, authority.certificate)
+    peer = Peer(theirs, authority, ssl.TLSVersion.TLSv1_3)
+    starting = asyncio.ensure_future(start_tls(Channel(ours), make_context(guarded)))
+    async with asyncio.timeout(DEADLINE_S):
+        await peer.shake_hands()  # the client is done before the server has seen its certificate
+        await peer.send_all()
+        with pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN_A_CERTIFICATE"):
+            await starting
+        with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+            await peer.read(1)
+
+
+async def test_a_peer_that_hangs_up_in_the_handshake(pair, options):
+    ours, theirs = pair
+    starting = asyncio.ensure_future(start_tls(Channel(ours), make_context(options)))
+    theirs.close()
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(ssl.SSLEOFError):
+            await starting
+
+
+@pytest.mark.parametrize("announced", [False, True])
+async def test_the_peers_end_is_told_behind_its_last_bytes(connected, announced):
+    channel, peer = connected
+    peer.tls.write(b"last")
+    if announced:
+        with pytest.raises(ssl.SSLWantReadError):
+            peer.tls.unwrap()
+    await peer.send_all()
+    peer.sock.shutdown(socket.SHUT_WR)
+    async with asyncio.timeout(DEADLINE_S):
+        assert await channel.receive() == b"last"
+        assert await channel.receive() == b""
+
+
+async def test_bytes_that_nobody_encrypted_end_the_channel(connected):
+    channel, peer = connected
+    await asyncio.get_running_loop().sock_sendall(peer.sock, bytes(100))
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(ssl.SSLError):
+            await channel.receive()
+
+
+async def test_closing_says_goodbye_behind_the_last_reply(connected):
+    channel, peer = connected
+    async with asyncio.timeout(DEADLINE_S):
+        await channel.send_all(b"bye")
+        closing = asyncio.ensure_future(channel.close(DEADLINE_S))
+        assert await peer.read(100) == b"bye"
+        peer.sock.close()
+        await closing
