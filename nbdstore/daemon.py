@@ -26,21 +26,23 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdstore import __version__, systemd
+from nbdstore.control import SOCKET_NAME
 from nbdstore.control.capacity import GrowthMeter
-from nbdstore.control.client import ControlClient
-from nbdstore.control.endpoint import SOCKET_NAME, Endpoint
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
 from nbdstore.control.scrub import DEFAULT_RATE, Scrubber
-from nbdstore.control.tokens import Tokens
 from nbdstore.control.watch import PoolWatch
 from nbdstore.errors import AlreadyExists, Busy, PoolFailed, PoolLocked
 from nbdstore.server import HasVolumes, Server, ServerOptions, TlsOptions
 from nbdstore.server.tls import TlsFiles
 from nbdstore.store import Pool, PoolOptions
+
+if TYPE_CHECKING:
+    from nbdstore.control.endpoint import Endpoint
+    from nbdstore.control.tokens import Tokens
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DRAIN_TIMEOUT_S = 10.0
@@ -191,15 +193,21 @@ async def _open_pool(options: DaemonOptions) -> AsyncIterator[Pool]:
 async def _locked_pool(options: DaemonOptions) -> Pool:
     """Open the pool; wait a little if a command has it, which keeps it for a moment only."""
     deadline_s = time.monotonic() + LOCK_PATIENCE_S
-    other_server = ControlClient(f"unix:{options.pool / SOCKET_NAME}")
     while True:
         try:
             return await Pool.open(options.pool, options=options.pool_options)
         except PoolLocked:
-            if other_server.reachable() or time.monotonic() >= deadline_s:
+            if _is_served(options.pool) or time.monotonic() >= deadline_s:
                 raise
             log.info("the pool is open elsewhere: waiting until it is let go")
         await asyncio.sleep(LOCK_RETRY_S)
+
+
+def _is_served(directory: Path) -> bool:
+    """Tell whether another server holds the pool."""
+    from nbdstore.control.client import ControlClient  # late: few starts come here
+
+    return ControlClient(f"unix:{directory / SOCKET_NAME}").reachable()
 
 
 async def _serve(
@@ -213,7 +221,8 @@ async def _serve(
         operations = _operations(pool, server, options, growth)
         stack.push_async_callback(operations.close)
         await operations.begin()
-        endpoint = Endpoint(
+        # In a thread, since NBD clients are served already.
+        endpoint = (await asyncio.to_thread(_load_control_api))(
             operations,
             options.pool,
             tcp=options.control_tcp,
@@ -229,6 +238,13 @@ async def _serve(
         announce(pool, server)
         await _until_done(server, options.clients, stop)
         systemd.notify(options.environ, "STOPPING=1")
+
+
+def _load_control_api() -> type[Endpoint]:
+    """Import the HTTP server, which takes as long as all the rest of the start."""
+    from nbdstore.control.endpoint import Endpoint
+
+    return Endpoint
 
 
 def _operations(

@@ -18,6 +18,7 @@ from nbdstore.commands.session import Session, complete_volume, pass_session
 from nbdstore.errors import InvalidArgument, NbdstoreError
 
 if TYPE_CHECKING:
+    from nbdstore.control.tokens import TokenFile
     from nbdstore.daemon import DaemonOptions
     from nbdstore.server import Server, ServerOptions, TlsOptions
     from nbdstore.store import Pool
@@ -294,7 +295,6 @@ def _run(session: Session, asked: Asked, client: socket.socket | None) -> None:
 
 def _daemon_options(session: Session, asked: Asked, client: socket.socket | None) -> DaemonOptions:
     """Join what was asked with the sockets that systemd or inetd passed."""
-    from nbdstore.control.tokens import TokenFile
     from nbdstore.daemon import DaemonOptions
     from nbdstore.store import PoolOptions
 
@@ -323,11 +323,19 @@ def _daemon_options(session: Session, asked: Asked, client: socket.socket | None
         demo=asked.demo,
         clients=clients,
         control_tcp=asked.control,
-        control_tokens=TokenFile(asked.control_token_file) if asked.control_token_file else None,
+        control_tokens=_control_tokens(asked),
         control_tls=_control_tls(asked),
         control_sockets=for_control,
         environ=session.environ,
     )
+
+
+def _control_tokens(asked: Asked) -> TokenFile | None:
+    if asked.control_token_file is None:
+        return None
+    from nbdstore.control.tokens import TokenFile
+
+    return TokenFile(asked.control_token_file)
 
 
 def _control_tls(asked: Asked) -> TlsOptions | None:

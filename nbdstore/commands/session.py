@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nbdstore.commands.output import note
-from nbdstore.control.client import ControlClient
-from nbdstore.control.service import VolumeService
+from nbdstore.control import SOCKET_NAME
 from nbdstore.errors import InvalidArgument, NbdstoreError, PoolLocked
 
-SOCKET_NAME = "control.sock"
+if TYPE_CHECKING:
+    from nbdstore.control.service import VolumeService
+
 LOCK_PATIENCE_S = 5.0
 """Another command holds the pool for a moment only, and a server opens its control socket soon
 after it locks the pool; whoever keeps the lock longer without answering is worth an error."""
@@ -51,6 +52,9 @@ class Session:
             service.close()
 
     def _reach(self, patience_s: float) -> VolumeService:
+        # Imported late: it brings HTTP and TLS, which 'serve' and every --help do without.
+        from nbdstore.control.client import ControlClient
+
         if self.server is not None:
             token = read_token(self.token_file) if self.token_file else None
             client = ControlClient(self.server, token=token, tls_ca=self.tls_ca)

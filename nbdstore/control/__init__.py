@@ -10,3 +10,6 @@
 ``client`` calls it from other processes and hosts. This package imports neither the server nor
 the CLI: it meets the pool and the connections through the types in ``contracts``.
 """
+
+SOCKET_NAME = "control.sock"
+"""The unix socket in a pool's directory where the server that holds the pool answers."""

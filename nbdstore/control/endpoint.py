@@ -23,12 +23,12 @@ from typing import cast
 from aiohttp import web
 
 from nbdstore import unix_socket
+from nbdstore.control import SOCKET_NAME
 from nbdstore.control.api import application
 from nbdstore.control.operations import Operations
 from nbdstore.control.tokens import Tokens
 from nbdstore.errors import ControlError, InvalidArgument
 
-SOCKET_NAME = "control.sock"
 MAX_CONNECTIONS = 64
 """Callers over TCP at a time, whoever they are: they would else take the descriptors that the NBD
 clients of the same process need. Over the unix socket there is only the owner."""

@@ -15,18 +15,14 @@ from click.testing import CliRunner
 from nbdstore import unix_socket
 from nbdstore.cli import cli
 from nbdstore.commands import session
-from nbdstore.commands.session import SOCKET_NAME, read_token
-from nbdstore.control import endpoint
+from nbdstore.commands.session import read_token
+from nbdstore.control import SOCKET_NAME
 from nbdstore.errors import InvalidArgument
 from nbdstore.store.local_host import LocalDisk
 from tests.cli.conftest import CommandLine, HeldPool
 from tests.control.conftest import TOKEN, Answering
 
 Hold = Callable[[CommandLine], HeldPool]
-
-
-def test_both_sides_mean_the_same_socket() -> None:
-    assert session.SOCKET_NAME == endpoint.SOCKET_NAME
 
 
 def test_the_socket_of_a_killed_server_is_in_nobody_s_way(

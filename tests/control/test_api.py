@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from nbdstore import unix_socket
-from nbdstore.control import bodies, endpoint
-from nbdstore.control.endpoint import MAX_CONNECTIONS, SOCKET_NAME, Endpoint
+from nbdstore.control import SOCKET_NAME, bodies, endpoint
+from nbdstore.control.endpoint import MAX_CONNECTIONS, Endpoint
 from nbdstore.control.stream import Piece, StreamWriter
 from nbdstore.errors import InvalidArgument
 from tests.control.conftest import READ_TOKEN, TOKEN, TOKENS, Answering
