@@ -18,35 +18,48 @@ from typing import Any, NoReturn
 import click
 
 from nbdstore import __version__
-from nbdstore.commands import (
-    agent,
-    app,
-    backup,
-    capacity,
-    check,
-    completion,
-    connections,
-    diff,
-    docker_plugin,
-    du,
-    lease,
-    logs,
-    operation,
-    pool,
-    salvage,
-    scrub,
-    serve,
-    snapshot,
-    transfer,
-    trash,
-    volume,
-)
-from nbdstore.commands.groups import OrderedGroup
+from nbdstore.commands import completion, logs
+from nbdstore.commands.groups import LazyGroup
 from nbdstore.commands.session import Session
 from nbdstore.errors import NbdstoreError
 
 SYSTEM_POOL = Path("/var/lib/nbdstore")
 GLOBAL_OPTIONS = ("--pool", "--server", "--token-file", "--tls-ca", "--debug")
+COMMANDS = {
+    "pool": "pool.pool",
+    "volume": "volume.volume",
+    "snapshot": "snapshot.snapshot",
+    "clone": "snapshot.clone",
+    "flatten": "snapshot.flatten",
+    "trash": "trash.trash",
+    "serve": "serve.serve",
+    "ps": "connections.ps",
+    "disconnect": "connections.disconnect",
+    "lease": "lease.lease",
+    "agent": "agent.agent",
+    "attach": "agent.attach",
+    "detach": "agent.detach",
+    "mount": "agent.mount",
+    "umount": "agent.umount",
+    "doctor": "agent.doctor",
+    "import": "transfer.import_",
+    "export": "transfer.export_",
+    "diff": "diff.diff",
+    "send": "backup.send",
+    "receive": "backup.receive",
+    "stream": "backup.stream",
+    "capacity": "capacity.capacity",
+    "du": "du.du",
+    "scrub": "scrub.scrub",
+    "operation": "operation.operation",
+    "events": "operation.events",
+    "app": "app.app",
+    "docker-plugin": "docker_plugin.docker_plugin",
+    "check": "check.check",
+    "salvage": "salvage.salvage",
+    "completion": "completion.completion",
+}
+"""Where each command is, in `nbdstore.commands`; the help lists them in this order."""
 
 
 class _Bug(Exception):
@@ -60,7 +73,7 @@ class _Died(Exception):
         self.signal = signal_number
 
 
-class CommandLine(OrderedGroup):
+class CommandLine(LazyGroup):
     """The root group, and what becomes of failures."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +150,7 @@ def _default_pool() -> Path:
 @click.group(
     "nbdstore",
     cls=CommandLine,
+    places={name: f"nbdstore.commands.{place}" for name, place in COMMANDS.items()},
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
@@ -202,41 +216,9 @@ def cli(
     ctx.obj = Session(pool.absolute(), server or None, token_file, tls_ca, os.environ)
 
 
-cli.add_command(pool.pool)
-cli.add_command(volume.volume)
-cli.add_command(snapshot.snapshot)
-cli.add_command(snapshot.clone)
-cli.add_command(snapshot.flatten)
-cli.add_command(trash.trash)
-cli.add_command(serve.serve)
-cli.add_command(connections.ps)
-cli.add_command(connections.disconnect)
-cli.add_command(lease.lease)
-cli.add_command(agent.agent)
-cli.add_command(agent.attach)
-cli.add_command(agent.detach)
-cli.add_command(agent.mount)
-cli.add_command(agent.umount)
-cli.add_command(agent.doctor)
-cli.add_command(transfer.import_)
-cli.add_command(transfer.export_)
-cli.add_command(diff.diff)
-cli.add_command(backup.send)
-cli.add_command(backup.receive)
-cli.add_command(backup.stream)
-cli.add_command(capacity.capacity)
-cli.add_command(du.du)
-cli.add_command(scrub.scrub)
-cli.add_command(operation.operation)
-cli.add_command(operation.events)
-cli.add_command(app.app)
-cli.add_command(docker_plugin.docker_plugin)
-cli.add_command(check.check)
-cli.add_command(salvage.salvage)
-cli.add_command(completion.completion)
-
-
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line of this process."""
+    # Else numpy starts a thread for each processor, for linear algebra that nobody does here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     cli.main(args, prog_name="nbdstore")
     raise AssertionError("the command line exits by itself")

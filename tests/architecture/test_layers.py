@@ -130,6 +130,8 @@ def test_every_module_belongs_to_a_layer() -> None:
         ("nbdstore.protocol", {"asyncio", "numpy", "socket"}),
         # It runs on other hosts, and starts fast.
         ("nbdstore.orchestration", {"docker", "kubernetes", "yaml", "requests"}),
+        # Every command starts with it, in scripts a hundred times.
+        ("nbdstore.cli", {"nbdstore.control.client", "nbdstore.orchestration", "asyncio", "ssl"}),
         # The first client need not wait for the control API's HTTP.
         ("nbdstore.daemon", {"aiohttp", "http.client"}),
         ("nbdstore.control.client", {"nbdstore.store", "nbdstore.server", "numpy", "aiohttp"}),

@@ -19,7 +19,10 @@ def every_command(
 ) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
             yield from every_command(child, (*path, name))
 
 
@@ -79,6 +82,10 @@ def test_every_example_is_a_command_line_that_can_be_read(line: str) -> None:
         assert child is not None
         group = child
     group.make_context(group.name, words, parent=context)
+
+
+def test_a_command_is_listed_by_its_name() -> None:
+    assert [path[-1] for path, _ in COMMANDS[1:]] == [command.name for _, command in COMMANDS[1:]]
 
 
 def test_there_are_examples() -> None:
