@@ -14,7 +14,7 @@ class VolumeChanges(TypedDict, total=False):
     """What shall change; what is absent, or None, stays.
 
     size: bytes. A smaller one wants `shrink`, and is Busy while the volume is leased or attached;
-    `force` shrinks below mapped data, which is lost.
+    `force` shrinks below mapped data, which is lost, some of it also if the server ends meanwhile.
     new_name: Busy while it is leased.
     allow: names of client certificates that may attach it; empty = anyone the server lets in.
     iops, bandwidth: requests and bytes per second, of all clients together; 0 = no limit.

@@ -7,8 +7,11 @@ snapshots.py.
 A volume that is deleted rests in the trash first, if it is told to: nobody can attach it, it has
 no name that others could not take, and it can be restored with all that it held.
 
-Each change runs as a task of its own: whoever asked for it may go away (a closed HTTP request),
-the change is made or not made, never left half-way.
+Each change runs as a task of its own: whoever asked for it may be cancelled (a server that is told
+to stop), the change is made or not made, never left half-way.  Who asked waits for that even then,
+so what it does to keep others away, it does until the change is made.  What a change needs before
+it and may take long, like emptying the end that a shrink cuts off, is the caller's own work and
+ends with it: what is done of that is no more than trims.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from nbdstore.store.host import Failpoint
 from nbdstore.store.image import Services
 from nbdstore.store.records import admin_group
 from nbdstore.store.registry import Registry
+from nbdstore.store.uninterrupted import to_its_end
 from nbdstore.store.volume import Volume
 
 _PROPERTIES_BYTES: Final = 16 << 10
@@ -64,11 +68,11 @@ class Administration:
             await asyncio.wait(self._changes)
 
     async def alone(self, change: Coroutine[Any, Any, T]) -> T:
-        """Run `change` to its end, whatever becomes of the caller."""
+        """Run `change` to its end, also if the caller is cancelled, which then waits for it."""
         task: asyncio.Task[T] = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        return await to_its_end(task)
 
     # -- the changes ------------------------------------------------------------------------
 
@@ -114,12 +118,13 @@ class Administration:
     async def resize(self, volume: Volume, size: int, *, force: bool) -> None:
         """See Pool.resize_volume."""
         catalogue.check_size(size)
-        await self.alone(self._resize(volume, size, force))
-
-    async def _resize(self, volume: Volume, size: int, force: bool) -> None:
         if size < volume.size:
-            # This takes long where much is mapped. What others do meanwhile is looked at below.
+            # This takes long where much is mapped, and in a full pool waits for space. What others
+            # do meanwhile is looked at below.
             await _clear_tail(volume, size, force)
+        await self.alone(self._resize(volume, size))
+
+    async def _resize(self, volume: Volume, size: int) -> None:
         async with self.turn():
             volume.check_there()
             shrinks = size < volume.size

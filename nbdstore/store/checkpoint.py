@@ -44,6 +44,7 @@ from nbdstore.store.layout import I64, U64
 from nbdstore.store.slots import FrozenBitmap
 from nbdstore.store.slotset import SlotSet
 from nbdstore.store.superblock import NULL, Pointer, Superblock
+from nbdstore.store.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from nbdstore.store.image import Image
@@ -224,16 +225,7 @@ class Checkpointer:
         A cancelled caller waits for the end all the same: once the superblock's write has begun,
         nobody knows which one a crash leaves, so there is no turning back half-way.
         """
-        task = asyncio.create_task(self._run(last, change))
-        cancelled: asyncio.CancelledError | None = None
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None and task.exception() is None:
-            raise cancelled
-        task.result()
+        await to_its_end(asyncio.create_task(self._run(last, change)))
 
     async def _run(self, last: bool, change: Change | None) -> None:
         self._core.check_alive()

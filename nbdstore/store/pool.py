@@ -235,6 +235,9 @@ class Pool:
     async def resize_volume(self, volume: Volume, size: int, *, force: bool = False) -> None:
         """Change a volume's size; durable when this returns.  Connected clients see it later.
 
+        Can be cancelled while it empties the end that is to be cut off; the volume keeps its size
+        then, and holes where that was done.
+
         Raises:
             InvalidArgument: the size makes no sense, or data lies beyond it and not `force`.
             Busy: it is being written beyond the new size.

@@ -392,6 +392,26 @@ async def test_a_caller_that_goes_away_leaves_no_change_half_way(
     await pool.checkpoint()
 
 
+@pytest.mark.parametrize("turns", range(1, 12, 2))
+async def test_who_cancels_a_change_waits_until_it_is_made(pool: Pool, turns: int) -> None:
+    volume = await pool.create_volume("v", MIB)
+    changes = [
+        pool.set_properties(volume, {"a": 1}),
+        pool.resize_volume(volume, 2 * MIB),
+        pool.rename_volume(volume, "w"),
+    ]
+    for change in changes:
+        task = asyncio.create_task(change)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+            raise asyncio.CancelledError  # it was over before
+        assert not pool._administration._changes
+    assert (volume.properties, volume.size, volume.name) == ({"a": 1}, 2 * MIB, "w")
+
+
 async def test_a_failed_write_to_the_superblock_fails_the_pool(directory: Path) -> None:
     broken = False
 

@@ -496,3 +496,33 @@ def test_a_pool_closes_and_opens_while_the_host_is_full(scene: Scene) -> None:
     scene.begin_again(scene.crashed())
     scene.play(later, close=True)
     scene.assert_clean()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_shrink_that_waits_for_space_is_no_reason_not_to_close(
+    scene: Scene, is_told: bool
+) -> None:
+    """It would merge the volume's last block; its caller has been told to end, or will be."""
+    size = 4 * MIB + 512
+
+    async def act(pool: Pool) -> None:
+        volume = await pool.create_volume("v", 8 * MIB)
+        await volume.write(0, b"x" * 8 * MIB)
+        scene.disk.fault = host_full
+        shrink = asyncio.create_task(pool.resize_volume(volume, size, force=True))
+        assert await is_held(shrink)
+        if is_told:
+            shrink.cancel()
+        await asyncio.wait_for(pool.close(), 5)
+        assert shrink.cancelled() or not is_told
+
+    async def again(pool: Pool) -> None:
+        volume = pool.volumes["v"]
+        assert await read(volume) == b"x" * 8 * MIB
+        await pool.resize_volume(volume, size, force=True)
+        assert await read(volume) == b"x" * size
+
+    scene.play(act, full_timeout_s=0)
+    scene.begin_again(scene.crashed())
+    scene.play(again, close=True)
+    scene.assert_clean()

@@ -228,6 +228,48 @@ def test_a_crash_after_a_shrink_that_lowers_the_tree(scene: Scene, size: int) ->
         assert scene.after(crash)[:BLOCK] == b"x" * min(size, BLOCK)
 
 
+@pytest.mark.parametrize("turns", [14, 20])
+def test_a_crash_of_a_shrink_that_was_cut_short(scene: Scene, turns: int) -> None:
+    """The volume has one size or the other, and of its end only what was there, or holes."""
+    mib = 1 << 20
+    before, after, places = 600 * mib, mib + 512, (0, mib, 300 * mib, 599 * mib)
+
+    async def prepare(pool: Pool) -> None:
+        volume = await pool.create_volume("v", before)
+        for place in places:
+            await volume.write(place, b"x" * mib)
+
+    async def act(pool: Pool) -> None:
+        shrink = asyncio.create_task(pool.resize_volume(pool.volumes["v"], after, force=True))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        shrink.cancel()
+        await asyncio.gather(shrink, return_exceptions=True)
+        sizes.append(pool.volumes["v"].size)
+        await pool.close()
+
+    async def look(pool: Pool) -> None:
+        volume = pool.volumes["v"]
+        assert volume.size in (before, after)
+        assert joined(await volume.read(0, after)) == b"x" * after
+        for place in places:
+            if place > after:
+                found = joined(await volume.read(place, mib)) if volume.size == before else b""
+                assert set(found) <= {0, ord("x")}
+
+    sizes: list[int] = []
+    scene.play(prepare, close=True)
+    scene.begin_again()
+    scene.play(act)
+    assert sizes == [before if turns < 20 else after]
+    disk = scene.disk
+    for at in range(len(disk.events) + 1):
+        for crash in (LAZY, KILLED):
+            scene.disk = disk
+            scene.begin_again(scene.crashed(crash, at=at))
+            scene.play(look)
+
+
 def test_a_crash_after_a_volume_was_removed(scene: Scene) -> None:
     async def act(pool: Pool) -> None:
         volume = await the_volume(pool)
