@@ -2,7 +2,8 @@
 
 Owns the order of things, and nothing else::
 
-    open the pool (lock, recover) -> listen for NBD -> answer on the control API -> READY=1
+    open the pool (lock, recover) -> complete what a crash left -> listen for NBD
+    -> answer on the control API -> READY=1
     ... SIGTERM, SIGINT or SIGHUP, or the end of the one client ...
     STOPPING=1 -> control API ends -> NBD drains, with a deadline -> pool: flush, checkpoint, unlock
 
@@ -215,12 +216,14 @@ async def _serve(
 ) -> None:
     server = Server(pool, options.server_options)
     async with contextlib.AsyncExitStack() as stack:
+        growth = GrowthMeter()
+        operations = Operations(pool, server, growth=growth)
+        server.observer.tell = operations.events.tell
+        await operations.begin()  # so that no client is refused for what a crash has left
         stack.push_async_callback(_drain, server, stop)
         await server.start()
-        growth = GrowthMeter()
-        operations = _operations(pool, server, options, growth)
+        operations.server_info = _server_info(server, options.server_options)
         stack.push_async_callback(operations.close)
-        await operations.begin()
         # In a thread, since NBD clients are served already.
         endpoint = (await asyncio.to_thread(_load_control_api))(
             operations,
@@ -247,19 +250,14 @@ def _load_control_api() -> type[Endpoint]:
     return Endpoint
 
 
-def _operations(
-    pool: Pool, server: Server, options: DaemonOptions, growth: GrowthMeter
-) -> Operations:
-    info = ServerInfo(
+def _server_info(server: Server, options: ServerOptions) -> ServerInfo:
+    return ServerInfo(
         version=__version__,
         pid=os.getpid(),
         since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         addresses=list(server.addresses),
-        read_only=options.server_options.read_only,
+        read_only=options.read_only,
     )
-    operations = Operations(pool, server, server_info=info, growth=growth)
-    server.observer.tell = operations.events.tell
-    return operations
 
 
 def _housekeeping(

@@ -45,7 +45,6 @@ class Operations:
     Arguments:
         pool: an open pool.
         server: who knows the connections; None when nobody serves the pool.
-        server_info: how the server introduces itself.
         growth: how used space developed, for the forecast.
     """
 
@@ -54,12 +53,12 @@ class Operations:
         pool: PoolLike,
         server: ServerLike | None = None,
         *,
-        server_info: ServerInfo | None = None,
         growth: GrowthMeter | None = None,
     ) -> None:
         self._pool = pool
-        self._server_info = server_info
         self._growth = growth
+        self.server_info: ServerInfo | None = None
+        """How the server introduces itself, once it listens."""
         self._usage = Usage(pool, server)
         self.events = Events()
         """What happens to it."""
@@ -74,7 +73,7 @@ class Operations:
         """Changed blocks and backups."""
 
     async def begin(self) -> None:
-        """Complete what a crash has left between two steps; after the pool was opened."""
+        """Complete what a crash has left between two steps; before anybody can attach a volume."""
         await self.backups.receiving.unmark_received()
 
     async def close(self) -> None:
@@ -85,7 +84,7 @@ class Operations:
 
     def pool(self) -> PoolInfo:
         """Describe the pool."""
-        return replace(PoolInfo.from_json(self._pool.status()), server=self._server_info)
+        return replace(PoolInfo.from_json(self._pool.status()), server=self.server_info)
 
     async def grow_pool(self, new_capacity: int) -> PoolInfo:
         """Raise the pool's capacity to `new_capacity` bytes, durably."""

@@ -55,8 +55,9 @@ class Served:
     async def _start(self) -> None:
         self.pool = await Pool.open(self.directory)
         self.server = Server(self.pool, ServerOptions(listen=[f"unix:{self.nbd_path}"]))
-        await self.server.start()
         self.operations = Operations(self.pool, self.server)
+        await self.operations.begin()
+        await self.server.start()
         self.server.observer.tell = self.operations.events.tell
         self.endpoint = Endpoint(self.operations, self.directory)
         await self.endpoint.start()

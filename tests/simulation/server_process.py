@@ -88,6 +88,7 @@ class ServerProcess(PoolProcess):
         options = ServerOptions(sockets=[listener], limits=self._world.plan.limits)
         self.server = Server(self.pool, options)
         self.operations = Operations(self.pool, self.server)
+        await self.operations.begin()
         await self.server.start()
         self._begin_trouble()
 

@@ -66,6 +66,7 @@ class Vault:
     async def _open(self, process: PoolProcess) -> None:
         process.pool = await Pool.open(PLACE, adversarial(_OPTIONS), host=process.disk.host)
         process.operations = Operations(process.pool)
+        await process.operations.begin()
 
     async def _compare(self, process: PoolProcess) -> None:
         try:
