@@ -56,7 +56,7 @@ async def merged(changes: AsyncIterator[ChangeLike]) -> AsyncIterator[Extent]:
 async def lines(
     size: int, older_size: int | None, extents: AsyncIterator[Extent]
 ) -> AsyncIterator[bytes]:
-    """Write a diff, many lines at once."""
+    """Write a diff, many lines at once. A failure ends it as the problem, and is raised then."""
     yield _line({"size": size, "older_size": older_size})
     part: list[bytes] = []
     n_extents = 0
@@ -68,9 +68,14 @@ async def lines(
                 yield b"".join(part)
                 part = []
     except NbdstoreError as error:
-        yield b"".join(part) + problems.dump(error) + b"\n"
-        return
+        yield b"".join(part) + failed(error)
+        raise
     yield b"".join(part) + _line({"extents": n_extents})
+
+
+def failed(error: NbdstoreError) -> bytes:
+    """Write the end of a diff that cannot go on."""
+    return problems.dump(error) + b"\n"
 
 
 def _line(value: dict[str, Any]) -> bytes:

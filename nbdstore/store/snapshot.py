@@ -83,7 +83,10 @@ class Snapshot(Image):
         """
         self.check_there()
         if self.n_users:
-            raise Busy(f"snapshot {self.name} is being read: try again when that is done")
+            raise Busy(
+                f"snapshot {self.name} is being read: try again when that is done; "
+                "'nbdstore operation list' shows what can be cancelled"
+            )
         self._n_going += 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""send and receive as operations: seen while they run, how far they are, and cancelled."""
+"""send, receive and diff as operations: seen while they run, how far they are, and cancelled."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from unittest import mock
 
 import pytest
 
-from nbdstore.control import backup_routes
+from nbdstore.control import diff, streaming
 from nbdstore.control.backup_stream import BackupReader, BackupWriter
 from nbdstore.control.model import OperationInfo
 from nbdstore.control.receiving_model import ReceivedInfo
 from nbdstore.control.stream import Buffer
-from nbdstore.errors import Cancelled, NbdstoreError
+from nbdstore.errors import Busy, Cancelled
 from tests.control.real_pool import TIMEOUT_S, Served
 from tests.store.workload import joined
 
@@ -119,17 +119,17 @@ def test_a_cancelled_send_ends_as_what_is_not_whole(filled: Served) -> None:
 
 
 @contextmanager
-def saying_goodbye() -> Iterator[threading.Event]:
-    """Have all the time for the end of a cancelled send; the event tells that it has come."""
-    begun_to, failed = threading.Event(), BackupWriter.failed
+def saying_goodbye(owner: object = BackupWriter) -> Iterator[threading.Event]:
+    """Have all the time for the end of a cancelled stream; the event tells that it has come."""
+    begun_to, failed = threading.Event(), owner.failed  # type: ignore[attr-defined]
 
-    def say(writer: BackupWriter, error: NbdstoreError) -> list[Buffer]:
+    def say(*about: Any) -> Any:
         begun_to.set()
-        return failed(writer, error)
+        return failed(*about)
 
     with (
-        mock.patch.object(BackupWriter, "failed", say),
-        mock.patch.object(backup_routes, "GOODBYE_S", TIMEOUT_S),
+        mock.patch.object(owner, "failed", say),
+        mock.patch.object(streaming, "GOODBYE_S", TIMEOUT_S),
     ):
         yield begun_to
 
@@ -139,7 +139,7 @@ def test_a_cancelled_send_hangs_up_on_a_reader_that_has_stopped(filled: Served) 
     connection.request("GET", "/v1/snapshots/db@a/stream")
     response = connection.getresponse()
     info = begun(filled, "send")
-    with mock.patch.object(backup_routes, "GOODBYE_S", 0.01):
+    with mock.patch.object(streaming, "GOODBYE_S", 0.01):
         assert filled.client.cancel_operation(info.id).state == "cancelled"
     filled.client.delete_snapshot("db@a")  # nobody holds it any more
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
@@ -225,3 +225,63 @@ def test_a_cancelled_receive_may_be_given_up(filled: Served) -> None:
         with pytest.raises(Cancelled):
             call.result(TIMEOUT_S)
     assert [info.name for info in filled.client.volumes()] == ["db"]
+
+
+# -- diff ----------------------------------------------------------------------------------------
+
+BLOCK = 4096
+N_EXTENTS = 20_000
+"""Their lines are more than all buffers between a server and who does not read."""
+
+
+@pytest.fixture
+def scattered(served: Served) -> Served:
+    """A pool with ``db@a``, of which every other block is written."""
+
+    async def fill() -> None:
+        volume, data = await served.pool.create_volume("db", 2 * N_EXTENTS * BLOCK), b"x" * BLOCK
+        for first in range(0, N_EXTENTS, 100):
+            assert volume.write_now([(2 * n * BLOCK, data) for n in range(first, first + 100)])
+        await served.pool.create_snapshots([(volume, "a")])
+
+    served.run(fill())
+    return served
+
+
+def test_a_diff_is_an_operation_while_it_runs(scattered: Served) -> None:
+    found = scattered.client.backups.diff("db@a")
+    next(found.extents)
+    info = begun(scattered, "diff")
+    assert (info.request, info.total) == ({"newer": "db@a", "older": None}, found.size)
+    assert 0 < info.done < info.total
+    assert sum(1 for _ in found.extents) == N_EXTENTS - 1
+    ended = scattered.client.operation(info.id, wait_s=60)
+    assert (ended.state, ended.progress) == ("done", 1.0)
+
+
+def test_a_cancelled_diff_hangs_up_on_a_reader_that_has_stopped(scattered: Served) -> None:
+    connection = scattered.connect()
+    with mock.patch.object(diff, "_LINES_AT_ONCE", N_EXTENTS):
+        connection.request("GET", "/v1/diff?newer=db@a")
+        response = connection.getresponse()
+        info = begun(scattered, "diff")
+    with pytest.raises(Busy, match="is being read"):
+        scattered.client.delete_snapshot("db@a")
+    with mock.patch.object(streaming, "GOODBYE_S", 0.01):
+        assert scattered.client.cancel_operation(info.id).state == "cancelled"
+    scattered.client.delete_snapshot("db@a")  # nobody holds it any more
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        response.read()
+    connection.close()
+
+
+def test_a_cancelled_diff_tells_its_reader_so(scattered: Served) -> None:
+    found = scattered.client.backups.diff("db@a")
+    next(found.extents)
+    info = begun(scattered, "diff")
+    with saying_goodbye(diff) as begun_to, ThreadPoolExecutor(1) as threads:
+        call = threads.submit(scattered.client.cancel_operation, info.id)
+        assert begun_to.wait(TIMEOUT_S)
+        with pytest.raises(Cancelled, match="told to end"):
+            list(found.extents)
+        assert call.result(TIMEOUT_S).state == "cancelled"
