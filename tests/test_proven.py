@@ -21,10 +21,11 @@ from tests.peers.test_nbdstore import SKIPPED as CONFIGURATIONS
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.test_worlds import N_BACKUP_WORLDS, N_SCRUBBED_WORLDS, N_WORLDS
 from tests.soak import PARTS
-from tests.store.exhaustive import sequences
-from tests.store.short_plays import BASES, OPERATIONS
+from tests.store.short_plays import OPERATIONS
+from tests.store.short_sequences import BASES, RESTRICTED, sequences
 from tests.store.subjects import subjects
 from tests.store.test_exhaustive import SHARES
+from tests.store.test_exhaustive_oracle import FOUND_BY
 from tests.store.test_oracle import BROKEN as BROKEN_RULES
 from tests.store.test_snapshot_oracle import RULES as SNAPSHOT_RULES
 
@@ -34,9 +35,12 @@ PROVEN = README.partition("## What is proven\n")[2].partition("\n## ")[0]
 
 LONGEST = max(SHARES)
 IN_CI = sum(len(sequences(length, (0, share))) for length, share in SHARES.items())
-ALL = sum(len(sequences(length)) for length in range(1, LONGEST + 1))
+EVERYTHING = [s for length in range(1, LONGEST + 1) for _, s in sequences(length)]
+N_MORE = sum(not RESTRICTED.isdisjoint(sequence) for sequence in EVERYTHING)
+N_ALL = len(EVERYTHING) - N_MORE
 N_BROKEN = len(BROKEN_RULES) + len(SNAPSHOT_RULES) + len(MUTATIONS)
-N_BROKEN += len(BACKUP_RULES) + len(BROKEN_PARSERS) + len(SABOTAGES)
+N_BROKEN_IN_SEQUENCES = len(FOUND_BY.keys() - BACKUP_RULES.values())
+N_BROKEN += N_BROKEN_IN_SEQUENCES + len(BACKUP_RULES) + len(BROKEN_PARSERS) + len(SABOTAGES)
 WORDS = {3: "three"}
 
 
@@ -45,7 +49,9 @@ WORDS = {3: "three"}
     [
         f"every sequence of up to {LONGEST} of {len(OPERATIONS)} operations on {len(BASES)} pools",
         f"| {IN_CI:,} sequences",
-        f"all {ALL:,} sequences",
+        f"and {N_MORE:,} with {len(RESTRICTED)} others",
+        f"all {N_ALL:,} sequences of the {len(OPERATIONS)}",
+        f"the {N_MORE:,} others on",
         f"{len(Failpoint)} of them",
         f"| {N_WORLDS + N_BACKUP_WORLDS + N_SCRUBBED_WORLDS} worlds",
         f"in {WORDS[len(subjects())]} pools each byte",
@@ -56,6 +62,7 @@ WORDS = {3: "three"}
         f"{N_BROKEN} faults put into the store",
         f"[power_loss](tests/store/test_oracle.py) ({len(BROKEN_RULES)})",
         f"[with snapshots](tests/store/test_snapshot_oracle.py) ({len(SNAPSHOT_RULES)})",
+        f"[in sequences](tests/store/test_exhaustive_oracle.py) ({N_BROKEN_IN_SEQUENCES})",
         f"[of backups](tests/control/test_backup_power_loss.py) ({len(BACKUP_RULES)})",
         f"[simulation](tests/simulation/mutations.py) ({len(MUTATIONS)})",
         f"[fuzz](tests/fuzz/test_corpus.py) ({len(BROKEN_PARSERS)})",

@@ -1,9 +1,11 @@
 """Every short sequence of operations, a crash at every moment, every loss of what was unsynced.
 
-Owns the enumeration; what the operations are and may leave behind is short_plays.py's::
+Owns the crashes; which sequences there are is short_sequences.py's, what the operations are and may
+leave behind short_plays.py's::
 
     python -m tests.store.exhaustive                              everything up to length 3
     python -m tests.store.exhaustive --length 3 --share 2/8       the third eighth
+    python -m tests.store.exhaustive --with shrink --with grow    those that one of these is in
     python -m tests.store.exhaustive --only used:write,fua,kill   one sequence: to replay a fault
 
 Crashes before the last operation begins belong to the shorter sequences.  Of n unsynced writes,
@@ -20,7 +22,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -29,19 +31,10 @@ import click
 from nbdstore.errors import StoreError
 from tests.store.crashes import SECTOR
 from tests.store.recoveries import UNITS, Changes, Parts, Recoveries, parts_of, put
-from tests.store.short_plays import (
-    BASES,
-    OPERATIONS,
-    Found,
-    Known,
-    Play,
-    Sequence,
-    base_of,
-    judge,
-    look,
-    makes_sense,
-    run,
-)
+from tests.store.short_plays import Play, Sequence, base_of, look, run
+from tests.store.short_receives import judge_received
+from tests.store.short_sequences import ALL, sequences
+from tests.store.short_states import Found, Known, judge
 from tests.store.simulated_disk import Event, SimulatedDisk, Truncated, Write, undecided
 
 ALL_SUBSETS: Final = 4
@@ -129,7 +122,7 @@ class Explorer:
             play.number = number
             start = len(play.disk.events)
             play.note()
-            await OPERATIONS[name](play)
+            await ALL[name](play)
         assert await look(play.pool) == {
             name: h.now for name, h in play.histories.items() if h.now is not None
         }, "before any crash"
@@ -183,6 +176,7 @@ class Explorer:
 def _judge(name: str, found: Found, known: Known, *, killed: bool) -> None:
     try:
         judge(found, known, killed=killed)
+        judge_received(found)
     except AssertionError as error:
         error.add_note(f"writes {name}")
         raise
@@ -196,22 +190,17 @@ def _file(event: Event) -> str:
 # -- enumeration -------------------------------------------------------------------------------
 
 
-def sequences(length: int, share: tuple[int, int] = (0, 1)) -> list[tuple[str, Sequence]]:
-    """All sequences of `length` that make sense, or every n-th, from the i-th on."""
-    found = [
-        (base, sequence)
-        for base in BASES
-        for sequence in itertools.product(OPERATIONS, repeat=length)
-        if makes_sense(base, sequence)
-    ]
-    return found[share[0] :: share[1]]
-
-
-def main(length: int, share: tuple[int, int], minutes: float | None, seed: int | None) -> int:
+def main(
+    length: int,
+    share: tuple[int, int],
+    minutes: float | None,
+    seed: int | None,
+    having: Collection[str] = (),
+) -> int:
     """Explore all up to `length`; return the number of sequences with a fault."""
     explorer, n_failed = Explorer(), 0
     begun = shown = time.monotonic()
-    everything = [s for n in range(1, length + 1) for s in sequences(n)]
+    everything = [s for n in range(1, length + 1) for s in sequences(n, having=having)]
     n_all = len(everything)
     everything = everything[n_all * share[0] // share[1] : n_all * (share[0] + 1) // share[1]]
     if seed is not None:
@@ -245,9 +234,21 @@ def _figures(explorer: Explorer) -> str:
 )
 @click.option("--minutes", type=float, help="At most so long.")
 @click.option("--seed", type=int, help="Go through them in an order of this seed.")
+@click.option(
+    "--with",
+    "having",
+    multiple=True,
+    type=click.Choice([*ALL]),
+    help="Those with this operation, or another one that is given.",
+)
 @click.option("--only", help="One sequence: base:operation,operation,...")
 def command(
-    length: int, share: str, minutes: float | None, seed: int | None, only: str | None
+    length: int,
+    share: str,
+    minutes: float | None,
+    seed: int | None,
+    having: tuple[str, ...],
+    only: str | None,
 ) -> None:
     """Crash every short sequence of operations at every moment."""
     logging.disable(logging.CRITICAL)
@@ -256,7 +257,7 @@ def command(
         Explorer().explore(base, tuple(names.split(",")))
         return
     first, _, n = share.partition("/")
-    sys.exit(main(length, (int(first), int(n)), minutes, seed) > 0)
+    sys.exit(main(length, (int(first), int(n)), minutes, seed, having) > 0)
 
 
 if __name__ == "__main__":

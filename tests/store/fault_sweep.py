@@ -19,19 +19,9 @@ from nbdstore.store import Pool
 from tests.seeds import main
 from tests.store.crashes import LAZY, Crash, crash_images
 from tests.store.power_loss import assert_clean
-from tests.store.short_plays import (
-    BASES,
-    OPERATIONS,
-    OPTIONS,
-    Known,
-    Play,
-    Sequence,
-    base_of,
-    can_be_done,
-    judge,
-    look,
-    run,
-)
+from tests.store.short_plays import OPERATIONS, OPTIONS, Play, Sequence, base_of, look, run
+from tests.store.short_sequences import BASES, can_be_done
+from tests.store.short_states import Known, judge
 from tests.store.simulated_disk import PLACE, ShortWrite, SimulatedDisk, SyncFailed
 
 PLAY: Final[Sequence] = (

@@ -21,7 +21,8 @@ from nbdstore.store import Pool
 from nbdstore.store.check import check_pool
 from tests.store.crashes import KILLED, LAZY, crash_images
 from tests.store.power_loss import assert_clean, assert_nothing_found
-from tests.store.short_plays import OPTIONS, Found, State, base_of, look, run
+from tests.store.short_plays import OPTIONS, base_of, look, run
+from tests.store.short_states import Found, State
 from tests.store.simulated_disk import (
     PAGE,
     PLACE,

@@ -1,112 +1,32 @@
 """Short plays: what can be done to a pool in a few steps, and what it may leave behind.
 
-Owns the table of operations, the states of volumes that they lead to, the pools where a play
-begins, and the doing of it.
-
-The history of a volume is the list of its states.  After a crash it is in one of them, at or after
-the last that was durable; if only the process died, at or after the last that was acknowledged.
-A state is a size, the bytes, and which blocks hold data, zeros that have space set aside, or
-nothing.
+Owns the table of operations, the pools where a play begins, and the doing of it; the states of
+volumes that they lead to are short_states.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from nbdstore.store import ExtentKind, Pool, PoolOptions, Volume
+from nbdstore.store import ExtentKind, Pool, PoolOptions, Snapshot, Volume
 from nbdstore.store.image import Image
 from tests.store.power_loss import new_pool
+from tests.store.short_states import BLOCK, FIRST, Found, History, Known, State, told
 from tests.store.simulated_disk import PLACE, SimulatedDisk, adversarial
 from tests.store.virtual_clock import VirtualLoop
 from tests.store.workload import joined
 
-BLOCK: Final = 4096
 CAPACITY: Final = 128 << 20  # one whole block of the free map, which is what costs least
-FIRST: Final = 254 * BLOCK
-"""The volume's first block that is used; its leaf of the map ends with block 255."""
 OPTIONS: Final = adversarial(PoolOptions())
-NAMES: Final = ("v", "w", "v@s", "w@s", "c")
-"""Volumes, a snapshot of each, made together, and a clone of the first one's."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What a volume holds from its first used block on.
-
-    Attributes:
-        kinds: a letter for each block: Data, Zeros with space set aside, or a Hole.
-        in_trash: it has no name; for a volume alone.
-    """
-
-    size: int
-    kinds: str
-    content: bytes
-    in_trash: bool = False
-
-    @property
-    def start(self) -> int:
-        return FIRST if self.size > FIRST else 0
-
-    def written(self, offset: int, data: bytes) -> State:
-        """After a write of bytes `[offset, ...)` of the volume."""
-        at = offset - self.start
-        content = self.content[:at] + data + self.content[at + len(data) :]
-        return replace(self, content=content, kinds=self._marked("D", at, len(data)))
-
-    def cleared(self, offset: int, length: int, kind: str = "H") -> State:
-        """After whole blocks became holes, or zeros with space set aside."""
-        at = offset - self.start
-        content = self.content[:at] + bytes(length) + self.content[at + length :]
-        return replace(self, content=content, kinds=self._marked(kind, at, length))
-
-    def merged(self, offset: int, length: int) -> State:
-        """After a part of a block was zeroed, which is a write where there is data."""
-        if self.kinds[(offset - self.start) // BLOCK] != "D":
-            return self
-        return self.written(offset, bytes(length))
-
-    def resized(self, size: int) -> State:
-        n_blocks = (size - self.start) // BLOCK
-        content = self.content[: size - self.start].ljust(size - self.start, b"\0")
-        return State(size, self.kinds[:n_blocks].ljust(n_blocks, "H"), content)
-
-    def _marked(self, kind: str, at: int, length: int) -> str:
-        first, stop = at // BLOCK, -(-(at + length) // BLOCK)
-        return self.kinds[:first] + kind * (stop - first) + self.kinds[stop:]
-
-
-@dataclass
-class History:
-    """The states of one volume in their order; None = there is no such volume.
-
-    Attributes:
-        n_acknowledged, n_durable: the states before these are over, whoever dies.
-    """
-
-    states: list[State | None]
-    n_acknowledged: int = 0
-    n_durable: int = 0
-
-    @property
-    def now(self) -> State | None:
-        return self.states[-1]
-
-    def acknowledge(self) -> None:
-        self.n_acknowledged = len(self.states) - 1
-
-    def flushed(self) -> None:
-        self.n_durable = self.n_acknowledged
-
-
-Found = dict[str, State]
-
-Known = dict[str, tuple[list[State | None], int, int]]
-"""What the user of a pool knew at a moment: of each volume, the fields of its history."""
+NAMES: Final = ("pool", "v", "w", "v@s", "w@s", "c", "r", "r@a", "r@b")
+"""The pool, of which the size counts, volumes, a snapshot of each, made together, a clone of the
+first one's, and what is received."""
+OTHER_NAME: Final = "u"
+"""What the first volume is called when it is renamed; here it is `v` all the same."""
 
 
 class Play:
@@ -129,12 +49,26 @@ class Play:
 
     @property
     def volume(self) -> Volume:
-        return self.pool.volumes["v"]
+        return self.volume_of("v")
+
+    def volume_of(self, name: str) -> Volume:
+        """A volume by its name here, whatever it is called."""
+        other = OTHER_NAME if name == "v" else name
+        return self.pool.volumes.get(name) or self.pool.volumes[other]
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The first volume's."""
+        return self.volume.snapshots["s"]
 
     @property
     def state(self) -> State:
         """What the volume holds now."""
-        now = self.histories["v"].now
+        return self.state_of("v")
+
+    def state_of(self, name: str) -> State:
+        """What a volume that is there holds now."""
+        now = self.histories[name].now
         assert now is not None
         return now
 
@@ -164,9 +98,10 @@ class Play:
 
     async def write(self, offset: int, length: int) -> None:
         data = self.data(length)
-        await self.do(self._write(offset, data), self.state.written(offset, data))
+        await self.do(self.put(offset, data), self.state.written(offset, data))
 
-    async def _write(self, offset: int, data: bytes) -> None:
+    async def put(self, offset: int, data: bytes) -> None:
+        """Write, as a server does it, with nothing noted."""
         if not self.volume.write_now([(offset, data)]):
             await self.volume.write(offset, data)
 
@@ -269,34 +204,35 @@ async def _delete(play: Play) -> None:
     snapshot goes first.
     """
     (volume,) = play.pool.trash or [play.pool.volumes["w"]]
+    await delete(play, volume, play.pool.delete_volume(volume))
+
+
+async def delete(play: Play, volume: Volume, request: Awaitable[None]) -> None:
+    """Make a request that deletes the second volume."""
     if volume.snapshots:
         play.histories["w@s"].states.append(None)
-    await play.do(play.pool.delete_volume(volume), None, name="w")
+    await play.do(request, None, name="w")
     play.histories["w@s"].acknowledge()
     play.durable("w@s")
     play.durable("w")
-    await _emptied(play)
+    await emptied(play)
 
 
 async def _trash(play: Play) -> None:
     """With its snapshot, of which nothing changes."""
-    held = play.histories["w"].now
-    assert held is not None
-    after = replace(held, in_trash=True)
+    after = replace(play.state_of("w"), in_trash=True)
     await play.do(play.pool.trash_volume(play.pool.volumes["w"]), after, name="w")
     play.durable("w")
 
 
 async def _restore(play: Play) -> None:
-    held = play.histories["w"].now
-    assert held is not None
     (volume,) = play.pool.trash
-    after = replace(held, in_trash=False)
+    after = replace(play.state_of("w"), in_trash=False)
     await play.do(play.pool.restore_volume(volume, "w"), after, name="w")
     play.durable("w")
 
 
-async def _emptied(play: Play) -> None:
+async def emptied(play: Play) -> None:
     for _ in range(1000):  # it ends early if the disk fails
         if not play.pool._administration._emptying:
             break
@@ -308,11 +244,11 @@ async def _snapshot(play: Play) -> None:
     names = ["v", "w"] if "w" in play.pool.volumes else ["v"]
     snapshots = [play.histories[f"{name}@s"] for name in names]
     for name, snapshot in zip(names, snapshots, strict=True):
-        snapshot.states.append(play.histories[name].now)
+        snapshot.states.append(play.state_of(name).held())
     sure = {name: play.histories[name].n_acknowledged for name in names}
     play.note()
     epoch = play.volume.info.epoch
-    wanted = [(play.pool.volumes[name], "s") for name in names]
+    wanted = [(play.volume_of(name), "s") for name in names]
     making = asyncio.ensure_future(play.pool.create_snapshots(wanted))
     try:
         while play.volume.info.epoch == epoch and not making.done():
@@ -331,20 +267,20 @@ async def _snapshot(play: Play) -> None:
 
 async def _drop(play: Play) -> None:
     """Delete the first volume's snapshot."""
-    await play.do(play.pool.delete_snapshot(play.pool.snapshots["v@s"]), None, name="v@s")
+    await play.do(play.pool.delete_snapshot(play.snapshot), None, name="v@s")
     play.durable("v@s")
 
 
 async def _clone(play: Play) -> None:
     held = play.histories["v@s"].now
-    await play.do(play.pool.clone(play.pool.snapshots["v@s"], "c"), held, name="c")
+    await play.do(play.pool.clone(play.snapshot, "c"), held, name="c")
     play.durable("c")
 
 
 async def _unclone(play: Play) -> None:
     await play.do(play.pool.delete_volume(play.pool.volumes["c"]), None, name="c")
     play.durable("c")
-    await _emptied(play)
+    await emptied(play)
 
 
 async def _flatten(play: Play) -> None:
@@ -352,10 +288,10 @@ async def _flatten(play: Play) -> None:
 
 
 async def _roll_back(play: Play) -> None:
-    held = play.histories["v@s"].now
-    await play.do(play.pool.rollback(play.volume, play.pool.snapshots["v@s"]), held)
+    after = play.state.holding(play.state_of("v@s"))
+    await play.do(play.pool.rollback(play.volume, play.snapshot), after)
     play.durable()
-    await _emptied(play)
+    await emptied(play)
 
 
 async def _kill(play: Play) -> None:
@@ -397,72 +333,6 @@ OPERATIONS: Final[dict[str, Callable[[Play], Awaitable[None]]]] = {
 Sequence = tuple[str, ...]
 
 
-BASES: Final[dict[str, set[str]]] = {
-    "fresh": {"v"},
-    "used": {"v", "w"},
-    "snapped": {"v", "w", "v@s", "w@s", "c", "shared"},
-}
-"""Where a play begins, and what is there.
-
-"shared" is what a clone shares with its origin, "trash" says that w is in it.
-"""
-
-
-def makes_sense(base: str, sequence: Sequence) -> bool:
-    """Tell whether each operation can be done, and does something."""
-    there, n_blocks = set(BASES[base]), 4
-    n_blocks_then = n_blocks
-    for name in sequence:
-        if not can_be_done(name, there):
-            return False
-        if name in ("shrink", "grow"):
-            wanted = 1 if name == "shrink" else 6
-            if n_blocks == wanted:
-                return False
-            n_blocks = wanted
-        if n_blocks == 1 and name in ("write", "part", "across"):
-            return False  # beyond the end
-        if name == "snapshot":
-            n_blocks_then = n_blocks
-        elif name == "rollback":
-            n_blocks = n_blocks_then
-        _after(name, there)
-    return True
-
-
-NEEDS: Final[dict[str, tuple[set[str], set[str]]]] = {
-    "create": (set(), {"w"}),
-    "delete": ({"w"}, set()),
-    "trash": ({"w"}, {"trash"}),
-    "restore": ({"trash"}, set()),
-    "snapshot": (set(), {"v@s", "w@s"}),
-    "drop": ({"v@s"}, {"shared"}),
-    "clone": ({"v@s"}, {"c"}),
-    "unclone": ({"c"}, set()),
-    "flatten": ({"c", "shared"}, set()),
-    "rollback": ({"v@s"}, set()),
-}
-"""What must be there before an operation, and what must not."""
-
-
-def can_be_done(name: str, there: set[str]) -> bool:
-    """Tell whether an operation can be done when what is `there` is there."""
-    needed, hindering = NEEDS.get(name, (set(), set()))
-    return needed <= there and not hindering & there
-
-
-def _after(name: str, there: set[str]) -> None:
-    """Note what is there after an operation."""
-    if name == "snapshot":
-        volumes = {"v"} if "trash" in there else there & {"v", "w"}
-        there |= {f"{volume}@s" for volume in volumes}
-    come = {"create": {"w"}, "trash": {"trash"}, "clone": {"c", "shared"}}
-    there |= come.get(name, set())
-    gone = {"delete": {"w", "w@s", "trash"}, "restore": {"trash"}}
-    gone |= {"drop": {"v@s"}, "unclone": {"c", "shared"}}
-    there -= gone.get(name, {"shared"} if name == "flatten" else set())
-
-
 # -- where they begin --------------------------------------------------------------------------
 
 
@@ -498,23 +368,40 @@ def base_of(name: str) -> tuple[dict[str, bytes], Found]:
 
 async def look(pool: Pool) -> Found:
     """What an open pool holds; before the first used blocks there must be nothing."""
-    found: Found = {}
-    images: dict[str, Image] = {**pool.volumes, **pool.snapshots}
+    found: Found = {"pool": State(pool.status()["capacity"], "", b"")}
+    images: dict[str, Image] = {}
+    for volume in pool.volumes.values():
+        known = "v" if volume.name == OTHER_NAME else volume.name
+        snapshots = volume.snapshots.values()
+        images |= {known: volume} | {f"{known}@{s.info.name}": s for s in snapshots}
     for trashed in pool.trash:
         assert trashed.name not in images
         images |= {image.name: image for image in (trashed, *trashed.snapshots.values())}
-    for name, volume in images.items():
-        start = FIRST if volume.size > FIRST else 0
-        kinds = ""
-        if start:
-            (before,) = await volume.extents(0, start, max_extents=2)
-            assert before.kind is ExtentKind.HOLE, "something was written where nothing should be"
-        for extent in await volume.extents(start, volume.size - start, max_extents=100):
-            letter = {ExtentKind.DATA: "D", ExtentKind.ZERO: "Z", ExtentKind.HOLE: "H"}
-            kinds += letter[extent.kind] * (extent.length // BLOCK)
-        content = joined(await volume.read(start, volume.size - start))
-        found[name] = State(volume.size, kinds, content, volume in pool.trash)
+    for name, image in images.items():
+        state = await _look_at(image)
+        if isinstance(image, Volume):
+            state = replace(
+                state,
+                in_trash=image in pool.trash,
+                renamed=image.name == OTHER_NAME,
+                properties=told(image.properties),
+            )
+        elif isinstance(image, Snapshot) and name.startswith("r@"):
+            state = replace(state, properties=image.info.uuid)
+        found[name] = state
     return found
+
+
+async def _look_at(image: Image) -> State:
+    start = FIRST if image.size > FIRST else 0
+    kinds = ""
+    if start:
+        (before,) = await image.extents(0, start, max_extents=2)
+        assert before.kind is ExtentKind.HOLE, "something was written where nothing should be"
+    for extent in await image.extents(start, image.size - start, max_extents=100):
+        letter = {ExtentKind.DATA: "D", ExtentKind.ZERO: "Z", ExtentKind.HOLE: "H"}
+        kinds += letter[extent.kind] * (extent.length // BLOCK)
+    return State(image.size, kinds, joined(await image.read(start, image.size - start)))
 
 
 @functools.cache
@@ -535,19 +422,3 @@ def run(main: Any) -> Any:
             task.cancel()
         if left:
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-
-
-def judge(found: Found, known: Known, *, killed: bool) -> None:
-    """Assert that each volume is in a state that it may be in."""
-    for name, (states, n_acknowledged, n_durable) in known.items():
-        allowed = states[n_acknowledged if killed else n_durable :]
-        assert found.get(name) in allowed, (
-            f"volume {name}: {_told(found.get(name))} is none of {[*map(_told, allowed)]}"
-        )
-
-
-def _told(state: State | None) -> str:
-    if state is None:
-        return "none"
-    runs = [(bytes([b]), len([*g])) for b, g in itertools.groupby(state.content)]
-    return f"{state.kinds} {runs}{' in the trash' if state.in_trash else ''}"

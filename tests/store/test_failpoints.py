@@ -15,17 +15,8 @@ from tests.figures import Tell
 from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at
 from tests.store.fault_sweep import PLAY
 from tests.store.power_loss import assert_clean
-from tests.store.short_plays import (
-    OPERATIONS,
-    OPTIONS,
-    Found,
-    Known,
-    Play,
-    base_of,
-    judge,
-    look,
-    run,
-)
+from tests.store.short_plays import OPERATIONS, OPTIONS, Play, base_of, look, run
+from tests.store.short_states import Found, Known, judge
 from tests.store.simulated_disk import PLACE, Reached, SimulatedDisk
 
 AT_CREATION = (Failpoint.POOL_FILES_WRITTEN, Failpoint.POOL_NAMED)

@@ -9,7 +9,8 @@ import pytest
 
 from tests.store.exhaustive import Explorer
 from tests.store.recoveries import UNITS, Changes, Recoveries, image_of
-from tests.store.short_plays import BLOCK, Found, Sequence, base_of
+from tests.store.short_plays import Sequence, base_of
+from tests.store.short_states import BLOCK, Found
 from tests.store.simulated_disk import SimulatedDisk
 
 
