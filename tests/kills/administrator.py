@@ -1,10 +1,11 @@
-"""Somebody who makes, imports, resizes, renames, snapshots, clones, flattens, rolls back, leases,
-trashes and restores volumes, and has them scrubbed, while the server is killed.
+"""Somebody who makes, imports, grows, shrinks, renames, limits, snapshots, clones, flattens, rolls
+back, leases, trashes and restores volumes, and has them scrubbed, while the server is killed.
 
 What the control API has acknowledged must be there after a kill; the one call that was on its way
 may have been done or not, but not by half. An import that was cut off may leave its volume behind,
-marked, so that nobody takes it for whole. After each kill a scrub, which goes on with the one that
-was cut off, finds nothing; whoever was fenced before it is refused after it.
+marked, so that nobody takes it for whole; a shrink that was cut off, a volume of the size before
+without what lay beyond the new end, which was to be lost. After each kill a scrub, which goes on
+with the one that was cut off, finds nothing; whoever was fenced before it is refused after it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from nbdstore.control.model import SnapshotInfo, VolumeInfo
 from nbdstore.control.stream import Piece
 from nbdstore.errors import Busy, ControlError, NoSpace
 from tests.load.model import Violation
-from tests.load.stamps import SECTOR, sequences, stamped
+from tests.load.stamps import SECTOR, Sequences, sequences, stamped
 
 PREFIX: Final = "extra-"
 IMPORTED_BYTES: Final = 256 << 10
+SMALLEST_BYTES: Final = 64 << 10
 MAX_VOLUMES: Final = 6
 MAX_SNAPSHOTS: Final = 6
 MAX_LEASED: Final = 2
@@ -37,11 +39,16 @@ FAST_RATE: Final = 1 << 30
 REFUSED: Final = (NoSpace.code, Busy.code)
 
 
+Shown = tuple[int, str | None, int, int]
+"""Of a volume: size, holder and epoch of its lease, limit."""
+
+
 @dataclass(frozen=True)
 class Extra:
     """A volume or snapshot: `n_imported` bytes of content number `number`, then zeroes.
 
     holder: of its lease; `n_leases` is the epoch of the newest one it had.
+    iops: its limit; 0 = none.
     snapshots: what it has, by their own names; of a volume in the trash alone.
     """
 
@@ -50,20 +57,30 @@ class Extra:
     n_imported: int = 0
     holder: str | None = None
     n_leases: int = 0
+    iops: int = 0
     snapshots: tuple[tuple[str, Extra], ...] = ()
 
-    @property
-    def shown(self) -> tuple[int, str | None, int]:
-        """What the server tells of it."""
-        return self.size, self.holder, self.n_leases if self.holder else 0
+    def shown(self, name: str) -> Shown:
+        """What the server tells of it under a name, in the trash less."""
+        if is_trashed(name):
+            return self.size, None, 0, 0
+        return self.size, self.holder, self.n_leases if self.holder else 0, self.iops
+
+    def cut(self, size: int) -> Extra:
+        """The same with holes from byte `size` on."""
+        return replace(self, n_imported=min(self.n_imported, size))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A change that was asked for: a volume of each name becomes that, or goes away if None."""
+    """A change that was asked for: a volume of each name becomes that, or goes away if None.
+
+    imports: the volume that is imported. shrinks: the one that is, and its new size.
+    """
 
     after: dict[str, Extra | None]
     imports: str | None = None
+    shrinks: tuple[str, int] | None = None
 
 
 class Administrator:
@@ -128,9 +145,9 @@ class Administrator:
         if n_volumes >= MAX_VOLUMES:
             kinds = [self._delete]
         elif n_volumes:
-            kinds += [self._resize, self._rename, self._delete]
+            kinds += [self._resize, self._shrink, self._shrink, self._rename, self._delete]
         if n_volumes:
-            kinds += [self._flatten, self._scrub, self._lease]
+            kinds += [self._flatten, self._scrub, self._lease, self._limit]
             kinds += [self._delete] * 2 if self._keeps_trash and not n_trashed else []
         if any(extra.holder for extra in self._volumes.values()):
             kinds += [self._break_lease]
@@ -173,6 +190,19 @@ class Administrator:
         larger = replace(extra, size=extra.size + (1 << 20))
         self._on_its_way = Call({name: larger})
         self._control.update_volume(name, size=larger.size)
+
+    def _shrink(self) -> None:
+        """By force: what lies beyond the new end is lost."""
+        name, extra = self._any()
+        size = max(SMALLEST_BYTES, extra.size // 2)
+        self._on_its_way = Call({name: replace(extra.cut(size), size=size)}, shrinks=(name, size))
+        self._control.update_volume(name, size=size, shrink=True, force=True)
+
+    def _limit(self) -> None:
+        name, extra = self._any()
+        self._next_number += 1
+        self._on_its_way = Call({name: replace(extra, iops=self._next_number)})
+        self._control.update_volume(name, iops=self._next_number)
 
     def _rename(self) -> None:
         name, extra = self._any()
@@ -259,7 +289,7 @@ class Administrator:
         self._next_number += 1
         names = {self._any()[0] for _ in range(2)}
         number = self._next_number
-        after = {f"{name}@s{number}": _unleased(self._volumes[name]) for name in sorted(names)}
+        after = {f"{name}@s{number}": _of_a_snapshot(self._volumes[name]) for name in sorted(names)}
         self._on_its_way = Call({**after})
         self._control.create_snapshots([*after])
 
@@ -278,7 +308,7 @@ class Administrator:
         snapshot, held = self._any(snapshot=True)
         name = snapshot.partition("@")[0]
         volume = self._volumes[name]
-        after = replace(held, holder=volume.holder, n_leases=volume.n_leases)
+        after = replace(held, holder=volume.holder, n_leases=volume.n_leases, iops=volume.iops)
         self._on_its_way = Call({name: after})
         self._control.rollback(snapshot)
 
@@ -301,12 +331,14 @@ class Administrator:
             allowed.append({name: extra for name, extra in after.items() if extra is not None})
         shown = self._shown(found, snapshots)
         for state in allowed:
-            if shown == {name: extra.shown for name, extra in state.items()}:
+            if shown == {name: extra.shown(name) for name, extra in state.items()}:
                 self._volumes = state
                 break
         else:
             raise Violation(f"volumes {shown}; allowed: {allowed}")
         self._on_its_way = None
+        if call is not None and call.shrinks is not None and state is before:
+            self._see_what_was_cut(*call.shrinks)
         for name, extra in self._volumes.items():
             if is_volume(name):  # what others hold is told by their clones, or once restored
                 self._verify(name, extra)
@@ -323,16 +355,25 @@ class Administrator:
                 exports.append(lease.export)
         return exports
 
+    def _see_what_was_cut(self, name: str, size: int) -> None:
+        """A shrink to `size` was cut off: what lies beyond is there yet, or not."""
+        extra = self._volumes[name]
+        if not self._stamps(name, extra)[size // SECTOR :].any():
+            self._volumes[name] = extra.cut(size)
+
     def _shown(
         self, found: Mapping[str, VolumeInfo], snapshots: Iterable[SnapshotInfo]
-    ) -> dict[str, tuple[int, str | None, int]]:
+    ) -> dict[str, Shown]:
         """All that is there, as `Extra.shown` has it."""
         leases = {info.volume: (info.holder, info.epoch) for info in self._control.leases()}
-        shown = {name: (info.size, *leases.get(name, (None, 0))) for name, info in found.items()}
-        shown |= {info.snapshot: (info.size, None, 0) for info in snapshots}
+        shown: dict[str, Shown] = {
+            name: (info.size, *leases.get(name, (None, 0)), info.iops)
+            for name, info in found.items()
+        }
+        shown |= {info.snapshot: (info.size, None, 0, 0) for info in snapshots}
         if self._keeps_trash:
             trash = [info for info in self._control.trash() if info.name.startswith(PREFIX)]
-            shown |= {TRASHED + info.name: (info.size, None, 0) for info in trash}
+            shown |= {TRASHED + info.name: (info.size, None, 0, 0) for info in trash}
         return shown
 
     def _scrub_all(self) -> None:
@@ -345,11 +386,14 @@ class Administrator:
         if operation.state != "done" or operation.result["damaged"]:
             raise Violation(f"a scrub has found what must not be: {operation}")
 
-    def _verify(self, name: str, extra: Extra) -> None:
+    def _stamps(self, name: str, extra: Extra) -> Sequences:
         content = bytearray(extra.size)
         for piece in self._control.read_content(name).pieces:
             content[piece.offset : piece.offset + len(piece.data)] = piece.data
-        stamps = sequences(extra.number, 0, bytes(content))
+        return sequences(extra.number, 0, bytes(content))
+
+    def _verify(self, name: str, extra: Extra) -> None:
+        stamps = self._stamps(name, extra)
         n_sectors = extra.n_imported // SECTOR
         if not (stamps[:n_sectors] == 1).all() or stamps[n_sectors:].any():
             raise Violation(f"volume {name} has not the content that was imported: {extra}")
@@ -370,8 +414,8 @@ def is_volume(name: str) -> bool:
     return not is_snapshot(name) and not is_trashed(name)
 
 
-def _unleased(extra: Extra) -> Extra:
-    return replace(extra, holder=None, n_leases=0)
+def _of_a_snapshot(extra: Extra) -> Extra:
+    return replace(extra, holder=None, n_leases=0, iops=0)
 
 
 def _is_extra(info: VolumeInfo) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from nbdstore.control.model import VolumeInfo
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
 from nbdstore.errors import Busy
-from tests.kills.administrator import Administrator, is_snapshot
+from tests.kills.administrator import Administrator, Call, is_snapshot
 from tests.load.model import Violation
 from tests.load.stamps import Garbage
 
@@ -31,6 +32,7 @@ class Volumes:
         self.n_leases: Counter[str] = Counter()
         self.trashed: dict[str, dict[str, bytearray]] = {}
         self.n_damaged = 0
+        self.limits: Counter[str] = Counter()
 
     def _live(self) -> None:
         if self.is_dead:
@@ -44,6 +46,7 @@ class Volumes:
                 size=len(content),
                 created="",
                 importing=name in self.importing,
+                iops=self.limits[name],
                 **cast("dict[str, Any]", unset),
             )
             for name, content in self.contents.items()
@@ -103,6 +106,7 @@ class Volumes:
         for found, content in self.trashed.pop(which).items():
             self.contents[name + found.removeprefix(which)] = content
         self.n_leases[name] = self.n_leases.pop(which, 0)
+        self.limits[name] = self.limits.pop(which, 0)
 
     def purge(self, which: str) -> None:
         del self.trashed[which]
@@ -121,12 +125,26 @@ class Volumes:
             self.contents[name][piece.offset : piece.offset + len(piece.data)] = piece.data
 
     def update_volume(
-        self, name: str, *, size: int | None = None, new_name: str | None = None
+        self,
+        name: str,
+        *,
+        size: int | None = None,
+        new_name: str | None = None,
+        iops: int | None = None,
+        shrink: bool = False,
+        force: bool = False,
     ) -> None:
         self._live()
+        assert force == shrink
+        if shrink:
+            self._require_unleased(name)
+            del self.contents[name][size:]
+        if iops is not None:
+            self.limits[name] = iops
         if new_name is not None:
             self._require_unleased(name)
             self.n_leases[new_name] = self.n_leases.pop(name, 0)
+            self.limits[new_name] = self.limits.pop(name, 0)
         content = self.contents.pop(name)
         content.extend(bytes(max(0, (size or 0) - len(content))))
         self.contents[new_name or name] = content
@@ -158,7 +176,7 @@ def volumes() -> Volumes:
 async def administrator(volumes: Volumes) -> Administrator:
     """Somebody who has made some volumes."""
     control = cast("ControlClient", volumes)
-    administrator = Administrator(control, random.Random(1), keeps_trash=True)
+    administrator = Administrator(control, random.Random(4), keeps_trash=True)
     for _ in range(80):
         try:
             administrator._do_something()
@@ -290,4 +308,33 @@ async def test_damage_that_a_scrub_finds_is_noticed(
 ) -> None:
     volumes.n_damaged = 1
     with pytest.raises(Violation, match="scrub"):
+        administrator.recovered()
+
+
+async def test_a_limit_that_is_lost_is_noticed(
+    administrator: Administrator, volumes: Volumes
+) -> None:
+    name = next(found for found in volumes.contents if volumes.limits[found])
+    volumes.limits[name] -= 1
+    with pytest.raises(Violation, match="allowed"):
+        administrator.recovered()
+
+
+@pytest.mark.parametrize("n_bytes_more", [0, 512])
+async def test_a_shrink_that_was_cut_off_has_taken_no_more_than_its_end(
+    administrator: Administrator, volumes: Volumes, n_bytes_more: int
+) -> None:
+    administrator._import()
+    administrator.recovered()
+    name, content = next(reversed(volumes.contents.items()))
+    size = len(content) // 8
+    administrator._on_its_way = Call(
+        {name: replace(administrator._volumes[name].cut(size), size=size)}, shrinks=(name, size)
+    )
+    content[size - n_bytes_more :] = bytes(len(content) - size + n_bytes_more)
+    if n_bytes_more:
+        with pytest.raises(Violation, match="not the content"):
+            administrator.recovered()
+    else:
+        administrator.recovered()
         administrator.recovered()
