@@ -31,10 +31,16 @@ from typing import Any, Final
 
 from nbdstore.errors import InvalidArgument
 from nbdstore.orchestration.app import NAME, ContainerApp, Volume, checked_name, shown
+from nbdstore.sizes import format_size
 
 DEFAULT_PLATFORM: Final = "docker"
 DECIMAL: Final = re.compile(r"(0|-?[1-9][0-9]*)\Z", re.ASCII)
 """What is a number; each has one way to be written, so as a text it is what was written."""
+MAX_BYTES: Final = 1 << 20
+"""Of a file: a hundred times what is sensible."""
+MAX_PAIRS: Final = 100_000
+"""Of all mappings of a file, with what merges (<<) bring in: each may add to what the one before
+has, or double it (PyYAML before 6.0.4), so that a short file would take all memory."""
 KEPT_TAGS: Final = ("bool", "null", "merge")
 """What else unquoted text may be in YAML 1.1; not float, int as it is there, timestamp, value."""
 
@@ -61,7 +67,7 @@ def read_app_file(path: Path) -> AppFile:
             "YAML cannot be read without its library: pip install 'nbdstore[docker]'"
         ) from error
     try:
-        text = path.read_text()
+        text = _text_of(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InvalidArgument(f"cannot read '{path}': {reason}") from error
@@ -77,13 +83,37 @@ def read_app_file(path: Path) -> AppFile:
         raise InvalidArgument(f"'{path}' makes no sense as YAML: {error}") from error
 
 
+def _text_of(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise InvalidArgument(
+            f"'{path}' is larger than {format_size(MAX_BYTES)}, as no file of applications is: "
+            "give another, or take a part of it"
+        )
+    return text
+
+
 def _loader(yaml: ModuleType) -> Any:
-    """Return a SafeLoader that leaves texts as they were written; see the module."""
-    loader: Any = type("AppFileLoader", (yaml.SafeLoader,), {})
+    """Return a SafeLoader that leaves texts as they were written, and bounds merges."""
+    base: Any = yaml.SafeLoader
+    n_pairs = 0
+
+    def flatten_mapping(self: Any, node: Any) -> None:
+        # Called for a mapping, and for each that is merged into it before that is copied.
+        nonlocal n_pairs
+        base.flatten_mapping(self, node)
+        n_pairs += len(node.value)
+        if n_pairs > MAX_PAIRS:
+            raise InvalidArgument(
+                f"its mappings and merges (<<) stand for more than {MAX_PAIRS} pairs: merge less"
+            )
+
+    loader: Any = type("AppFileLoader", (base,), {"flatten_mapping": flatten_mapping})
     tags = {f"tag:yaml.org,2002:{name}" for name in KEPT_TAGS}
     loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag in tags]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for first, resolvers in base.yaml_implicit_resolvers.items()
     }
     loader.add_implicit_resolver("tag:yaml.org,2002:int", DECIMAL, list("-0123456789"))
     return loader

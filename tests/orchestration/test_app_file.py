@@ -178,6 +178,32 @@ def test_a_message_is_short_however_much_a_file_stands_for(
     assert len(str(caught.value)) < 400 + len(str(path))
 
 
+def lengthened(n: int) -> str:
+    """Mappings of 1, 2, 3... pairs, each merged into the next."""
+    lines = ["x0: &x0 {a: 1}"]
+    lines += [f"x{at}: &x{at} {{<<: *x{at - 1}, k{at}: 1}}" for at in range(1, n)]
+    return "\n".join(lines)
+
+
+def widened(n: int) -> str:
+    """A mapping of n pairs, merged n times into one."""
+    pairs = ", ".join(f"k{at}: 1" for at in range(n))
+    return f"x: &x {{{pairs}}}\ny: {{<<: [{', '.join(['*x'] * n)}]}}"
+
+
+@pytest.mark.parametrize("text", [lengthened(600), widened(400)])
+def test_merges_cannot_stand_for_more_than_memory_has(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "app.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidArgument, match=r"app.yaml: .*merges \(<<\) .* than 100000 pairs"):
+        read_app_file(path)
+
+
+def test_a_file_may_be_endless() -> None:
+    with pytest.raises(InvalidArgument, match="'/dev/zero' is larger than 1 MiB"):
+        read_app_file(Path("/dev/zero"))
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"none\.yaml': No such file"):
         read_app_file(tmp_path / "none.yaml")
