@@ -30,6 +30,7 @@ from nbdstore.store import layout
 from nbdstore.store.host import Disk, File, Host
 from nbdstore.store.journal import Journal
 from nbdstore.store.layout import I64
+from nbdstore.store.misses import Misses
 from nbdstore.store.nodes import MapCounts
 from nbdstore.store.slots import Slots
 
@@ -93,6 +94,7 @@ class Core:
     """The shared state of an open pool.
 
     Attributes:
+        misses: the reads that wait for the disk.
         map_counts: counts what all maps have in memory.
         on_damage: whom to tell of a node of a map that is damaged; all below it counts as LOST
             then, and unless the pool is being repaired, nothing may be written.  It may be called
@@ -124,6 +126,7 @@ class Core:
         self.slots = slots
         self.block_size = block_size
         self.options = options
+        self.misses = Misses(disk)
         self.map_counts = MapCounts()
         self.on_damage: OnDamage | None = None
         self.reclaim: Callable[[], bool] | None = None

@@ -75,8 +75,11 @@ class File(Protocol):
     def preadv(self, buffer: Buffer, offset: int) -> int:
         """Fill `buffer` as far as the file goes; may wait for the disk.  Returns the bytes read."""
 
-    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
-        """Fill `buffer` from the page cache; False if that would wait."""
+    def preadv_cached(self, buffer: Buffer, offset: int) -> int:
+        """Fill `buffer` as far as the page cache goes, and have the host read the rest.
+
+        Returns the bytes read: 0 = the file ends here, -1 = all of it would have to be waited for.
+        """
 
     def pread_direct(self, length: int, offset: int) -> bytes:
         """Read past the page cache; `offset` and `length` are multiples of 4096."""

@@ -30,7 +30,7 @@ IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _KEEP_SIZE: Final = 0x01  # FALLOC_FL_KEEP_SIZE, fallocate(2)
 _PUNCH_HOLE: Final = 0x02  # FALLOC_FL_PUNCH_HOLE
-_N_THREADS: Final = 8  # reads that miss the page cache at once, plus two syncs
+_N_THREADS: Final = 8  # six reads that miss the page cache at once, and two syncs
 _DIRECT_ALIGNMENT: Final = 4096
 
 P = ParamSpec("P")
@@ -105,15 +105,15 @@ class LocalFile:
             raise self._read_error(offset + total, error) from error
         return total
 
-    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
-        """Fill `buffer` from the page cache; False if that would wait (RWF_NOWAIT, preadv2(2))."""
+    def preadv_cached(self, buffer: Buffer, offset: int) -> int:
+        """As File.preadv_cached (RWF_NOWAIT, preadv2(2))."""
         try:
-            return os.preadv(self._fd, [buffer], offset, self._nowait_flag) == len(buffer)
+            return os.preadv(self._fd, [buffer], offset, self._nowait_flag)
         except BlockingIOError:
-            return False
+            return -1
         except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:  # tmpfs, 9p: then every read goes by a thread
-                return False
+            if error.errno == errno.EOPNOTSUPP:  # 9p: then every read goes by a thread
+                return -1
             raise self._read_error(offset, error) from error
 
     def pread_direct(self, length: int, offset: int) -> bytes:

@@ -173,6 +173,7 @@ class Pool:
                     await self._committer.commit_all()
             await self._committer.finish()
         finally:
+            await self._core.misses.finish()
             self._disk.close()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

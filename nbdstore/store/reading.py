@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest
 from nbdstore.errors import Corruption, ReadFailed
 from nbdstore.store import layout
 from nbdstore.store.blockmap import KIND, STORED
+from nbdstore.store.coldread import ColdRead
 from nbdstore.store.layout import I64
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Reading:
         if slot == 0 or slot == _PROVISIONED:
             return self._size
         buffer = bytearray(self._size)
-        if not self._core.data.preadv_cached(buffer, slot * self._size):
+        if self._core.data.preadv_cached(buffer, slot * self._size) != self._size:
             return None
         if xxh3_64_intdigest(buffer) != words[2 * block + 1]:
             return None  # the waiting path reads again, past the page cache
@@ -145,7 +146,7 @@ class Reading:
             buffer = np.empty((end - start) * size, np.uint8).data
             for first, stop, slot in parts:
                 part = buffer[(first - start) * size : (stop - start) * size]
-                if not data.preadv_cached(part, slot * size):
+                if data.preadv_cached(part, slot * size) != len(part):
                     return None
             if [*map(xxh3_64_intdigest, layout.split(buffer, size))] != checksums[start:end]:
                 return None  # the waiting path reads again, past the page cache
@@ -156,7 +157,7 @@ class Reading:
         """Return blocks `[first, stop)`, which lie in slots from `slot` on, or None."""
         size = self._size
         buffer = np.empty((stop - first) * size, np.uint8).data
-        if not self._core.data.preadv_cached(buffer, slot * size):
+        if self._core.data.preadv_cached(buffer, slot * size) != len(buffer):
             return None
         checksums = self._image.map.words[2 * first + 1 : 2 * stop : 2].tolist()
         if [*map(xxh3_64_intdigest, layout.split(buffer, size))] != checksums:
@@ -191,36 +192,15 @@ class Reading:
         self._image.check_blocks(first, stop)
         # No await between the lookup and the pin: what is planned cannot be overwritten.
         slots, checksums = self._lookup(first, stop)
-        runs = _plan(slots)
-        with self._core.slots.pinned(self._core.journal.seq):
-            segments = await self._core.disk.offload(self._read_runs, runs, checksums, first)
-        return self._trim(segments, offset, length)
+        image, size = self._image, self._size
 
-    def _read_runs(self, runs: Sequence[Run], checksums: list[int], first: int) -> list[Segment]:
-        """In a thread: read and verify."""
-        size, data = self._size, self._core.data
-        if len(runs) > 1:  # let the device work on all of them at once
-            for start, end, slot in runs:
-                if slot:
-                    data.will_need(slot * size, (end - start) * size)
-        segments: list[Segment] = []
-        for start, end, parts in _stretches(runs):
-            if not parts:
-                segments.append((end - start) * size)
-                continue
-            buffer = memoryview(bytearray((end - start) * size))
-            for first_of_run, stop, slot in parts:
-                part = buffer[(first_of_run - start) * size : (stop - start) * size]
-                data.preadv(part, slot * size)
-                for index, block in enumerate(layout.split(part, size), first_of_run):
-                    expected = checksums[index]
-                    if xxh3_64_intdigest(block) != expected:
-                        image, at_byte = self._image, (first + index) * size
-                        what = f"{image.kind} {image.name} at byte {at_byte}"
-                        at = slot + index - first_of_run
-                        block[:] = self._core.reread_block(at, expected, what)
-            segments.append(buffer)
-        return segments
+        def tell(number: int) -> str:
+            return f"{image.kind} {image.name} at byte {(first + number) * size}"
+
+        cold = ColdRead(self._core, _stretches(_plan(slots)), checksums, tell)
+        if cold.n_bytes:
+            await self._core.misses.wait(cold)
+        return self._trim(cold.segments, offset, length)
 
     async def verify(self, offset: int, length: int, unlike: Image | None = None) -> Verified:
         """Verify what bytes `[offset, offset + length)` map, on the disk: past the page cache.

@@ -296,8 +296,8 @@ class _Overlaid:
         view[: len(found)] = found
         return len(found)
 
-    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
-        return False
+    def preadv_cached(self, buffer: Buffer, offset: int) -> int:
+        return -1
 
     def will_need(self, offset: int, length: int) -> None:
         self._file.will_need(offset, length)

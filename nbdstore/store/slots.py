@@ -260,13 +260,21 @@ class Slots:
     @contextmanager
     def pinned(self, seq: int) -> Iterator[None]:
         """While this lasts, what records after `seq`, the newest now, free is not used again."""
-        self._readers[seq] = self._readers.get(seq, 0) + 1
+        self.pin(seq)
         try:
             yield
         finally:
-            self._readers[seq] -= 1
-            if not self._readers[seq]:
-                del self._readers[seq]
+            self.unpin(seq)
+
+    def pin(self, seq: int) -> None:
+        """Begin what :meth:`unpin` ends: see :meth:`pinned`."""
+        self._readers[seq] = self._readers.get(seq, 0) + 1
+
+    def unpin(self, seq: int) -> None:
+        """End what :meth:`pin` began."""
+        self._readers[seq] -= 1
+        if not self._readers[seq]:
+            del self._readers[seq]
 
     # -- checkpoints ------------------------------------------------------------------------
 

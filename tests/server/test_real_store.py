@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 
 import pytest
 
@@ -11,6 +12,8 @@ from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.constants import Command, CommandFlag, Errno
 from nbdstore.server import Limits
 from nbdstore.store import Pool, PoolOptions
+from nbdstore.store.layout import SLOT_MASK
+from nbdstore.store.local_host import LocalFile
 
 SIZE = 8 << 20
 MIB = 1 << 20
@@ -179,3 +182,44 @@ async def test_connections_write_side_by_side(served, connect):
 
     parts = await asyncio.gather(*(work(client, i) for i, client in enumerate(clients)))
     assert await clients[0].read(0, SIZE) == b"".join(parts)
+
+
+async def test_clients_go_on_while_one_waits_for_a_disk_that_hangs(
+    real_pool, served, connect, monkeypatch
+):
+    """Nothing of the first 64 KiB of the pool's data comes until the disk is let go."""
+    waiter, other = await connect(), await connect()
+    for client in (waiter, other):
+        await client.go("disk")
+    content = random.Random(5).randbytes(2 * MIB)
+    await waiter.write(0, content)
+    volume = real_pool.volumes["disk"]
+    place = (volume.map.words[0] & SLOT_MASK) * volume.block_size
+    cached, waiting = LocalFile.preadv_cached, LocalFile.preadv
+    let_go = threading.Event()
+
+    def is_cold(offset: int) -> bool:
+        return place <= offset < place + 65536 and not let_go.is_set()
+
+    def hang(file, buffer, offset):
+        if is_cold(offset):
+            let_go.wait()
+        return waiting(file, buffer, offset)
+
+    monkeypatch.setattr(LocalFile, "preadv", hang)
+    monkeypatch.setattr(
+        LocalFile,
+        "preadv_cached",
+        lambda file, buffer, offset: -1 if is_cold(offset) else cached(file, buffer, offset),
+    )
+    cold = [waiter.start(Command.READ, at, 4096) for at in range(0, 65536, 4096)]
+    try:
+        for at in range(65536, MIB, 4096):
+            assert await other.read(at, 4096) == content[at : at + 4096]
+            await other.write(MIB + at, b"n" * 4096)
+        assert (await other.do(Command.FLUSH)).error == 0
+        assert await waiter.read(65536, 4096) == content[65536:69632]
+    finally:
+        let_go.set()
+    found = [await waiter.reply(cookie) for cookie in cold]
+    assert b"".join(reply.data for reply in found) == content[:65536]

@@ -105,7 +105,7 @@ def hooked(hook: Hook) -> Iterator[None]:
             hook("read", self.name)
             return super().preadv(buffer, offset)
 
-        def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
+        def preadv_cached(self, buffer: Buffer, offset: int) -> int:
             hook("cached", self.name)
             return super().preadv_cached(buffer, offset)
 
@@ -135,5 +135,5 @@ class Calls(list[tuple[str, str]]):
 @contextmanager
 def cold() -> Iterator[None]:
     """While this lasts, no read finds anything in the page cache."""
-    with mock.patch("nbdstore.store.local_host.LocalFile.preadv_cached", lambda *_: False):
+    with mock.patch("nbdstore.store.local_host.LocalFile.preadv_cached", lambda *_: -1):
         yield

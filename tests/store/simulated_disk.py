@@ -40,6 +40,7 @@ DIRECTORY: Final = "directory"
 """Stands for a file's name where a call works on names."""
 
 _FORGET_SHARE: Final = 0.1  # of the reads of a page that was taken for clean
+_LOOKS: Final = (1, 1, 4, 10_000)  # at what is not in the page cache, until it is
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -153,6 +154,7 @@ class SimulatedFile:
         self.n_syncs = 0
         self.syncing = asyncio.Lock()
         self.sync_failed = False
+        self._absent: dict[int, int] = {}  # looks until what lies there has come
 
     @property
     def size(self) -> int:
@@ -193,14 +195,22 @@ class SimulatedFile:
             return bytes(live[offset : offset + length])
 
     def preadv(self, buffer: Buffer, offset: int) -> int:
+        self._absent.pop(offset, None)
         found = self.pread(len(buffer), offset)
         memoryview(buffer)[: len(found)] = found
         return len(found)
 
-    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
-        if self._disk.random.random() < self._disk.share_uncached:
-            return False
-        return self.preadv(buffer, offset) == len(buffer)
+    def preadv_cached(self, buffer: Buffer, offset: int) -> int:
+        chance = self._disk.random
+        left = self._absent.pop(offset, -1)
+        if left < 0:
+            if chance.random() >= self._disk.share_uncached:
+                return self.preadv(buffer, offset)
+            left = chance.choice(_LOOKS) if self._disk.slow else 1
+        if left:
+            self._absent[offset] = left - 1
+            return -1
+        return self.preadv(memoryview(buffer)[: chance.choice((PAGE, len(buffer)))], offset)
 
     def pread_direct(self, length: int, offset: int) -> bytes:
         assert length % PAGE == offset % PAGE == 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -70,11 +70,7 @@ def freed_slots_are_used_before_a_record_says_so() -> AbstractContextManager[Any
 
 
 def readers_pin_nothing() -> AbstractContextManager[Any]:
-    @contextlib.contextmanager
-    def pinned(_self: Slots, _seq: int) -> Iterator[None]:
-        yield
-
-    return mock.patch.object(Slots, "pinned", pinned)
+    return mock.patch.multiple(Slots, pin=lambda *_: None, unpin=lambda *_: None)
 
 
 def data_of_other_volumes_counts_as_durable() -> AbstractContextManager[Any]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,8 +19,9 @@ from hypothesis import strategies as st
 from nbdstore.errors import Corruption, NotFound, ReadFailed, StoreError
 from nbdstore.store import Pool, Volume
 from nbdstore.store.layout import slots_of
+from nbdstore.store.local_host import LocalFile
 from nbdstore.store.reading import _cut, _plan
-from tests.store.pools import MIB, Calls, cold, hooked, make_pool, opened, read, read_now
+from tests.store.pools import MIB, Calls, cold, hooked, make_pool, opened, read, read_now, until
 from tests.store.workload import joined
 
 BLOCK = 4096
@@ -163,6 +169,118 @@ async def test_caching_loads_the_map_and_asks_the_kernel(pool: Pool, filled: Vol
     await filled.cache(0, filled.size)
     assert filled.read_now(0, 10) is not None
     await filled.cache(0, 0)
+
+
+@contextmanager
+def arriving(n_bytes: int) -> Iterator[list[tuple[int, int]]]:
+    """While this lasts, `n_bytes` come between two looks at a read.
+
+    Tells (offset, length) of what was taken from the page cache.
+    """
+    taken: list[tuple[int, int]] = []
+    looks = itertools.count()
+    real = LocalFile.preadv
+
+    def preadv_cached(file: LocalFile, buffer: memoryview, offset: int) -> int:
+        if next(looks) % 2 == 0:
+            return -1
+        done = real(file, memoryview(buffer)[:n_bytes], offset)
+        taken.append((offset, done))
+        return done
+
+    with mock.patch.object(LocalFile, "preadv_cached", preadv_cached):
+        yield taken
+
+
+@pytest.mark.parametrize("n_bytes", [4096, 12_288, 5000])
+async def test_what_comes_bit_by_bit_is_taken_once_and_without_a_thread(
+    filled: Volume, n_bytes: int
+) -> None:
+    content = await read(filled)
+    no_thread = mock.patch.object(LocalFile, "preadv", side_effect=AssertionError)
+    with arriving(n_bytes) as taken, no_thread:
+        assert await read(filled) == content
+    pages = [page for at, length in taken for page in range(at, at + length)]
+    assert len(pages) == len(set(pages))
+
+
+async def test_reads_side_by_side_get_each_its_own(filled: Volume) -> None:
+    content = await read(filled)
+    places = [(at, 40_000) for at in range(100, filled.size - 40_000, 33_333)]
+    with arriving(8192):
+        found = await asyncio.gather(*(read(filled, *place) for place in places))
+    assert found == [content[at : at + length] for at, length in places]
+
+
+async def test_the_disk_is_asked_for_all_runs_of_a_read_before_the_first_has_come(
+    volume: Volume,
+) -> None:
+    for block in (9, 4, 7, 0):
+        assert volume.write_now([(block * BLOCK, bytes([block]) * BLOCK)])
+    asked = []
+    with cold(), mock.patch.object(LocalFile, "will_need", lambda _, *range_: asked.append(range_)):
+        content = await read(volume, 0, 10 * BLOCK)
+    assert [content[block * BLOCK] for block in (0, 4, 7, 9)] == [0, 4, 7, 9]
+    assert asked == [(place_of(volume, block), BLOCK) for block in (0, 4, 7, 9)]
+
+
+async def test_what_is_damaged_when_it_comes_is_read_again_and_is_corruption(
+    directory: Path,
+) -> None:
+    async with opened(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        assert volume.write_now([(0, b"x" * 10 * BLOCK)])
+        await volume.flush()
+        damage(directory, place_of(volume, 5))
+        with arriving(3 * BLOCK), pytest.raises(Corruption, match=f"at byte {5 * BLOCK} "):
+            await volume.read(0, 10 * BLOCK)
+        with arriving(3 * BLOCK):
+            assert await read(volume, 0, 5 * BLOCK) == b"x" * 5 * BLOCK
+            assert await read(volume, 6 * BLOCK, 4 * BLOCK) == b"x" * 4 * BLOCK
+
+
+async def test_what_was_damaged_in_the_page_cache_when_it_came_is_healed(volume: Volume) -> None:
+    content = random.Random(3).randbytes(10 * BLOCK)
+    assert volume.write_now([(0, content)])
+    real = LocalFile.preadv
+
+    def damaging(file: LocalFile, buffer: memoryview, offset: int) -> int:
+        done = real(file, buffer, offset)
+        memoryview(buffer)[10:20] = b"bad memory"
+        return done
+
+    with arriving(3 * BLOCK), mock.patch.object(LocalFile, "preadv_cached", damaging):
+        assert await read(volume, 0, 10 * BLOCK) == content
+
+
+async def test_a_client_that_leaves_does_not_let_go_of_what_a_thread_still_reads(
+    pool: Pool, volume: Volume
+) -> None:
+    """Else its slot is written again under the thread, which would take that for damage."""
+    assert volume.write_now([(0, b"x" * BLOCK)])
+    await pool._committer.settle()
+    slot = place_of(volume, 0) // BLOCK
+    go_on, reading = threading.Event(), threading.Event()
+    real = LocalFile.preadv
+
+    def held(file: LocalFile, buffer: memoryview, offset: int) -> int:
+        reading.set()
+        go_on.wait()
+        return real(file, buffer, offset)
+
+    with cold(), mock.patch.object(LocalFile, "preadv", held):
+        reader = asyncio.create_task(read(volume, 0, BLOCK))
+        await until(reading.is_set)
+        reader.cancel()
+        await asyncio.wait([reader])
+        assert volume.write_now([(0, b"y" * BLOCK)])
+        await pool._committer.settle()
+        assert pool._core.slots.is_used(np.array([slot])).all()
+        go_on.set()
+        await pool._core.misses.finish()
+    await pool._committer.settle()
+    assert not pool._core.slots.is_used(np.array([slot])).any()
+    assert pool.status()["corruptions"] == 0
 
 
 # -- while blocks move ---------------------------------------------------------------------------
