@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdstore.errors import InvalidArgument
+from nbdstore.sizes import MAX_SIZE
 
 MAX_BODY = 64 << 10
 """Bytes: far above the largest sensible request (a long allow list)."""
+
+MAX_NUMBER = MAX_SIZE
+"""No member means more, and there are whole numbers that no float can be."""
 
 Shape = Mapping[str, str]
 """Member -> its kind, one of KINDS; an optional member's kind ends in ``?``."""
@@ -35,7 +39,7 @@ class Kind:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
 
 
 def _number(text: str) -> int:
@@ -49,14 +53,17 @@ def _flag(text: str) -> bool:
 
 
 def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
+    )
 
 
+_BOUNDS = {"minimum": 0, "maximum": MAX_NUMBER}
 KINDS: dict[str, Kind] = {
     "text": Kind("a string", {"type": "string"}, lambda value: isinstance(value, str), str),
-    "bytes": Kind("a number of bytes", {"type": "integer", "minimum": 0}, _is_number, _number),
-    "number": Kind("a whole number", {"type": "integer", "minimum": 0}, _is_number, _number),
-    "seconds": Kind("a number of seconds", {"type": "number", "minimum": 0}, _is_seconds, float),
+    "bytes": Kind("a number of bytes", {"type": "integer"} | _BOUNDS, _is_number, _number),
+    "number": Kind("a whole number", {"type": "integer"} | _BOUNDS, _is_number, _number),
+    "seconds": Kind("a number of seconds", {"type": "number"} | _BOUNDS, _is_seconds, float),
     "flag": Kind(
         "true or false", {"type": "boolean"}, lambda value: isinstance(value, bool), _flag
     ),

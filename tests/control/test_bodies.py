@@ -9,7 +9,7 @@ import pytest
 from nbdstore.control import bodies
 from nbdstore.errors import InvalidArgument
 
-SHAPE = {"name": "text", "size": "bytes", "allow": "names?", "force": "flag?"}
+SHAPE = {"name": "text", "size": "bytes", "allow": "names?", "force": "flag?", "wait": "seconds?"}
 GOOD = {"name": "db", "size": 4096}
 
 
@@ -34,6 +34,10 @@ def test_required_and_optional_members() -> None:
         (b'{"name": "db", "size": "10G"}', "'size' must be a number of bytes, not \"10G\""),
         (b'{"name": "db", "size": -1}', "'size' must be a number of bytes, not -1"),
         (b'{"name": "db", "size": 1.5}', "'size' must be a number of bytes, not 1.5"),
+        (b'{"name": "db", "size": 9223372036854775808}', "'size' must be a number of bytes"),
+        (b'{"name": "db", "size": 1, "wait": 1e999}', "'wait' must be a number of seconds"),
+        (b'{"name": "db", "size": 1, "wait": NaN}', "'wait' must be a number of seconds"),
+        (b'{"name": "db", "size": 1, "wait": %d}' % 10**400, "'wait' must be a number of sec"),
         (b'{"name": "db", "size": true}', "'size' must be a number of bytes, not true"),
         (b'{"name": "db", "size": 1, "force": 1}', "'force' must be true or false, not 1"),
         (b'{"name": "db", "size": 1, "allow": "a"}', "'allow' must be a list of strings"),
