@@ -94,7 +94,11 @@ def _print(info: OperationInfo, as_json: bool) -> None:
         ("started", info.started),
         ("ended", info.ended or "-"),
     ]
-    facts += [(name, str(value)) for name, value in info.result.items() if not _is_list(value)]
+    facts += [
+        (name, format_size(value) if name == "bytes" else str(value))
+        for name, value in info.result.items()
+        if not _is_list(value)
+    ]
     print_facts(facts)
 
 

@@ -208,6 +208,7 @@ class LongOperations:
             task.state = "cancelled"
         elif (error := task.running.exception()) is None:
             task.state = "done"
+            task.total = task.done  # what was an estimate is known now
         else:
             if not isinstance(error, NbdstoreError):
                 log.error("%s %s: this is a bug", task.kind, task.id, exc_info=error)

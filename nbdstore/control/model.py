@@ -246,10 +246,11 @@ class OperationInfo(Record):
     """An operation that takes long, while it runs and for an hour after.
 
     kind: "scrub", "flatten", "send", "receive" or "diff". state: "running", "done", "failed" or
-    "cancelled". progress: 0..1; done, total: the same in bytes, where total is an estimate; of
-    the last three they are offsets in the volume, holes included. request: as it was asked.
-    result: what it found so far, by kind; of a scrub: volumes, bytes, damaged (blocks), and damage,
-    a list of the first of them (volume, offset, detail). error: of what failed, as a problem.
+    "cancelled". progress: 0..1; done, total: the same in bytes, where total is an estimate as long
+    as it is not done; of the last three they are offsets in the volume, holes included. request: as
+    it was asked. result: what it found so far, by kind; of a scrub: volumes, bytes, damaged
+    (blocks), and damage, a list of the first of them (volume, offset, detail). error: of what
+    failed, as a problem.
     """
 
     id: str

@@ -102,6 +102,7 @@ class Receiving:
                 await reception.take(first, parts, task)
                 reader.end()
                 await reception.complete(begin)
+                task.reach(begin.size)
             except BaseException:
                 await reception.break_off()
                 raise

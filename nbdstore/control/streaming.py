@@ -67,6 +67,7 @@ async def send(
                 async for part in stream.parts:
                     task.reach(stream.position)
                     await reader.write(part)
+                task.reach(stream.total)
             except asyncio.CancelledError:
                 await stream.close()  # what it reads from is free, whatever the reader does
                 told = Cancelled(f"the {stream.kind} was told to end before all was sent")

@@ -285,3 +285,15 @@ def test_a_cancelled_diff_tells_its_reader_so(scattered: Served) -> None:
         with pytest.raises(Cancelled, match="told to end"):
             list(found.extents)
         assert call.result(TIMEOUT_S).state == "cancelled"
+
+
+@pytest.mark.parametrize("kind", ["send", "receive", "diff"])
+def test_what_has_reached_the_end_says_so_though_that_is_a_hole(served: Served, kind: str) -> None:
+    served.client.create_volume("db", SIZE)
+    served.client.create_snapshots(["db@a"])
+    backups = served.client.backups
+    assert list(backups.diff("db@a").extents) == []
+    backups.receive("copy", backups.send("db@a"))
+    (info,) = [info for info in served.client.operations() if info.kind == kind]
+    ended = served.client.operation(info.id, wait_s=60)
+    assert (ended.state, ended.done, ended.total) == ("done", SIZE, SIZE)

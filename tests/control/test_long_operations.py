@@ -195,3 +195,12 @@ async def test_attended_ones_do_not_keep_others_from_starting(running: LongOpera
 
 async def _outcomes(calls: list[asyncio.Task[None]]) -> list[BaseException | None]:
     return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_what_was_an_estimate_is_known_at_the_end(running: LongOperations) -> None:
+    async def less(task: Task) -> None:
+        task.advance(4)
+
+    await running.attend("work", REQUEST, less, total=10)
+    (info,) = running.list()
+    assert (info.state, info.done, info.total, info.progress) == ("done", 4, 4, 1.0)
