@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nbdstore.errors import InvalidArgument
+from nbdstore.sizes import exact_size
 
 DEFAULT_BURST_S: Final = 1.0
 MAX_BURST_S: Final = 3600.0
@@ -76,8 +77,8 @@ def _check(qos: Qos) -> None:
         )
     if qos.bandwidth and not MIN_BANDWIDTH <= qos.bandwidth <= MAX_BANDWIDTH:
         raise InvalidArgument(
-            f"{qos.bandwidth} bytes per second: give at least {MIN_BANDWIDTH} (64K) and at most "
-            f"{MAX_BANDWIDTH} (1024T), or 0 for no limit"
+            f"{exact_size(qos.bandwidth)} per second: give at least {exact_size(MIN_BANDWIDTH)} "
+            f"and at most {exact_size(MAX_BANDWIDTH)}, or 0 for no limit"
         )
     if not (math.isfinite(qos.burst_s) and 0 <= qos.burst_s <= MAX_BURST_S):
         raise InvalidArgument(f"a burst of {qos.burst_s:g} seconds: give 0 to {MAX_BURST_S:g}")

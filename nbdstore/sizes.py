@@ -45,6 +45,19 @@ def _advice(text: str) -> str:
     return "write it as 10G, 512M, 1.5T, 4K or a number of bytes"
 
 
+def exact_size(n_bytes: int) -> str:
+    """Write bytes for a person who may have to give them back.
+
+    The figure is exact, or the number stands behind it: ``4 MiB``, ``1 MiB (1049088 bytes)``.
+    """
+    if n_bytes > MAX_SIZE:
+        return "more than 8 EiB"
+    shown = format_size(n_bytes)
+    number, unit = shown.split()
+    is_exact = Fraction(number) * _FACTORS[unit[0]] == n_bytes
+    return shown if is_exact else f"{shown} ({n_bytes} bytes)"
+
+
 def format_size(n_bytes: float) -> str:
     """Write bytes for a person: ``10 GiB``, ``1.5 TiB``, ``512 B``; at most one decimal.
 

@@ -28,7 +28,7 @@ from nbdstore.errors import (
     NotFound,
     StoreError,
 )
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
 
 CHUNK_BYTES = 1 << 20
 
@@ -246,9 +246,9 @@ def show(file: str, as_json: bool) -> None:
             ("snapshot", begin.name),
             ("uuid", begin.uuid),
             ("created", begin.created),
-            ("size", f"{format_size(begin.size)} ({begin.size} bytes)"),
+            ("size", exact_size(begin.size)),
             ("builds on", base),
-            ("begins at", f"{format_size(begin.start)} ({begin.start} bytes)"),
+            ("begins at", exact_size(begin.start)),
             ("data", f"{format_size(reader.n_data_bytes)} in {reader.n_frames} frames"),
             ("zeros", format_size(reader.n_zero_bytes)),
             ("verified", "all of it is whole"),

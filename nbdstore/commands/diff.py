@@ -9,7 +9,7 @@ import click
 from nbdstore.commands.output import counted, json_option, note
 from nbdstore.commands.session import Session, complete_image, pass_session
 from nbdstore.control.diff import Diff, Extent
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
 
 OFFSET_WIDTH = len(str(1 << 48))
 """Of the largest volume."""
@@ -64,7 +64,10 @@ def _print_list(found: Diff, older: str, newer: str | None) -> None:
     if found.older_size is not None and found.older_size != found.size:
         kind = "larger" if found.size > found.older_size else "smaller"
         by = format_size(abs(found.size - found.older_size))
-        note(f"{newer} is {by} {kind} than {older}: {found.size} bytes, not {found.older_size}")
+        note(
+            f"{newer} is {by} {kind} than {older}: {exact_size(found.size)}, not "
+            f"{exact_size(found.older_size)}"
+        )
 
 
 def _titled(extents: Iterator[Extent]) -> Iterator[Extent]:

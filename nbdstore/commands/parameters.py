@@ -32,7 +32,7 @@ def limit(text: str) -> int:
     if text == "none":
         return 0
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise click.BadParameter(f"'{text}' is neither a whole number nor 'none'")
+        raise click.BadParameter(f"'{text:.40}' is neither a whole number below 10^18 nor 'none'")
     return int(text)
 
 

@@ -11,7 +11,7 @@ from nbdstore.commands.groups import OrderedGroup
 from nbdstore.commands.output import counted, json_option, print_facts, print_json, print_table
 from nbdstore.commands.session import Session, complete_volume, pass_session
 from nbdstore.control.model import AttachmentInfo, VolumeInfo
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
 
 name_argument = click.argument("name", shell_complete=complete_volume)
 
@@ -126,7 +126,7 @@ def _facts(info: VolumeInfo) -> list[tuple[str, str]]:
     facts = [
         ("volume", info.name),
         ("uuid", info.uuid),
-        ("size", f"{format_size(info.size)} ({info.size} bytes)"),
+        ("size", exact_size(info.size)),
         ("mapped", mapped),
         ("own", format_size(info.own)),
         ("shared", format_size(info.shared)),

@@ -41,6 +41,7 @@ from nbdstore.errors import (
     UnknownMethod,
     UnknownPath,
 )
+from nbdstore.sizes import exact_size
 
 OPEN_PATHS = ("/healthz",)
 """What may be asked without a token."""
@@ -90,7 +91,7 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
     except NbdstoreError as error:
         return _problem(error)
     except web.HTTPRequestEntityTooLarge:
-        return _problem(BodyTooLarge(f"the request body is over {bodies.MAX_BODY} bytes"))
+        return _problem(BodyTooLarge(f"the request body is over {exact_size(bodies.MAX_BODY)}"))
     except web.HTTPNotFound:
         return _problem(UnknownPath(f"there is no {request.path} in this API"))
     except web.HTTPMethodNotAllowed as error:

@@ -36,7 +36,7 @@ from nbdstore.control.snapshots import Snapshots, require_no_snapshots
 from nbdstore.control.stream import Piece
 from nbdstore.control.usage import Usage
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreError
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
 
 
 class Operations:
@@ -218,8 +218,8 @@ class Operations:
                     return volume
                 if not shrink:
                     raise InvalidArgument(
-                        f"volume '{name}' has {format_size(volume.size)} ({volume.size} bytes), "
-                        f"more than {size}: if its end shall be cut off, say so with --shrink"
+                        f"volume '{name}' has {exact_size(volume.size)}, more than "
+                        f"{exact_size(size)}: if its end shall be cut off, say so with --shrink"
                     )
                 shrinking.enter_context(self._usage.shrinking(volume))
             # This may take long; nobody uses the volume, and others may have their turns.
@@ -348,8 +348,8 @@ class Operations:
         self._usage.require_free(volume, "importing into it")
         if size > volume.size:
             raise InvalidArgument(
-                f"{format_size(size)} ({size} bytes) do not fit into volume '{name}' of "
-                f"{format_size(volume.size)} ({volume.size} bytes): resize it first"
+                f"{exact_size(size)} do not fit into volume '{name}' of {exact_size(volume.size)}: "
+                "resize it first"
             )
         info = self._describe(volume)
         if info.mapped and not overwrite and not info.importing:

@@ -28,6 +28,7 @@ from nbdstore.control.long_operations import LongOperations, Task
 from nbdstore.control.model import OperationInfo
 from nbdstore.control.usage import Usage
 from nbdstore.errors import Busy, InvalidArgument, NotFound, StoreError
+from nbdstore.sizes import exact_size
 
 KIND = "scrub"
 DEFAULT_RATE = 100 << 20
@@ -87,7 +88,8 @@ class Scrubber:
         rate = DEFAULT_RATE if rate is None else rate
         if rate < MIN_RATE:
             raise InvalidArgument(
-                f"a rate of {rate} bytes/s would never end: give at least {MIN_RATE}"
+                f"a rate of {exact_size(rate)}/s would never end: give at least "
+                f"{exact_size(MIN_RATE)}"
             )
         request = {"volume": volume, "rate": rate, "restart": restart}
         known = self._running.known(KIND, request, operation_id)

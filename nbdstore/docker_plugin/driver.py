@@ -37,7 +37,7 @@ from nbdstore.docker_plugin.records import CREATING, READY, Records, VolumeRecor
 from nbdstore.docker_plugin.stored_size import StoredSizes
 from nbdstore.docker_plugin.turns import Turns
 from nbdstore.errors import AlreadyExists, InvalidArgument, NbdstoreError, NotFound, StoreError
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
 
 # Docker waits 120 s for Create and Mount, 60 s for the others.
 LONG_PATIENCE_S: Final = 100.0
@@ -194,8 +194,8 @@ class VolumeDriver:
             raise NotFound(f"there is no snapshot {options.clone}: 'nbdstore snapshot list' lists")
         if options.size and options.size < origin.size:
             raise InvalidArgument(
-                f"size={options.size} is less than the {origin.size} bytes of {options.clone}: "
-                "give no size, or a larger one"
+                f"size={exact_size(options.size)} is less than the {exact_size(origin.size)} of "
+                f"{options.clone}: give no size, or a larger one"
             )
         info = self._service.clone(options.clone, name)
         if options.size > info.size:

@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
+from nbdstore.sizes import exact_size
 from nbdstore.store import catalogue
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import VolumeInfo
@@ -136,7 +137,8 @@ class Administration:
                     await volume.load(n_blocks - 1, n_blocks)  # no await from here to the change
                     if not volume.map.ends_before(n_blocks):
                         raise Busy(
-                            f"volume {volume.name}: it is being written beyond {size}: "
+                            f"volume {volume.name}: it is being written beyond "
+                            f"{exact_size(size)}: "
                             "detach it before shrinking it"
                         )
                 await self.change(volume.id, {"op": "resize", "size": size})
@@ -234,7 +236,8 @@ class Administration:
         now = self._core.slots.n_slots * self._core.block_size
         if capacity < now:
             raise InvalidArgument(
-                f"capacity {capacity}: less than the present {now}; a pool can only grow"
+                f"capacity {exact_size(capacity)}: less than the present {exact_size(now)}; a pool "
+                "can only grow"
             )
         check_capacity(capacity, self._core.block_size)
         await self.alone(self._grow(capacity // self._core.block_size))
@@ -304,8 +307,8 @@ async def _clear_tail(volume: Volume, size: int, force: bool) -> None:
             at += extent.length
     if used:
         raise InvalidArgument(
-            f"volume {volume.name}: {used} bytes are mapped beyond the new size {size}: "
-            "trim them, or use force to lose them"
+            f"volume {volume.name}: {exact_size(used)} of data, or space set aside, lie beyond "
+            f"the new size {exact_size(size)}: trim them, or use force to lose them"
         )
     if size < volume.size:  # else another change has made it as small meanwhile
         await volume.write_zeroes(size, volume.size - size)

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from nbdstore.errors import InvalidArgument
+from nbdstore.sizes import exact_size
 from nbdstore.store import layout
 from nbdstore.store.superblock import NULL, Pointer
 
@@ -203,5 +204,5 @@ def check_size(size: int) -> None:
         )
     if size > layout.MAX_VOLUME_SIZE:
         raise InvalidArgument(
-            f"volume size {size}: the largest is {layout.MAX_VOLUME_SIZE} bytes (256 TiB)"
+            f"volume size {exact_size(size)}: the largest is {exact_size(layout.MAX_VOLUME_SIZE)}"
         )

@@ -26,6 +26,7 @@ from nbdstore.errors import (
     ReadFailed,
     StoreError,
 )
+from nbdstore.sizes import exact_size
 from nbdstore.store import layout
 from nbdstore.store.host import Disk, File, Host
 from nbdstore.store.journal import Journal
@@ -249,8 +250,8 @@ class Core:
         if self.host_full:
             return NoSpace(f"the filesystem under {self.disk.directory} is full: free space there")
         return NoSpace(
-            f"the pool is full ({self.slots.n_slots * self.block_size} bytes): trim or delete "
-            "volumes, or enlarge it with 'nbdstore pool grow'"
+            f"the pool is full ({exact_size(self.slots.n_slots * self.block_size)}): trim or "
+            "delete volumes, or enlarge it with 'nbdstore pool grow'"
         )
 
     # -- single blocks ----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdstore.errors import AlreadyExists, InvalidArgument, StoreError
+from nbdstore.sizes import exact_size
 from nbdstore.store import layout, superblock
 from nbdstore.store.host import Disk, Failpoint, Host
 from nbdstore.store.journal import format_ring
@@ -61,14 +62,14 @@ def check_geometry(block_size: int, capacity: int | None, journal_size: int) -> 
         layout.MIN_BLOCK_SIZE <= block_size <= layout.MAX_BLOCK_SIZE
     ):
         raise InvalidArgument(
-            f"block size {block_size}: choose 4096, 8192, 16384, 32768 or 65536 bytes"
+            f"block size {exact_size(block_size)}: choose 4K, 8K, 16K, 32K or 64K"
         )
     if journal_size % block_size or not (
         layout.MIN_JOURNAL_SIZE <= journal_size <= layout.MAX_JOURNAL_SIZE
     ):
         raise InvalidArgument(
-            f"journal size {journal_size}: choose a multiple of {block_size} bytes "
-            "between 1 MiB and 64 GiB"
+            f"journal size {exact_size(journal_size)}: choose a multiple of "
+            f"{exact_size(block_size)} between 1 MiB and 64 GiB"
         )
     if capacity is not None:
         check_capacity(capacity, block_size)
@@ -78,7 +79,8 @@ def check_capacity(capacity: int, block_size: int) -> None:
     """Refuse a capacity in bytes that makes no sense (InvalidArgument)."""
     if capacity < layout.MIN_CAPACITY or capacity // block_size > layout.MAX_SLOTS:
         raise InvalidArgument(
-            f"capacity {capacity}: choose between 16 MiB and {layout.MAX_SLOTS * block_size} bytes"
+            f"capacity {exact_size(capacity)}: choose between 16 MiB and "
+            f"{exact_size(layout.MAX_SLOTS * block_size)}"
         )
 
 

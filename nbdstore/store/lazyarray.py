@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdstore.errors import StoreError
+from nbdstore.sizes import exact_size
 
 # Python names MAP_NORESERVE from 3.13 on; 0x4000 is its value on every architecture of Debian
 # but alpha, mips and powerpc.
@@ -46,8 +47,8 @@ class LazyArray:
             self._map = mmap.mmap(-1, n_bytes, flags=flags)
         except OSError as error:
             raise StoreError(
-                f"no address space for a map of {n_bytes} bytes ({error.strerror}): raise the "
-                "process's memory limit, or set vm.overcommit_memory to 0 or 1"
+                f"no address space for a map of {exact_size(n_bytes)} ({error.strerror}): raise "
+                "the process's memory limit, or set vm.overcommit_memory to 0 or 1"
             ) from error
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             try:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdstore.errors import InvalidArgument
-from nbdstore.sizes import MAX_SIZE, format_size, parse_size
+from nbdstore.sizes import MAX_SIZE, exact_size, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,27 @@ def test_what_is_printed_is_near_the_truth_and_can_be_typed(size: int) -> None:
     except InvalidArgument:  # "1.3 KiB" is no whole number of bytes; "8 EiB" is over the limit
         return
     assert abs(again - size) <= size * 0.05
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1000, "1000 B"),
+        (4 << 20, "4 MiB"),
+        (1536 << 30, "1.5 TiB"),
+        ((1 << 20) + 512, "1 MiB (1049088 bytes)"),
+        (MAX_SIZE, "8 EiB (9223372036854775807 bytes)"),
+        (MAX_SIZE + 1, "more than 8 EiB"),
+        (10**4000, "more than 8 EiB"),
+    ],
+)
+def test_what_may_have_to_be_given_back_is_exact(size: int, text: str) -> None:
+    assert exact_size(size) == text
+
+
+@given(st.integers(0, MAX_SIZE))
+def test_an_exact_size_can_be_given_back(size: int) -> None:
+    text = exact_size(size)
+    shown, _, number = text.partition(" (")
+    assert int(number.removesuffix(" bytes)")) if number else parse_size(shown) == size

@@ -90,9 +90,9 @@ class TestRefusals:
         either.run("volume", "create", "db", "--size", "1G")
         for words, said in (
             ((), "say what to set"),
-            (("--iops", "many"), "'many' is neither a whole number nor 'none'"),
+            (("--iops", "many"), "'many' is neither a whole number below 10^18 nor"),
             (("--iops", "-1"), "'-1' is neither"),
-            (("--bandwidth", "1K"), "1024 bytes per second: give at least 65536"),
+            (("--bandwidth", "1K"), "1 KiB per second: give at least 64 KiB"),
             (("--bandwidth", "x"), "x"),
             (("--burst", "-1"), "-1"),
             (("--burst", "4000"), "a burst of 4000 seconds"),
@@ -108,7 +108,7 @@ class TestRefusals:
         message = either.fail("volume", "resize", "db", "1M", "--force", status=2)
         assert "--force goes with --shrink" in message
         message = either.fail("volume", "resize", "db", "1M", "--shrink", status=2)
-        assert "4096 bytes are mapped beyond the new size 1048576" in message
+        assert "4 KiB of data, or space set aside, lie beyond the new size 1 MiB" in message
         either.run("volume", "resize", "db", "1M", "--shrink", "--force")
 
 

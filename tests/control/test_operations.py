@@ -76,7 +76,7 @@ class TestAttachedVolumes:
     async def test_shrinking_must_be_meant(self, bench: Bench) -> None:
         await bench.operations.create_volume("db", SIZE)
         for force in (False, True):
-            with pytest.raises(InvalidArgument, match=r"has 256 KiB .*say so with --shrink"):
+            with pytest.raises(InvalidArgument, match=r"has 256 KiB, .*say so with --shrink"):
                 await bench.operations.update_volume("db", size=SIZE - BLOCK, force=force)
         await bench.pool.volumes["db"].write(SIZE - BLOCK, b"x")
         with pytest.raises(InvalidArgument, match="holds data beyond"):
@@ -202,7 +202,7 @@ class TestLimits:
         ("limits", "words"),
         [
             ({"iops": 10**9 + 1}, "1000000001 requests per second: give 1 to"),
-            ({"bandwidth": 1}, "1 bytes per second: give at least 65536"),
+            ({"bandwidth": 1}, "1 B per second: give at least 64 KiB"),
             ({"bandwidth": 1 << 51}, "and at most"),
             ({"burst_s": 3601}, "a burst of 3601 seconds: give 0 to 3600"),
             ({"burst_s": float("nan")}, "a burst of nan seconds"),
