@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Unpack
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 from uuid import uuid4
 
 from nbdstore import unix_socket
@@ -41,6 +41,8 @@ from nbdstore.errors import ControlError, InvalidArgument
 TIMEOUT_S = 120.0
 """Seconds without a byte from the server after which a call is given up."""
 CONNECT_TIMEOUT_S = 10.0
+MAX_PATH = 7 << 10
+"""Bytes of a path with its query; a server reads little more (aiohttp, max_line_size)."""
 
 
 class ControlClient:
@@ -382,6 +384,11 @@ class ControlClient:
         content_type: str = stream.CONTENT_TYPE,
     ) -> http.client.HTTPResponse:
         """Send a request and return the response if it is a success, else raise its problem."""
+        if len(path) > MAX_PATH:
+            raise InvalidArgument(
+                f"'{unquote(path):.60}...' is too long to be asked for: a name has at "
+                "most 255 characters"
+            )
         headers = dict(self._headers)
         if body is not None:
             headers["Content-Type"] = (

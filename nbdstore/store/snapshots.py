@@ -34,10 +34,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NoSpace, NotFound
+from nbdstore.sizes import exact_size
 from nbdstore.store import catalogue, layout
 from nbdstore.store.administration import Administration, check_properties, check_staying
 from nbdstore.store.blockmap import BlockMap
@@ -53,6 +54,8 @@ from nbdstore.store.registry import Registry
 from nbdstore.store.slotset import SlotSet
 from nbdstore.store.snapshot import Snapshot
 from nbdstore.store.volume import Undecided, Volume
+
+_SHOWN: Final = 5  # names in a message
 
 
 class Snapshots:
@@ -161,7 +164,7 @@ class Snapshots:
         clones = [heir.name for heir in heirs if _is_clone(heir, snapshot)]
         if clones:
             raise Busy(
-                f"snapshot {snapshot.name} has clones: {', '.join(clones)}: flatten them, or "
+                f"snapshot {snapshot.name} has clones: {_listing(clones)}: flatten them, or "
                 "delete them (and empty the trash)"
             )
         if len(heirs) > 1:
@@ -197,7 +200,7 @@ class Snapshots:
         check_staying(volume)
         if clones := self.clones_of(volume):
             raise Busy(
-                f"snapshots of volume {volume.name} have clones: {', '.join(clones)}: flatten or "
+                f"snapshots of volume {volume.name} have clones: {_listing(clones)}: flatten or "
                 "delete those first (and empty the trash)"
             )
         for snapshot in volume.snapshots.values():
@@ -277,8 +280,9 @@ class Snapshots:
         """Refuse what would have more space set aside than there is."""
         if source.n_provisioned and not self._core.may_set_aside(source.n_provisioned):
             raise NoSpace(
-                f"snapshot {source.name} has {source.n_provisioned * self._core.block_size} bytes "
-                "set aside (NO_HOLE), which the pool has not left: trim, delete or enlarge it"
+                f"snapshot {source.name} has "
+                f"{exact_size(source.n_provisioned * self._core.block_size)} set aside "
+                "(NO_HOLE), which the pool has not left: trim, delete or enlarge it"
             )
 
     async def rollback(self, volume: Volume, snapshot: Snapshot) -> None:
@@ -325,6 +329,11 @@ class Snapshots:
             self._check_flattenable(volume)
             await self._checkpointer.run_locked()  # writes the last of its own nodes
             await self._administration.change(volume.id, {"op": "flatten"})
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _is_clone(heir: Image, snapshot: Snapshot) -> bool:

@@ -76,6 +76,13 @@ class TestCalls:
         with pytest.raises(NotFound, match=r"no volume 'a/b\?c=%2F d'"):
             answering.client.volume("a/b?c=%2F d")
 
+    def test_names_that_no_request_has_room_for(self, answering: Answering) -> None:
+        for call in (answering.client.volume, answering.client.backups.resume):
+            with pytest.raises(InvalidArgument, match=r"nnn\.\.\.' is too long .* 255 characters"):
+                call("n" * 10_000)
+        with pytest.raises(NotFound, match="no volume"):
+            answering.client.volume("n" * 7_000)
+
 
 class TestContent:
     PIECES = [Piece(0, b"a" * BLOCK), Piece(5 * BLOCK, b"b" * BLOCK)]

@@ -123,6 +123,10 @@ async def test_a_clone_starts_as_the_snapshot_and_goes_its_own_way(directory: Pa
             await pool.delete_snapshot(snapshot)
         with pytest.raises(Busy, match="have clones: c"):
             await pool.delete_volume(volume)
+        for number in range(7):
+            await pool.clone(snapshot, f"d{number}")
+        with pytest.raises(Busy, match="has clones: c, d0, d1, d2, d3 and 3 more: flatten"):
+            await pool.delete_snapshot(snapshot)
     await assert_clean(directory)
 
 
