@@ -3,7 +3,7 @@
 Owns the read path.  `now` never waits: it serves what the page cache and the resident map hold
 and returns None otherwise; `read` waits.  What each step of `now` costs for one block of 4 KiB
 (2-core VM, Python 3.11): map lookup 0.15 us, buffer 0.15 us, preadv 0.7 us, xxh3 0.1 us.  A run of
-32 blocks takes 14 us, of which preadv and xxh3 are 5 each; of 4, 5.5 us; scattered ones more.
+32 blocks takes 9 us, of which xxh3 and the cutting for it are 5; of 4, 3 us; scattered ones more.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ Segment = memoryview | bytearray | bytes | int
 
 _MASK: Final = layout.SLOT_MASK
 _PROVISIONED: Final = layout.PROVISIONED
+_LOST: Final = layout.LOST
+_BYTE: Final = np.dtype(np.uint8)
 
 Run = tuple[int, int, int]
 """Blocks `[start, stop)` relative to the plan's first, and the slot of the first; 0 = zeros."""
@@ -122,47 +124,49 @@ class Reading:
         return buffer
 
     def _range_now(self, offset: int, length: int) -> list[Segment] | None:
-        first = offset >> self._shift
-        stop = ((offset + length - 1) >> self._shift) + 1
+        size, end = self._size, offset + length
+        first, stop = offset >> self._shift, (end + size - 1) >> self._shift
         blocks = self._image.map
-        leaves = slice(first >> blocks.leaf_shift, ((stop - 1) >> blocks.leaf_shift) + 1)
-        for state in blocks.state_bytes[leaves]:
-            if state & KIND == STORED:
+        states, leaf = blocks.state_bytes, first >> blocks.leaf_shift
+        last_leaf = (stop - 1) >> blocks.leaf_shift
+        if states[leaf] & KIND == STORED:
+            return None
+        if leaf < last_leaf and STORED in [s & KIND for s in states[leaf + 1 : last_leaf + 1]]:
+            return None
+        words, n_blocks = blocks.words, stop - first
+        location = words[2 * first]
+        slot, in_order = location & _MASK, range(location, location + n_blocks)
+        # As they were written, all of them: that the checksums are right is no proof, as whoever
+        # writes to the slots between may have chosen what has the same ones.
+        locations = words[2 * first : 2 * stop : 2].tolist()
+        if 0 < slot < _LOST - n_blocks and locations == [*in_order]:
+            run = np.empty(n_blocks * size, _BYTE).data
+            if self._core.data.preadv_cached(run, slot * size) != len(run):
                 return None
-        location, n_blocks = blocks.words[2 * first], stop - first
-        if 0 < location & _MASK < layout.LOST - n_blocks:
-            locations = blocks.words[2 * first : 2 * stop : 2].tolist()
-            if locations == [*range(location, location + n_blocks)]:  # as it was written, in order
-                run = self._run_now(first, stop, location & _MASK)
-                return None if run is None else self._trim([run], offset, length)
+            if layout.checksums(run, size) != words[2 * first + 1 : 2 * stop : 2].tolist():
+                return None  # the waiting path reads again, past the page cache
+            return self._trim([run], offset, length)
+        segments = self._scattered_now(first, stop)
+        return None if segments is None else self._trim(segments, offset, length)
+
+    def _scattered_now(self, first: int, stop: int) -> list[Segment] | None:
+        """Read blocks `[first, stop)`, of which no leaf is STORED, wherever they are."""
         slots, checksums = self._lookup(first, stop)
-        size = self._size
-        data = self._core.data
+        size, data = self._size, self._core.data
         segments: list[Segment] = []
         for start, end, parts in _stretches(_plan(slots)):
             if not parts:
                 segments.append((end - start) * size)
                 continue
-            buffer = np.empty((end - start) * size, np.uint8).data
-            for first, stop, slot in parts:
-                part = buffer[(first - start) * size : (stop - start) * size]
+            buffer = np.empty((end - start) * size, _BYTE).data
+            for first_of_run, stop_of_run, slot in parts:
+                part = buffer[(first_of_run - start) * size : (stop_of_run - start) * size]
                 if data.preadv_cached(part, slot * size) != len(part):
                     return None
-            if [*map(xxh3_64_intdigest, layout.split(buffer, size))] != checksums[start:end]:
+            if layout.checksums(buffer, size) != checksums[start:end]:
                 return None  # the waiting path reads again, past the page cache
             segments.append(buffer)
-        return self._trim(segments, offset, length)
-
-    def _run_now(self, first: int, stop: int, slot: int) -> memoryview | None:
-        """Return blocks `[first, stop)`, which lie in slots from `slot` on, or None."""
-        size = self._size
-        buffer = np.empty((stop - first) * size, np.uint8).data
-        if self._core.data.preadv_cached(buffer, slot * size) != len(buffer):
-            return None
-        checksums = self._image.map.words[2 * first + 1 : 2 * stop : 2].tolist()
-        if [*map(xxh3_64_intdigest, layout.split(buffer, size))] != checksums:
-            return None  # the waiting path reads again, past the page cache
-        return buffer
+        return segments
 
     def _lookup(self, first: int, stop: int) -> tuple[I64, list[int]]:
         """Slots (0 where no data is) and checksums of blocks `[first, stop)`, none STORED."""

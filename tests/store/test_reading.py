@@ -97,6 +97,21 @@ async def test_both_ways_return_the_same(filled: Volume, length: int) -> None:
         assert await read(filled, offset, length) == content[offset : offset + length]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (1, 0, 2, 3)])
+async def test_blocks_are_found_in_whatever_order_they_lie(
+    volume: Volume, order: tuple[int, ...]
+) -> None:
+    content = random.Random(1).randbytes(4 * BLOCK)
+    for block in order:
+        part = content[block * BLOCK : (block + 1) * BLOCK]
+        assert volume.write_now([(block * BLOCK, part)])
+    slots = slots_of(volume.map.entries[:4, 0])
+    assert (slots - slots.min()).tolist() == [order.index(block) for block in range(4)]
+    for offset, length in [(0, 4 * BLOCK), (1, 4 * BLOCK - 2), (BLOCK, 2 * BLOCK)]:
+        assert read_now(volume, offset, length) == content[offset : offset + length]
+        assert await read(volume, offset, length) == content[offset : offset + length]
+
+
 async def test_reads_of_nothing_and_to_the_very_end(filled: Volume) -> None:
     assert read_now(filled, 0, 0) == b""
     assert await read(filled, filled.size, 0) == b""
