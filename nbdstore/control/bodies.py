@@ -121,6 +121,8 @@ def _checked(value: dict[str, Any], shape: Shape) -> dict[str, Any]:
                 raise InvalidArgument(f"'{name}' is missing: give {_listing(shape)}")
         elif not kind_of(kind).fits(value[name]):
             shown = json.dumps(value[name])[:60]
+            if isinstance(value[name], int | float) and value[name] > MAX_NUMBER:
+                shown = f"{shown}: at most {MAX_NUMBER}"
             raise InvalidArgument(f"'{name}' must be {kind_of(kind).words}, not {shown}")
     return value
 

@@ -58,7 +58,7 @@ class Snapshots:
         snapshot = self._pool.snapshots.get(name)
         if snapshot is None:
             raise NotFound(
-                f"there is no snapshot '{name}': 'nbdstore snapshot list {volume_name}' shows "
+                f"there is no snapshot '{name:.300}': 'nbdstore snapshot list {volume_name}' shows "
                 "what is"
             )
         return snapshot

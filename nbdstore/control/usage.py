@@ -46,7 +46,7 @@ class Usage:
             raise NotFound(
                 f"volume '{name}' was deleted: 'nbdstore trash restore {name}' brings it back"
             )
-        raise NotFound(f"there is no volume '{name}': 'nbdstore volume list' shows what is")
+        raise NotFound(f"there is no volume '{name:.300}': 'nbdstore volume list' shows what is")
 
     def find_again(self, volume: VolumeLike) -> VolumeLike:
         """Return a volume that was found before others had a turn; NotFound if it is gone since."""
