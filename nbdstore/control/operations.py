@@ -15,6 +15,7 @@ any export that is deleted under its client; an import looks again once nobody n
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -37,6 +38,10 @@ from nbdstore.control.stream import Piece
 from nbdstore.control.usage import Usage
 from nbdstore.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreError
 from nbdstore.sizes import exact_size, format_size
+
+MAX_NAMES_BYTES = 8 << 10
+"""Of JSON, all names that may attach a volume; its lease, and what an import, a receive or a scrub
+record, must fit the volume's properties beside them."""
 
 
 class Operations:
@@ -403,4 +408,10 @@ def checked_names(names: Sequence[str]) -> list[str]:
                 f"{name!r} cannot be the name of a client certificate: give its subject CN or one "
                 "of its DNS names"
             )
+    if len(json.dumps(list(names))) > MAX_NAMES_BYTES:
+        raise InvalidArgument(
+            f"{len(names)} names of client certificates are more than "
+            f"{exact_size(MAX_NAMES_BYTES)} together: give clients certificates with a name in "
+            "common, and name that"
+        )
     return list(names)

@@ -148,6 +148,14 @@ class TestChanges:
         info = bench.operations.volume("db")
         assert (info.size, info.allow) == (SIZE, ["alice"]), "nothing was changed"
 
+    async def test_names_leave_space_for_what_else_is_recorded(self, bench: Bench) -> None:
+        names = ["n" * 60] * 128
+        await bench.operations.create_volume("db", SIZE)
+        await bench.operations.update_volume("db", allow=names)
+        with pytest.raises(InvalidArgument, match=r"129 names .* more than 8 KiB together"):
+            await bench.operations.update_volume("db", allow=[*names, "n" * 60])
+        assert len(bench.operations.volume("db").allow) == 128
+
     async def test_changes_of_properties_do_not_undo_each_other(self, bench: Bench) -> None:
         set_properties = bench.pool.set_properties
 
