@@ -30,8 +30,8 @@ RECORD_BYTES = 16 << 10
 """The largest record (RFC 8446, "Record Layer"): small buffers are joined to this much, instead of
 one record for each header."""
 
-ENCRYPT_BYTES = 64 << 10
-"""How much is encrypted before it is sent: the peer decrypts meanwhile."""
+ENCRYPT_BYTES = 256 << 10
+"""How much is encrypted before it is sent: the replies to 32 reads of 4 KiB leave at once."""
 
 RECEIVE_BYTES = 256 << 10
 """Encrypted bytes that are received at once."""
