@@ -82,7 +82,7 @@ class TestDiff:
     def test_says_that_sizes_differ(self, db: CommandLine) -> None:
         db.run("volume", "resize", "db", "9M")
         text = run(db, "diff", "db@b", "db").stderr
-        assert f"db is 1 MiB larger than db@b: {9 * MIB} bytes, not {8 * MIB}" in text
+        assert "db is 1 MiB larger than db@b: 9 MiB, not 8 MiB" in text
 
     def test_of_what_is_not_there(self, db: CommandLine) -> None:
         assert "no snapshot 'db@x'" in db.fail("diff", "db@x", "db")

@@ -103,7 +103,7 @@ MISTAKES = [
     ("POST", "/v1/volumes", VOLUME | {"sise": 1}, 400, "invalid-argument", "'sise'"),
     ("POST", "/v1/volumes", VOLUME | {"size": 0}, 400, "invalid-argument", "0 bytes"),
     ("POST", "/v1/volumes", VOLUME | {"name": "taken"}, 409, "already-exists", "'taken' exists"),
-    ("POST", "/v1/volumes", b"x" * (bodies.MAX_BODY + 1), 413, "body-too-large", "over 65536"),
+    ("POST", "/v1/volumes", b"x" * (bodies.MAX_BODY + 1), 413, "body-too-large", "over 64 KiB"),
     ("POST", "/v1/pool/grow", {"capacity": 1}, 400, "invalid-argument", "already"),
     ("POST", "/v1/pool/checkpoint", {"now": True}, 400, "invalid-argument", "'now'"),
     ("GET", "/v1/pool?now=1", None, 400, "invalid-argument", "'now'"),
