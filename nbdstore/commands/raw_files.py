@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nbdstore.control.stream import PIECE_BYTES, Buffer, Piece
 from nbdstore.errors import InvalidArgument, NbdstoreError
+from nbdstore.sizes import exact_size
 
 ZERO_BLOCK_BYTES = 4096
 """Zeros are left out in runs of such blocks: the default block size of a pool."""
@@ -71,7 +72,7 @@ class RawSource:
         for offset, chunk in chunks:
             if offset + len(chunk) > limit:
                 raise InvalidArgument(
-                    f"{self.name} is longer than the volume's {limit} bytes: "
+                    f"{self.name} is longer than the volume, which has {exact_size(limit)}: "
                     "import into a larger one"
                 )
             yield from _without_zeros(offset, chunk)

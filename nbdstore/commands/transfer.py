@@ -13,7 +13,7 @@ from nbdstore.commands.session import Session, complete_volume, pass_session
 from nbdstore.control.model import VolumeInfo
 from nbdstore.control.service import VolumeService
 from nbdstore.errors import InvalidArgument, NotFound
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
 
 SECTOR_BYTES = 512
 """Volumes have whole sectors: the kernel knows no other disks."""
@@ -95,8 +95,7 @@ def _length(
             )
         if source.size is not None and source.size > size:
             raise InvalidArgument(
-                f"{source.name} has {format_size(source.size)} ({source.size} bytes), more than "
-                f"--size {format_size(size)}"
+                f"{source.name} has {exact_size(source.size)}, more than --size {exact_size(size)}"
             )
         return size
     if source.size is not None:

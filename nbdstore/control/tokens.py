@@ -27,6 +27,7 @@ from pathlib import Path
 from nbdstore.control.routing import Access, Caller
 from nbdstore.errors import InvalidArgument
 from nbdstore.file_signature import signature
+from nbdstore.sizes import exact_size
 
 MAX_BYTES = 256 << 10
 """Of a token file: each call is compared with all of its tokens."""
@@ -106,7 +107,7 @@ def read(path: Path) -> list[Token]:
             f" close it with 'chmod 600 {path}', and make new tokens"
         )
     if len(text) > MAX_BYTES:
-        raise InvalidArgument(f"the token file '{path}' is over {MAX_BYTES} bytes")
+        raise InvalidArgument(f"the token file '{path}' is over {exact_size(MAX_BYTES)}")
     return _parsed(text, path)
 
 

@@ -53,7 +53,7 @@ def test_one_word_is_an_admin_token(path: Path, text: str) -> None:
         ("read\nread bbb\n", "line 1: write 'admin TOKEN"),
         ("admin a,b\nread c\n", "letters, digits"),
         ("admin aaa\nread aaa\n", "line 2: the token is that of another line"),
-        ("read " + "x" * tokens.MAX_BYTES, "over 262144 bytes"),
+        ("read " + "x" * tokens.MAX_BYTES, "over 256 KiB"),
         ("read gr\u00fcn", "not plain text"),
     ],
 )
