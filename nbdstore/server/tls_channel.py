@@ -69,14 +69,16 @@ class TlsChannel(Channel):
             await self.writable()
 
     async def _receive_more(self) -> None:
-        """Wait for what the peer sends next, and hand it to OpenSSL, as its end if it is that."""
+        """Wait for what the peer sends next, and hand it to OpenSSL, as its end if it is that.
+
+        Waits before every read, or a peer that floods would never let the deadline come.
+        """
         while True:
-            try:
+            await self.readable()
+            with contextlib.suppress(BlockingIOError):
                 if not self._fill():
                     self._incoming.write_eof()
                 return
-            except BlockingIOError:
-                await self.readable()
 
     def _fill(self) -> int:
         """Receive once for OpenSSL; see `Channel.recv_into`."""

@@ -9,6 +9,7 @@ import ssl
 
 import pytest
 
+from nbdstore.server import tls_channel
 from nbdstore.server.channel import Channel
 from nbdstore.server.options import TlsMode, TlsOptions
 from nbdstore.server.tls import make_context
@@ -206,6 +207,23 @@ async def test_a_peer_that_hangs_up_in_the_handshake(pair, options):
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(ssl.SSLEOFError):
             await starting
+
+
+async def test_a_peer_that_floods_lets_others_have_their_turn(pair, options, monkeypatch):
+    """A greeting of 10,000 bytes in records of one byte each, all of it there from the start."""
+    monkeypatch.setattr(tls_channel, "RECEIVE_BYTES", 4096)
+    ours, theirs = pair
+    greeting = b"\x01" + (10_000).to_bytes(3) + bytes(10_000)
+    records = b"".join([b"\x16\x03\x01\x00\x01" + bytes([byte]) for byte in greeting])
+    theirs.sendall(records)
+    starting = asyncio.ensure_future(start_tls(Channel(ours), make_context(options)))
+    n_turns = 0
+    while not starting.done():
+        await asyncio.sleep(0)
+        n_turns += 1
+    assert n_turns > len(records) // tls_channel.RECEIVE_BYTES
+    with pytest.raises(ssl.SSLError):
+        await starting
 
 
 @pytest.mark.parametrize("announced", [False, True])
