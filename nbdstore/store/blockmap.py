@@ -48,6 +48,7 @@ FrozenLeaf = bytes | int
 """What a frozen leaf was: the bytes of its node, or the location of all its entries."""
 
 Leaves = npt.NDArray[np.int64]
+_NO_LEAVES: Final[Leaves] = np.empty(0, np.int64)
 
 
 class BlockMap:
@@ -138,7 +139,11 @@ class BlockMap:
     def missing(self, start: int, stop: int) -> Leaves:
         """The STORED leaves that hold entries of blocks `[start, stop)`."""
         first, last = self.leaf_range(start, stop)
-        return np.flatnonzero(self.states[first:last] & KIND == STORED) + first
+        states = self.state_bytes[first:last]
+        if len(states) == 1 and states[0] & KIND != STORED:
+            return _NO_LEAVES  # as for most requests: 0.5 us, where arrays take 5
+        found: Leaves = np.flatnonzero(self.states[first:last] & KIND == STORED) + first
+        return found
 
     def missing_of(self, blocks: I64) -> Leaves:
         """The STORED leaves that hold entries of `blocks`."""

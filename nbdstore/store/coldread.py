@@ -22,7 +22,7 @@ from nbdstore.store import layout
 
 if TYPE_CHECKING:
     from nbdstore.store.core import Core
-    from nbdstore.store.reading import Run, Segment
+    from nbdstore.store.reading import Run, Segment, Stretch
 
 _MOST_RUNS: Final = 64  # asked for on the loop: 4 us each
 _SIZE_OF_FEW: Final = 65536  # up to here a bytearray, zeroed, is made sooner than an array
@@ -42,8 +42,7 @@ class ColdRead:
 
     Arguments:
         core: of the pool.
-        stretches: blocks `[start, stop)`, relative to the first one, and the runs that fill them;
-            of zeros, which need no reading, no runs.
+        stretches: what is to be read, relative to the first block.
         checksums: of all blocks.
         tell: says of a block, by its number relative to the first, which one it is.
 
@@ -57,7 +56,7 @@ class ColdRead:
     def __init__(
         self,
         core: Core,
-        stretches: Sequence[tuple[int, int, list[Run]]],
+        stretches: Sequence[Stretch],
         checksums: Sequence[int],
         tell: Callable[[int], str],
     ) -> None:
@@ -86,6 +85,9 @@ class ColdRead:
         buffer = memoryview(bytearray(length)) if few else np.empty(length, np.uint8).data
         self.segments.append(buffer)
         self.n_bytes += length
+        if len(runs) == 1:
+            self._parts.append((buffer, runs[0][2], start))
+            return
         for first, end, slot in runs:
             part = buffer[(first - start) * size : (end - start) * size]
             self._parts.append((part, slot, first))
@@ -142,9 +144,10 @@ class ColdRead:
             first: number of the part's first block.
         """
         size = self._size
+        if stop == size and len(buffer) == size:
+            return xxh3_64_intdigest(buffer) == self._checksums[first]
         checksums = self._checksums[first + start // size : first + stop // size]
-        blocks = layout.split(buffer[start : stop - stop % size], size)
-        return [*map(xxh3_64_intdigest, blocks)] == checksums
+        return layout.checksums(buffer[start : stop - stop % size], size) == checksums
 
     def read(self) -> None:
         """In a thread: read and verify what is missing, waiting for the disk.
