@@ -526,3 +526,28 @@ def test_a_shrink_that_waits_for_space_is_no_reason_not_to_close(
     scene.begin_again(scene.crashed())
     scene.play(again, close=True)
     scene.assert_clean()
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_deleted_volume_that_cannot_be_emptied_yet_is_no_reason_not_to_close(turns: int) -> None:
+    """Whatever it is at when it is told to end: a checkpoint that fails then tells nobody."""
+    scene = Scene(CAPACITY)
+
+    async def act(pool: Pool) -> None:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write(0, b"x" * MIB)
+        await pool.checkpoint()
+        scene.disk.fault = host_full
+        await pool.delete_volume(volume)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(pool.close(), 60)
+
+    scene.play(act)
+    scene.begin_again(scene.crashed())
+    scene.play(_nothing, close=True)
+    scene.assert_clean()
+
+
+async def _nothing(pool: Pool) -> None:
+    assert not pool.volumes
