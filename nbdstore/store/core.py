@@ -189,6 +189,10 @@ class Core:
         """
         return self.slots.allocate(n, self._floor(n_holes, n_leaves))
 
+    def take_run(self, n: int, n_holes: int, n_leaves: int) -> int:
+        """Like :meth:`take_slots`, of `n` in a row: the first one, or 0 if others must be taken."""
+        return self.slots.allocate_run(n, self._floor(n_holes, n_leaves))
+
     def _floor(self, n_holes: int, n_leaves: int) -> int:
         """How many slots a write must leave free; see :meth:`take_slots`."""
         for_checkpoint = self.map_counts.slots_to_write(n_leaves)

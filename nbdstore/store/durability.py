@@ -30,13 +30,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from nbdstore.errors import PoolFailed, ReadFailed, StoreError
 from nbdstore.store import records
 from nbdstore.store.core import Core, log
 from nbdstore.store.host import Failpoint
-from nbdstore.store.layout import I64
+from nbdstore.store.layout import SlotSequence
 
 INLINE_BYTES: Final = 64 << 10
 _SMOOTHING: Final = 8  # rounds, of the average time of one
@@ -63,13 +64,13 @@ class Unsynced:
         self.slots: list[int] = []
         self.checksums: list[int] = []
 
-    def add(self, seq: int, slots: I64 | list[int], checksums: list[int], n_bytes: int) -> None:
+    def add(self, seq: int, slots: SlotSequence, checksums: list[int], n_bytes: int) -> None:
         """Note that record `seq` mapped `slots`, `n_bytes` in all."""
         if not self.first_seq:
             self.first_seq = seq
         self.n_bytes += n_bytes
         if self.n_bytes <= INLINE_BYTES:
-            self.slots += slots if isinstance(slots, list) else slots.tolist()
+            self.slots += slots.tolist() if isinstance(slots, np.ndarray) else slots
             self.checksums += checksums
 
 
@@ -100,9 +101,7 @@ class Committer:
         self._all_durable_seq = 0
         self.horizon = 0
 
-    def wrote(
-        self, volume: Syncable, seq: int, slots: I64 | list[int], checksums: list[int]
-    ) -> None:
+    def wrote(self, volume: Syncable, seq: int, slots: SlotSequence, checksums: list[int]) -> None:
         """Note that record `seq` of `volume` mapped `slots`, which hold data of `checksums`."""
         volume.last_seq = seq
         volume.unsynced.add(seq, slots, checksums, len(slots) * self._core.block_size)

@@ -52,6 +52,8 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
+SlotSequence = I64 | list[int] | range
+"""Slots in the form that suits how many they are, and how they lie."""
 
 FORMAT_VERSION: Final = 1
 FEATURES_COMPATIBLE: Final = 0

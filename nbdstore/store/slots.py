@@ -177,6 +177,23 @@ class Slots:
             parts.append(part)
         return np.concatenate(parts)
 
+    def allocate_run(self, n: int, floor: int) -> int:
+        """Take `n` slots that follow one another, if the next free ones do; return the first.
+
+        Returns 0, which is never given out, with nothing taken, if they do not, or if fewer than
+        `floor` would be left free.  Without arrays of slots, it takes a third of the time.
+        """
+        last = self._window_at + n - 1
+        if self.n_free - n < floor or last >= len(self._window):
+            return 0
+        first = self._window.item(self._window_at)
+        if self._window.item(last) - first != n - 1:
+            return 0
+        self._window_at += n
+        self._count_in(first >> self._region_shift, -n)  # a window never leaves its region
+        set_run(self._bitmap, first, first + n)
+        return first
+
     def allocate_few(self, n: int, floor: int) -> list[int] | None:
         """Like :meth:`allocate`, of so few that arrays would cost more than they save."""
         if self.n_free - n < floor:

@@ -199,6 +199,19 @@ class Volume(Image):
             self.info.n_provisioned -= n_promised
             self.core.slots.n_set_aside -= n_promised
 
+    def run_of_own(self, first: int, stop: int) -> int:
+        """The first of the slots in which blocks `[first, stop)` lie in order, as last written.
+
+        Returns 0 if they do not, or if a snapshot keeps any.  None of their leaves is STORED.
+        """
+        words, n = self.map.words, stop - first
+        location = words[2 * first]
+        slot = location & layout.SLOT_MASK
+        if not 0 < slot < layout.LOST - n or location >> layout.SLOT_BITS <= self.kept_epoch:
+            return 0
+        in_order = words[2 * first : 2 * stop : 2].tolist() == [*range(location, location + n)]
+        return slot if in_order else 0
+
     def n_filling(self, old: U64) -> int:
         """Of how many of the entries with locations `old` a write gives no slot back for its own.
 

@@ -23,7 +23,7 @@ from nbdstore.errors import NoSpace
 from nbdstore.store import layout, records
 from nbdstore.store.blockmap import KIND, STORED, WRITABLE
 from nbdstore.store.host import Buffer
-from nbdstore.store.layout import I64, U64
+from nbdstore.store.layout import I64, U64, SlotSequence
 
 if TYPE_CHECKING:
     from nbdstore.store.volume import Volume
@@ -183,7 +183,7 @@ class Writing:
     def _apply_run(self, first: int, stop: int, whole: list[Buffer]) -> Wait | None:
         """Write `whole` to blocks `[first, stop)`: as :meth:`_apply`, with less to be gathered.
 
-        One write of 128 KiB takes 25 us, each of four in a batch 11, and the copying of it, which
+        One write of 128 KiB takes 19 us, each of four in a batch 10, and the copying of it, which
         is 33 into fresh pages of the page cache, 12 where they are there (2-core VM, Python 3.11).
         """
         blocks_map = self._volume.map
@@ -194,13 +194,41 @@ class Writing:
             return Wait.MAP
         if not self._has_room(stop - first):
             return Wait.JOURNAL
-        blocks = np.arange(first, stop)
         if not is_writable:
-            blocks_map.make_writable(blocks)
+            blocks_map.make_writable(np.arange(first, stop))
         views: list[Buffer] = []
         for data in whole:
             views += layout.split(memoryview(data), self._size)
-        return self._put(blocks, len(states), views, whole)
+        return self._put_run(first, stop, len(states), views, whole)
+
+    def _put_run(
+        self, first: int, stop: int, n_leaves: int, views: list[Buffer], whole: list[Buffer]
+    ) -> Wait | None:
+        """Like :meth:`_put`, to blocks `[first, stop)`, and to slots in a row if those are next."""
+        core, volume, n = self._core, self._volume, stop - first
+        replaced = volume.run_of_own(first, stop)
+        entries = volume.map.entries[first:stop]
+        old = entries[:, 0].copy()
+        slot = core.take_run(n, 0 if replaced else volume.n_filling(old), n_leaves)
+        if not slot:
+            return self._put(np.arange(first, stop), n_leaves, views, whole)
+        slots = range(slot, slot + n)
+        if not self._store(slots, [(0, n)], whole):
+            return Wait.SPACE
+        checksums = [*map(xxh3_64_intdigest, views)]
+        location = layout.pack_location(slot, volume.info.epoch)
+        mapping = np.empty((n, 3), np.uint64)
+        mapping[:, 0] = np.arange(first, stop)
+        mapping[:, 1] = np.arange(location, location + n, dtype=np.uint64)
+        mapping[:, 2] = checksums
+        seq = core.append(records.map_group(volume.id, mapping))
+        entries[:] = mapping[:, 1:]
+        volume.services.committer.wrote(volume, seq, slots, checksums)
+        if replaced:
+            core.slots.free_later(np.arange(replaced, replaced + n), seq)
+        else:
+            volume.release(old, seq, n_mapped=n)
+        return None
 
     def _put(
         self, blocks: I64, n_leaves: int, views: list[Buffer], whole: list[Buffer]
@@ -217,9 +245,7 @@ class Writing:
         self._switch(blocks, slots, [*map(xxh3_64_intdigest, views)], old)
         return None
 
-    def _store(
-        self, slots: I64 | list[int], runs: list[tuple[int, int]], views: list[Buffer]
-    ) -> bool:
+    def _store(self, slots: SlotSequence, runs: list[tuple[int, int]], views: list[Buffer]) -> bool:
         """Write `views` to `slots`; False, with the slots given back, if the host has no space.
 
         There is one view for each slot, or there is only one run.

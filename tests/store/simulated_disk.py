@@ -526,6 +526,13 @@ class _GreedySlots(Slots):
         assert rest is not None
         return np.concatenate([found, rest])
 
+    def allocate_run(self, n: int, floor: int) -> int:
+        found = self.allocate(n, floor)
+        if found is None or bool((np.diff(found) == 1).all()):
+            return 0 if found is None else int(found[0])
+        self.give_back(found)
+        return 0
+
     def allocate_few(self, n: int, floor: int) -> list[int] | None:
         found = self.allocate(n, floor)
         return None if found is None else found.tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -76,6 +78,22 @@ def test_every_slot_but_the_first_is_given_out_once(n_slots: int) -> None:
 
 def test_a_new_pool_gives_one_run() -> None:
     assert take(Slots(1000, BLOCK), 100) == list(range(1, 101))
+
+
+def test_a_run_is_given_out_if_the_next_slots_are_one() -> None:
+    slots = Slots(1000, BLOCK)
+    assert slots.allocate_run(10, 0) == 0  # where to look is not known before the first request
+    assert take(slots, 5) == [1, 2, 3, 4, 5]
+    assert slots.allocate_run(100, 0) == 6
+    assert slots.allocate_run(895, 0) == 0
+    assert slots.allocate_run(894, 1) == 0
+    assert slots.allocate_run(894, 0) == 106
+    assert slots.n_free == 0
+    assert used(slots) == set(range(1000))
+    slots.give_back(array(3, 4, 6, 7))
+    assert take(slots, 1) == [3]
+    assert slots.allocate_run(3, 0) == 0
+    assert take(slots, 3) == [4, 6, 7]
 
 
 def test_the_floor_stays_free() -> None:
@@ -359,9 +377,20 @@ class SlotsAgainstSets(RuleBasedStateMachine):
     def make(self, n_slots: int) -> None:
         self.slots = Slots(n_slots, BLOCK)
 
-    @rule(n=st.integers(1, 60), floor=st.sampled_from([0, 10]), few=st.booleans())
-    def allocate(self, n: int, floor: int, few: bool) -> None:
-        found = (self.slots.allocate_few if few else self.slots.allocate)(n, floor)
+    def _allocate(self, n: int, floor: int, way: str) -> Sequence[int] | I64 | None:
+        if way == "run":
+            first = self.slots.allocate_run(n, floor)
+            if first:
+                return range(first, first + n)
+        return (self.slots.allocate_few if way == "few" else self.slots.allocate)(n, floor)
+
+    @rule(
+        n=st.integers(1, 60),
+        floor=st.sampled_from([0, 10]),
+        way=st.sampled_from(["many", "few", "run"]),
+    )
+    def allocate(self, n: int, floor: int, way: str) -> None:
+        found = self._allocate(n, floor, way)
         held = len(self.in_use) + sum(len(s) for _, s in self.quarantine)
         if found is None:
             assert self.slots.n_slots - 1 - held - n < floor

@@ -125,6 +125,53 @@ def scatter(slots: Slots) -> None:
         return chosen
 
     slots.allocate = scattered  # type: ignore[method-assign]
+    slots.allocate_run = lambda n, floor: 0  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["", "of a snapshot"])
+@pytest.mark.parametrize(
+    "old",
+    [
+        pytest.param([], id="holes"),
+        pytest.param([(0, 100)], id="one run"),
+        pytest.param([(0, 60), (60, 100)], id="two runs"),
+        pytest.param([(0, 100), (60, 61)], id="a run but for one block"),
+        pytest.param([(0, 50)], id="a run and holes"),
+    ],
+)
+async def test_a_long_write_frees_what_it_replaces(
+    tmp_path: Path, old: list[tuple[int, int]], is_kept: bool
+) -> None:
+    async with opened(make_pool(tmp_path / "p")) as pool:
+        volume = await pool.create_volume("v", MIB)
+        await volume.write_zeroes(120 * 4096, 80 * 4096, no_hole=True)
+        for number, (start, stop) in enumerate(old):
+            piece = data((stop - start) * 4096, seed=number)
+            assert volume.write_now([(start * 4096, piece)])
+            assert volume.write_now([(MIB - 4096 * (number + 1), piece[:4096])])  # not in one run
+        before = await read(volume)
+        if is_kept:
+            await pool.create_snapshots([(volume, "s")])
+        content = bytearray(before)
+        for seed, start in enumerate([10, 10, 20, 130]):
+            piece = data(90 * 4096, seed=50 + seed)
+            content[start * 4096 : start * 4096 + len(piece)] = piece
+            assert volume.write_now([(start * 4096, piece)])
+        assert await read(volume) == content
+        n_mapped = sum(any(content[at : at + 4096]) for at in range(0, MIB, 4096))
+        n_reserved = sum(
+            not any(content[at : at + 4096]) for at in range(120 * 4096, 200 * 4096, 4096)
+        )
+        status = volume.status()
+        assert (status["mapped"], status["reserved"]) == (n_mapped * 4096, n_reserved * 4096)
+        if is_kept:
+            assert await read(pool.snapshots["v@s"]) == before
+        await volume.flush()
+        killed(pool.directory, tmp_path / "k")
+        async with opened(tmp_path / "k") as again:
+            assert await read(again.volumes["v"]) == content
+    await assert_clean(tmp_path / "p")
+    await assert_clean(tmp_path / "k")
 
 
 EDGES = [0, 1, 511, 512, 513, 4095]
