@@ -314,8 +314,12 @@ class Core:
 
     def write_slots(self, slots: I64, blocks: list[bytes]) -> None:
         """Write `blocks[i]` to `slots[i]`, one call per run."""
-        for start, stop in layout.runs(slots):
-            self.data.pwritev(blocks[start:stop], int(slots[start]) * self.block_size)
+        try:
+            for start, stop in layout.runs(slots):
+                self.data.pwritev(blocks[start:stop], int(slots[start]) * self.block_size)
+        except NoSpace:
+            self.slots.begin_anew(self.data.held)
+            raise
 
 
 def _stopped(why: str | StoreError) -> PoolFailed:

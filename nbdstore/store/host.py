@@ -66,6 +66,12 @@ class File(Protocol):
     def allocated(self) -> int:
         """Bytes of the host's filesystem that the file holds; less than `size` if sparse."""
 
+    def held(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts `[start, stop)` of `[offset, offset + length)` that the host has space for.
+
+        Writing there needs no more of it.  All of it, if the filesystem cannot tell.
+        """
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all of `buffers` at byte `offset`, into the page cache."""
 

@@ -64,6 +64,23 @@ class LocalFile:
         """Bytes of the host's filesystem that the file holds; less than `size` if sparse."""
         return os.fstat(self._fd).st_blocks * 512
 
+    def held(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of `[offset, offset + length)` that are no holes of the file (lseek(2))."""
+        found: list[tuple[int, int]] = []
+        at, end = offset, offset + length
+        while at < end:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+                stop = os.lseek(self._fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # all that follows is a hole
+                    break
+                return [(offset, end)]
+            if start < end:
+                found.append((start, min(stop, end)))
+            at = stop
+        return found
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all of `buffers` at byte `offset`, into the page cache."""
         try:

@@ -302,6 +302,9 @@ class _Overlaid:
     def will_need(self, offset: int, length: int) -> None:
         self._file.will_need(offset, length)
 
+    def held(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return self._file.held(offset, length)
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         raise _refusal()
 

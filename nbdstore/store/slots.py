@@ -17,6 +17,17 @@ Allocation goes region by region (a region is what one block of the bitmap cover
 4 KiB blocks): the emptiest region that has held data before, so that runs are long and pages of
 the host's cache and filesystem are recycled, and a fresh region only when no used one is at
 least an eighth free.
+
+A request of 128 KiB, or a multiple of that, begins at such a multiple in the file where free space
+allows it, as it would in a file that is overwritten in place: the page cache then holds it as one
+folio instead of as many as six.  That is a third of the time of such a read (5.5 us instead of 9)
+and up to half of that of such a write (24 us into fresh pages instead of 33 to 55, 10 into cached
+ones instead of 12; ext4 of Linux 6.18).  What is left out on the way goes to small requests, and
+to all before another region is begun.
+
+Slots that were left out, or whose space was given back, may be the first that are free, while the
+host's filesystem has no space for them.  So when it refuses a write, it is asked which of the free
+slots it has space for already, and these come next.
 """
 
 from __future__ import annotations
@@ -33,7 +44,9 @@ from nbdstore.store.lazyarray import LazyArray
 
 _BIT: Final = np.left_shift(1, np.arange(8)).astype(np.uint8)
 _NOT_BIT: Final = ~_BIT
+_RUN_BYTES: Final = 128 << 10  # the largest request of a Linux client, by default
 _RECYCLE_SHARE: Final = 8  # a used region is taken before a fresh one if 1/8 of it is free
+_HELD_PARTS: Final = 1024  # of the file, that a host without space is asked for: 2 us each
 _EMPTY: Final = np.empty(0, np.int64)
 
 
@@ -54,6 +67,8 @@ class Slots:
         self._quarantine: deque[tuple[int, I64 | list[int]]] = deque()
         self._window = _EMPTY
         self._window_at = 0
+        self._run_slots = max(1, _RUN_BYTES // block_size)
+        self._left_out: deque[int] = deque()
         self._readers: dict[int, int] = {}
         self._frozen: FrozenBitmap | None = None
         self._on_replay_free: Callable[[I64], None] | None = None
@@ -155,11 +170,17 @@ class Slots:
     def allocate(self, n: int, floor: int) -> I64 | None:
         """Take `n` slots, leaving at least `floor` free; None if there are not that many.
 
-        Returns int64, shape (n,), ascending as far as one region goes, in runs as long as the
+        Returns int64, shape (n,), ascending as far as one window goes, in runs as long as the
         free space has them.
         """
         if self.n_free - n < floor:
             return None
+        if n % self._run_slots == 0:
+            self._go_to_boundary()
+        elif n <= len(self._left_out):
+            few = np.array([self._left_out.popleft() for _ in range(n)], np.int64)
+            self._mark(few)
+            return few
         at = self._window_at
         if at + n <= len(self._window):
             self._window_at = at + n
@@ -183,14 +204,22 @@ class Slots:
         Returns 0, which is never given out, with nothing taken, if they do not, or if fewer than
         `floor` would be left free.  Without arrays of slots, it takes a third of the time.
         """
+        if self.n_free - n < floor:
+            return 0
+        if n % self._run_slots == 0:
+            self._go_to_boundary()
         last = self._window_at + n - 1
-        if self.n_free - n < floor or last >= len(self._window):
+        if last >= len(self._window):
             return 0
         first = self._window.item(self._window_at)
-        if self._window.item(last) - first != n - 1:
+        region = first >> self._region_shift
+        if (
+            self._window.item(last) != first + n - 1
+            or (first + n - 1) >> self._region_shift != region
+        ):
             return 0
         self._window_at += n
-        self._count_in(first >> self._region_shift, -n)  # a window never leaves its region
+        self._count_in(region, -n)
         set_run(self._bitmap, first, first + n)
         return first
 
@@ -199,14 +228,34 @@ class Slots:
         if self.n_free - n < floor:
             return None
         found: list[int] = []
+        left_out = self._left_out if n <= len(self._left_out) else None
         for _ in range(n):
-            if self._window_at == len(self._window):
-                self._open_window()
-            slot = self._window.item(self._window_at)
-            self._window_at += 1
+            if left_out:
+                slot = left_out.popleft()
+            else:
+                if self._window_at == len(self._window):
+                    self._open_window()
+                slot = self._window.item(self._window_at)
+                self._window_at += 1
             self._mark_one(slot)
             found.append(slot)
         return found
+
+    def _go_to_boundary(self) -> None:
+        """Leave the slots before the next multiple of a run to small requests, if one begins there.
+
+        It does if the next slots that are free are a run themselves, up to the end of that one.
+        """
+        if self._window_at == len(self._window):
+            self._open_window()
+        window, at = self._window, self._window_at
+        n_left_out = -window.item(at) % self._run_slots
+        if not n_left_out:
+            return
+        last = at + n_left_out + self._run_slots - 1
+        if last < len(window) and window.item(last) - window.item(at) == last - at:
+            self._window_at += n_left_out
+            self._left_out += window[at : self._window_at].tolist()
 
     def _mark_one(self, slot: int) -> None:
         region = slot >> self._region_shift
@@ -218,21 +267,56 @@ class Slots:
         self.n_free -= 1
 
     def _open_window(self) -> None:
-        """Make the free slots of the best region the window that allocation takes from."""
+        """Make what was left out, or else the free slots of the best region, the window.
+
+        Allocation takes from it, so it is not empty, as long as anything is free; it ascends.
+        """
+        self._window_at = 0
+        if self._left_out:
+            self._window = np.sort(np.array(self._left_out, np.int64))
+            self._left_out.clear()
+            return
         fresh = self.n_used_regions
         region = int(self._free_in_region[:fresh].argmax()) if fresh else 0
         n_free = int(self._free_in_region[region])
         if fresh < self.n_regions and (fresh == 0 or n_free * _RECYCLE_SHARE < self.region_slots):
             region = fresh
             self.n_used_regions += 1
-        base = region << self._region_shift
-        bits = self._bitmap[region * self._block_size : (region + 1) * self._block_size]
-        self._window = np.flatnonzero(np.unpackbits(bits, bitorder="little") == 0) + base
-        self._window_at = 0
+        self._window = self._free_slots(region)
 
-    def begin_anew(self) -> None:
-        """Allocate from the lowest free slots again: the host has no space for fresh ones."""
+    def _free_slots(self, region: int) -> I64:
+        bits = self._bitmap[region * self._block_size : (region + 1) * self._block_size]
+        free = np.flatnonzero(np.unpackbits(bits, bitorder="little") == 0)
+        return free + (region << self._region_shift)
+
+    def forget_window(self) -> None:
+        """Look for free slots again: what was to be given out next may be used by now."""
         self._window, self._window_at = _EMPTY, 0
+        self._left_out.clear()
+
+    def begin_anew(self, held: Callable[[int, int], list[tuple[int, int]]]) -> None:
+        """Allocate next, if there are any, free slots that the host has space for already.
+
+        Arguments:
+            held: tells for which parts of `[offset, offset + length)` of the file it has space, in
+                bytes, as ranges `[start, stop)`.
+        """
+        self.forget_window()
+        size, found, n_parts = self._block_size, [_EMPTY], 0
+        for region in np.argsort(-self._free_in_region[: self.n_used_regions]).tolist():
+            if not self._free_in_region[region] or n_parts >= _HELD_PARTS:
+                break
+            base = region << self._region_shift
+            parts = held(base * size, self.region_slots * size)
+            if not parts:
+                continue
+            n_parts += len(parts)
+            is_held = np.zeros(self.region_slots, np.bool_)
+            for start, stop in parts:
+                is_held[-(-start // size) - base : stop // size - base] = True
+            free = self._free_slots(region)
+            found.append(free[is_held[free - base]])
+        self._window = np.sort(np.concatenate(found))
 
     def give_back(self, slots: I64) -> None:
         """Free slots that nothing ever pointed to, at once."""
@@ -354,7 +438,7 @@ class Slots:
         # The last region has slots beyond the capacity, which count as used from the start.
         touched = [r for r in used.tolist() if r < full or self._used_in_last_region()]
         self.n_used_regions = max(touched, default=0) + 1
-        self._window, self._window_at = _EMPTY, 0
+        self.forget_window()
 
     def _used_in_last_region(self) -> bool:
         inside = self.n_slots - ((self.n_regions - 1) << self._region_shift)

@@ -164,6 +164,9 @@ class SimulatedFile:
     def allocated(self) -> int:
         return len(self.live)
 
+    def held(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return [(offset, offset + length)]
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         assert not self._disk.read_only
         data = b"".join(buffers)
@@ -519,7 +522,7 @@ class _GreedySlots(Slots):
         found = np.sort(lately[:n])
         self._lately = lately[n:][::-1].tolist()
         self._mark(found)
-        self._window, self._window_at = found[:0], 0  # it may hold what was just taken
+        self.forget_window()  # it may hold what was just taken
         if len(found) == n:
             return found
         rest = super().allocate(n - len(found), floor)

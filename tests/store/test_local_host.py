@@ -92,6 +92,27 @@ def test_punching_gives_space_back_and_reads_as_zeros(file: LocalFile) -> None:
     assert file.pread(4 * MIB, 0) == b"x" * MIB + bytes(2 * MIB) + b"x" * MIB
 
 
+def test_holes_are_not_held(file: LocalFile) -> None:
+    file.truncate(8 * MIB)
+    file.pwritev([b"x" * MIB], MIB)
+    file.pwritev([b"x" * MIB], 4 * MIB)
+    if not file.punch(MIB, 0x1000):
+        pytest.skip("a filesystem without holes")
+    assert file.held(0, 8 * MIB) == [(MIB + 0x1000, 2 * MIB), (4 * MIB, 5 * MIB)]
+    assert file.held(3 * MIB // 2, 3 * MIB) == [(3 * MIB // 2, 2 * MIB), (4 * MIB, 9 * MIB // 2)]
+    assert file.held(2 * MIB, 2 * MIB) == file.held(6 * MIB, 8 * MIB) == []
+
+
+def test_all_is_held_where_nobody_can_tell(
+    file: LocalFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: int) -> int:
+        raise OSError(errno.EINVAL, "no such whence")
+
+    monkeypatch.setattr(os, "lseek", refused)
+    assert file.held(5, 10) == [(5, 15)]
+
+
 CALLS: dict[str, Callable[[LocalFile], Any]] = {
     "pwritev": lambda f: f.pwritev([b"x"], 0),
     "ftruncate": lambda f: f.truncate(5),

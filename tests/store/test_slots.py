@@ -77,23 +77,94 @@ def test_every_slot_but_the_first_is_given_out_once(n_slots: int) -> None:
 
 
 def test_a_new_pool_gives_one_run() -> None:
-    assert take(Slots(1000, BLOCK), 100) == list(range(1, 101))
+    assert take(Slots(1000, BLOCK), 20) == list(range(1, 21))
+
+
+def test_a_large_request_begins_at_a_boundary_and_small_ones_get_what_it_left_out() -> None:
+    slots = Slots(1000, BLOCK)
+    assert take(slots, 96) == list(range(32, 128))
+    assert slots.allocate_few(3, 0) == [1, 2, 3]
+    assert slots.allocate_run(33, 0) == 128
+    assert slots.allocate_run(32, 0) == 192
+    assert slots.allocate_few(4, 0) == [4, 5, 6, 7]
+    assert take(slots, 10) == list(range(8, 18))
+    assert take(slots, 31) == list(range(18, 32)) + list(range(161, 178))
+    assert take(slots, 20) == list(range(224, 244))
+    assert used(slots) == {*range(178), *range(192, 244)}
+
+
+def test_what_was_left_out_is_given_out_before_another_region_is_begun() -> None:
+    slots = Slots(2 * REGION, BLOCK)
+    assert max(take(slots, REGION - 32)) == REGION - 1
+    assert take(slots, 31) == list(range(1, 32))
+    assert slots.n_used_regions == 1
+
+
+def test_a_large_request_takes_scattered_slots_as_they_come() -> None:
+    slots = Slots(200, BLOCK)
+    take(slots, 199)
+    free = [*range(1, 40), *range(41, 90), *range(100, 140)]
+    slots.give_back(array(*free))
+    assert take(slots, 64) == free[:64]  # from 32 on, only 8 are free in a row
+    assert take(slots, 32) == free[64:96]
+
+
+def test_slots_that_the_host_has_space_for_come_next_when_it_has_no_more() -> None:
+    slots = Slots(3 * REGION, BLOCK)
+    take(slots, 3 * REGION - 1)
+    free = [*range(5, 9), *range(REGION + 10, REGION + 90), *range(2 * REGION + 3, 2 * REGION + 5)]
+    slots.give_back(array(*free))
+    asked: list[tuple[int, int]] = []
+
+    def held(offset: int, length: int) -> list[tuple[int, int]]:
+        asked.append((offset, length))
+        known = ((6, 8), (REGION + 50, REGION + 52), (REGION + 60, REGION + 61))
+        inside = [(a * BLOCK, b * BLOCK) for a, b in known if offset <= a * BLOCK < offset + length]
+        return [(a + 1, b) if a == (REGION + 50) * BLOCK else (a, b) for a, b in inside]
+
+    slots.begin_anew(held)
+    assert sorted(asked) == [(n * REGION * BLOCK, REGION * BLOCK) for n in range(3)]
+    first = [6, 7, REGION + 51, REGION + 60]  # half of a block is none
+    assert take(slots, 4) == first
+    assert sorted(take(slots, len(free) - 4)) == sorted({*free} - {*first})
+    slots.begin_anew(held)
+    assert slots.allocate(1, 0) is None
+
+
+def test_what_was_left_out_is_forgotten_with_the_window() -> None:
+    slots = Slots(1000, BLOCK)
+    take(slots, 32)
+    slots.forget_window()
+    assert take(slots, 20) == list(range(1, 21))
+    assert slots.allocate_few(2, 0) == [21, 22]
 
 
 def test_a_run_is_given_out_if_the_next_slots_are_one() -> None:
     slots = Slots(1000, BLOCK)
     assert slots.allocate_run(10, 0) == 0  # where to look is not known before the first request
     assert take(slots, 5) == [1, 2, 3, 4, 5]
-    assert slots.allocate_run(100, 0) == 6
-    assert slots.allocate_run(895, 0) == 0
-    assert slots.allocate_run(894, 1) == 0
-    assert slots.allocate_run(894, 0) == 106
-    assert slots.n_free == 0
-    assert used(slots) == set(range(1000))
+    assert slots.allocate_run(10, 0) == 6
+    assert slots.allocate_run(985, 0) == 0
+    assert slots.allocate_run(983, 2) == 0
+    assert slots.allocate_run(983, 1) == 16
+    assert slots.n_free == 1
+    assert used(slots) == set(range(999))
+    assert take(slots, 1) == [999]
     slots.give_back(array(3, 4, 6, 7))
     assert take(slots, 1) == [3]
     assert slots.allocate_run(3, 0) == 0
     assert take(slots, 3) == [4, 6, 7]
+
+
+def test_a_run_does_not_leave_its_region() -> None:
+    slots = Slots(2 * REGION, BLOCK)
+    take(slots, 2 * REGION - 1)
+    slots.give_back(np.arange(REGION - 10, REGION + 10))
+    slots.begin_anew(lambda offset, length: [(offset, offset + length)])
+    assert slots.allocate_run(20, 0) == 0
+    assert slots.allocate_run(10, 0) == REGION - 10
+    assert slots.allocate_run(10, 0) == REGION
+    assert slots.n_free == 0
 
 
 def test_the_floor_stays_free() -> None:
@@ -130,7 +201,7 @@ def test_the_emptiest_used_region_is_taken_first() -> None:
     slots.give_back(np.arange(1, 100))
     slots.give_back(np.arange(REGION, REGION + 200))
     assert take(slots, 200) == list(range(REGION, REGION + 200))
-    assert take(slots, 99) == list(range(1, 100))
+    assert sorted(take(slots, 99)) == list(range(1, 100))
 
 
 def test_a_request_may_span_regions() -> None:
