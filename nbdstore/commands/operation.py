@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -13,7 +15,10 @@ from nbdstore.commands.session import Session, pass_session
 from nbdstore.control.client import ControlClient
 from nbdstore.control.model import OperationInfo
 from nbdstore.errors import ControlError
-from nbdstore.sizes import format_size
+from nbdstore.sizes import exact_size, format_size
+
+SIZES = frozenset(["size", "mapped", "done", "total", "bandwidth"])
+"""What is in bytes of all that events tell."""
 
 id_argument = click.argument("operation_id", metavar="ID")
 
@@ -102,6 +107,14 @@ def _print(info: OperationInfo, as_json: bool) -> None:
     print_facts(facts)
 
 
+def _facts(detail: dict[str, Any]) -> Iterator[str]:
+    """Yield what an event tells, for people."""
+    for key, value in detail.items():
+        if value not in (None, {}):
+            is_size = key in SIZES and isinstance(value, int)
+            yield f"{key}={exact_size(value) if is_size else value}"
+
+
 def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
@@ -127,10 +140,7 @@ def events(session: Session, as_json: bool) -> None:
             if as_json:
                 click.echo(json.dumps(event, ensure_ascii=False))
             else:
-                told = {
-                    key: value for key, value in event["detail"].items() if value not in (None, {})
-                }
-                facts = " ".join(f"{key}={value}" for key, value in told.items())
+                facts = " ".join(_facts(event["detail"]))
                 subject = event["subject"] or "-"
                 click.echo(f"{event['time']}  {event['kind']}  {subject}  {facts}".rstrip())
             sys.stdout.flush()

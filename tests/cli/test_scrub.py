@@ -163,7 +163,7 @@ class TestEvents:
             "operation.started",
             "operation.ended",
         ]
-        assert lines[0][2:] == ["db", "size=1048576\n"]
+        assert lines[0][2:] == ["db", "size=1 MiB\n"]
         assert lines[2][3] == "state=done\n"  # and no result that is empty, nor an error of None
 
     def test_nothing_happens_to_a_pool_that_nobody_serves(self, commands: CommandLine) -> None:
