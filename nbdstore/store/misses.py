@@ -14,9 +14,10 @@ first, and at few that have not come.  It stays a loop: everybody else has a tur
                                              times in a row with nothing come in between
     slow       waits in a thread             64 reads came from threads
 
-In either state, reads that nothing has come of in 64 turns wait in threads, the oldest first; the
-others are looked at whenever a thread has come back.  Since the disk works on all of them in the
-meantime, few threads are enough, and syncs find one that is free.
+In either state, reads that nothing has come of in 64 turns wait in threads, the oldest first, and
+before them those that looking does not do for; the others are looked at whenever a thread has
+come back.  Since the disk works on all of them meanwhile, few threads are enough, and syncs find
+one that is free.
 
 Turns are counted, and not time: where the loop has other things to do, looking costs no more.
 """
@@ -49,6 +50,7 @@ class Misses:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._waiting: deque[tuple[ColdRead, OnEnd]] = deque()
+        self._overdue: deque[tuple[ColdRead, OnEnd]] = deque()  # looked at no more
         self._threads: set[asyncio.Task[None]] = set()
         self._will_look = False
         self._n_turns = 0  # since something came
@@ -97,7 +99,7 @@ class Misses:
             self._will_look = True
             asyncio.get_running_loop().call_soon(self._turn)
         else:
-            self._wait_in_threads()
+            self._wait_in_threads(self._waiting)
 
     def _turn(self) -> None:
         self._will_look = False
@@ -124,14 +126,9 @@ class Misses:
             except Exception as error:
                 self._end(read, on_end, error)
                 continue
-            if found is Progress.IN_DOUBT:
-                self._wait_in_thread(read, on_end)
-                continue
-            if found is Progress.AWAITED:
-                if read.n_looks >= MOST_LOOKS and len(self._threads) < N_THREADS:
-                    self._wait_in_thread(read, on_end)
-                else:
-                    awaited.append(miss)
+            if found in (Progress.AWAITED, Progress.IN_DOUBT):
+                overdue = found is Progress.IN_DOUBT or read.n_looks >= MOST_LOOKS
+                (self._overdue if overdue else awaited).append(miss)
                 continue
             has_come = True
             if found is Progress.DONE:
@@ -140,6 +137,7 @@ class Misses:
             else:
                 awaited.append(miss)
         waiting.extendleft(reversed(awaited))
+        self._wait_in_threads(self._overdue)
         return has_come
 
     def _end(self, read: ColdRead, on_end: OnEnd, error: Exception | None) -> None:
@@ -149,14 +147,12 @@ class Misses:
 
     # -- threads ----------------------------------------------------------------------------
 
-    def _wait_in_threads(self) -> None:
-        while self._waiting and len(self._threads) < N_THREADS:
-            self._wait_in_thread(*self._waiting.popleft())
-
-    def _wait_in_thread(self, read: ColdRead, on_end: OnEnd) -> None:
-        task = asyncio.create_task(self._in_thread(read, on_end))
-        self._threads.add(task)
-        task.add_done_callback(self._came_back)
+    def _wait_in_threads(self, reads: deque[tuple[ColdRead, OnEnd]]) -> None:
+        """Have threads wait for the first of `reads`, as far as there are any."""
+        while reads and len(self._threads) < N_THREADS:
+            task = asyncio.create_task(self._in_thread(*reads.popleft()))
+            self._threads.add(task)
+            task.add_done_callback(self._came_back)
 
     async def _in_thread(self, read: ColdRead, on_end: OnEnd) -> None:
         error = None
@@ -173,6 +169,7 @@ class Misses:
         if self._n_by_thread == N_BY_THREAD:
             self._n_in_vain = min(self._n_in_vain, N_IN_VAIN - 1)
         self._n_turns = 0
+        self._wait_in_threads(self._overdue)
         if self._waiting and not self._will_look:
             self._look()
         self._go_on()

@@ -206,6 +206,19 @@ async def test_what_is_in_doubt_goes_to_a_thread_at_once(misses: Misses, threads
     await task
 
 
+async def test_few_threads_are_away_for_what_is_in_doubt_and_others_are_looked_at_meanwhile(
+    misses: Misses, threads: Threads
+) -> None:
+    tasks = await wait_for(misses, *(Read(Progress.IN_DOUBT) for _ in range(20)))
+    await asyncio.gather(*await wait_for(misses, Read(Progress.DONE)))
+    while not all(task.done() for task in tasks):
+        await turns(5)
+        assert len(threads.away) <= N_THREADS
+        if threads.away:
+            threads.let()
+    assert threads.n_ever == 20
+
+
 async def test_an_error_in_a_thread_is_the_waiter_s(misses: Misses, threads: Threads) -> None:
     read = Read(Progress.IN_DOUBT)
     (task,) = await wait_for(misses, read)
