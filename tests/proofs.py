@@ -144,14 +144,14 @@ TABLE: Final[dict[str, Row]] = {
         ("update_volume", "set_properties"),
         ("limit",),
         (_PROPERTY,),
-        "a property, and nothing in a server depends on when it is durable",
+        ("limit",),
         ("_limit",),
     ),
     "take and end leases": Row(
         ("acquire_lease", "break_lease", "release_lease"),
         ("lease", "break"),
         (_PROPERTY,),
-        "what it does to connections, `roll_back` does; what it keeps is a property",
+        ("lease", "end_lease"),
         ("_lease", "_break_lease"),
     ),
     "make snapshots, of several volumes at once": Row(

@@ -20,6 +20,7 @@ from tests.load.worker import KINDS
 from tests.proofs import COURSE, NOTHING_KEPT, PROOFS, TABLE
 from tests.simulation.carrier import Carrier
 from tests.simulation.jobs import _COMMANDS
+from tests.simulation.mutations import MUTATIONS
 from tests.simulation.plan import choose_plan
 from tests.store.short_sequences import ALL
 from tests.store.snapshot_work import SnapshotWork
@@ -68,8 +69,9 @@ def entries(proof: str) -> set[str]:
         ways = chosen(Receiver._do_something, of=Receiver)
         return drawn(Client, Workload, SnapshotWork) - NOT_STEPS | {f"Receiver.{w}" for w in ways}
     if proof == "simulation":
-        actions = {action for seed in range(100) for action in choose_plan(seed).actions}
-        return actions | {"scrub"} | {command.name for command in _COMMANDS}
+        plans = [*map(choose_plan, range(100)), *(mutation.plan for mutation in MUTATIONS)]
+        actions = {action for plan in plans for action in plan.actions}
+        return actions | {command.name for command in _COMMANDS}
     kinds = chosen(killed.Administrator._kinds, of=killed.Administrator)
     return kinds | {command.name for command in KINDS}
 

@@ -18,8 +18,8 @@ from tests.fuzz.test_corpus import BROKEN as BROKEN_PARSERS
 from tests.load.scene import HOSTILE_SHARE, SLOWEST_S
 from tests.peers.sabotage import SABOTAGES
 from tests.peers.test_nbdstore import SKIPPED as CONFIGURATIONS
+from tests.simulation import test_worlds
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.test_worlds import N_BACKUP_WORLDS, N_SCRUBBED_WORLDS, N_WORLDS
 from tests.soak import PARTS
 from tests.store.short_plays import OPERATIONS
 from tests.store.short_sequences import BASES, RESTRICTED, sequences
@@ -41,6 +41,7 @@ N_ALL = len(EVERYTHING) - N_MORE
 N_BROKEN = len(BROKEN_RULES) + len(SNAPSHOT_RULES) + len(MUTATIONS)
 N_BROKEN_IN_SEQUENCES = len(FOUND_BY.keys() - BACKUP_RULES.values())
 N_BROKEN += N_BROKEN_IN_SEQUENCES + len(BACKUP_RULES) + len(BROKEN_PARSERS) + len(SABOTAGES)
+N_WORLDS = sum(n for name, n in vars(test_worlds).items() if name.endswith("_WORLDS"))
 WORDS = {3: "three"}
 
 
@@ -53,7 +54,7 @@ WORDS = {3: "three"}
         f"all {N_ALL:,} sequences of the {len(OPERATIONS)}",
         f"the {N_MORE:,} others on",
         f"{len(Failpoint)} of them",
-        f"| {N_WORLDS + N_BACKUP_WORLDS + N_SCRUBBED_WORLDS} worlds",
+        f"| {N_WORLDS} worlds",
         f"in {WORDS[len(subjects())]} pools each byte",
         f"{len(all_cases())} cases on {len(RULES)} rules",
         f"each in one of {len(CONFIGURATIONS)} configurations at least",

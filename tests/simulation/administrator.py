@@ -148,6 +148,21 @@ class Administrator:
             raise
         export.resized()
 
+    async def _lease(self) -> None:
+        export = self._some_export()
+        if export is not None:
+            await self._world.keeping.take_lease(export)
+
+    async def _end_lease(self) -> None:
+        export = self._some_export()
+        if export is not None:
+            await self._world.keeping.end_lease(export)
+
+    async def _limit(self) -> None:
+        export = self._some_export()
+        if export is not None:
+            await self._world.keeping.limit(export)
+
     # --- The trash ---------------------------------------------------------------------------
 
     async def _trash(self) -> None:

@@ -41,6 +41,8 @@ class Export:
         leaving: its deletion has begun.
         trashing: it is being put into the trash.
         rolling_to: what it is to hold, once it is rolled back to a snapshot.
+        claim: what follows its name where it is asked for: the lease that its users have.
+        leasing: its lease is changing hands.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Export:
         self.history = History(content)
         self.leaving = self.trashing = False
         self.rolling_to: Stamps | None = None
+        self.claim = ""
+        self.leasing = False
         self._shrunk = False
         self.machine = Machine(world, self)
 
@@ -188,7 +192,8 @@ class Machine:
         try:
             sock = await self._world.network.connect(name)
             connection = Connection(self._world, sock, self._mode)
-            await connection.shake_hands(self._random.choice(self._export.names))
+            name = self._random.choice(self._export.names)
+            await connection.shake_hands(name + self._export.claim)
         except (OSError, Refused):
             return None
         self._world.n_attached += 1

@@ -20,6 +20,7 @@ from nbdstore.protocol.constants import Command
 from nbdstore.protocol.replies import Buffer, SimpleReplies
 from nbdstore.protocol.transmission import Request
 from nbdstore.server import Server
+from nbdstore.server.exports import Exports
 from nbdstore.server.session import Session
 from nbdstore.store import Image, Pool, Snapshot, Volume
 from nbdstore.store.administration import Administration
@@ -72,6 +73,16 @@ SCRUBS: Final = replace(
     },
 )
 """Worlds in which volumes and snapshots are scrubbed all the time."""
+
+LEASES: Final = replace(
+    CRASHES,
+    n_exports=2,
+    actions={
+        **{"lease": 4, "end_lease": 1, "limit": 2, "rename": 1, "trash": 1, "restore": 1},
+        **{"snapshot": 1, "roll_back": 1, "crash": 2, "create": 1},
+    },
+)
+"""Worlds in which leases change hands under the users of volumes."""
 
 BACKUPS: Final = replace(
     CRASHES,
@@ -226,13 +237,17 @@ def _forget_overwrites() -> Any:
     return mock.patch.object(Writing, "_attempt", attempt)
 
 
-async def _change_without_commit(self: Administration, *args: Any) -> None:
-    """As if it was enough that a volume is in the trash, or out of it, until the next sync."""
-    if args[1]["op"] not in ("trash", "restore"):
-        await _CHANGE(self, *args)
-        return
-    with mock.patch.object(Committer, "commit_all", mock.AsyncMock()):
-        await _CHANGE(self, *args)
+def _changes_without_commit(*ops: str) -> Any:
+    """As if it was enough that some changes are journalled, until the next sync."""
+
+    async def change(self: Administration, *args: Any) -> None:
+        if args[1]["op"] not in ops:
+            await _CHANGE(self, *args)
+            return
+        with mock.patch.object(Committer, "commit_all", mock.AsyncMock()):
+            await _CHANGE(self, *args)
+
+    return mock.patch.object(Administration, "change", change)
 
 
 def _empty_too_soon(self: Trash) -> None:
@@ -338,9 +353,27 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "what is in the trash is not durably there",
-        lambda: mock.patch.object(Administration, "change", _change_without_commit),
+        lambda: _changes_without_commit("trash", "restore"),
         "",
         TRASH,
+    ),
+    Mutation(
+        "leases and limits are not durably there",
+        lambda: _changes_without_commit("properties"),
+        "has kept",
+        LEASES,
+    ),
+    Mutation(
+        "a lease leaves the connections of before",
+        lambda: mock.patch.object(Server, "fence", _fence_nobody),
+        "after a fence",
+        LEASES,
+    ),
+    Mutation(
+        "a lease that has ended is good enough",
+        lambda: mock.patch.object(Exports, "_lease_refusal", lambda *_: None),
+        "its lease has ended",
+        LEASES,
     ),
     Mutation(
         "the trash is emptied too soon",

@@ -10,6 +10,7 @@ from nbdstore.control.operations import Operations
 from nbdstore.errors import NotFound
 from nbdstore.server import Server, ServerOptions
 from nbdstore.store import Pool, Volume
+from tests.simulation.kept import Kept
 from tests.simulation.oracle import Stamps, stamps_of
 from tests.simulation.pool_process import PoolProcess
 from tests.simulation.received import Found, look
@@ -32,6 +33,7 @@ class ServerProcess(PoolProcess):
         found: what was in its volumes when it came up, by id: name, size, content.
         found_snapshots: what was in their snapshots, by id and the snapshot's name.
         found_trash: what volumes in the trash held, by id.
+        found_kept: what was kept with volumes, those in the trash too, by id.
         found_received: what was there of volumes that backups are received into, by name.
     """
 
@@ -42,6 +44,7 @@ class ServerProcess(PoolProcess):
         self.found: dict[int, tuple[str, int, Stamps]] = {}
         self.found_snapshots: dict[tuple[int, str], Stamps] = {}
         self.found_trash: dict[int, Stamps] = {}
+        self.found_kept: dict[int, Kept] = {}
         self.found_received: dict[str, Found] = {}
 
     # --- Life --------------------------------------------------------------------------------
@@ -61,6 +64,8 @@ class ServerProcess(PoolProcess):
         if plan.ballast and BALLAST not in pool.volumes:
             ballast = await pool.create_volume(BALLAST, plan.ballast)
             await ballast.write_zeroes(0, ballast.size, no_hole=True)
+        for volume in [*pool.volumes.values(), *pool.trash]:
+            self.found_kept[volume.id] = Kept.of(volume)
         for volume in list(pool.volumes.values()):
             if volume.name == BALLAST:
                 continue

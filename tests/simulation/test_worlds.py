@@ -12,7 +12,7 @@ import pytest
 
 from nbdstore.errors import StoreError
 from tests.figures import Tell
-from tests.simulation.mutations import BACKUPS, MUTATIONS, SCRUBS, Mutation
+from tests.simulation.mutations import BACKUPS, LEASES, MUTATIONS, SCRUBS, Mutation
 from tests.simulation.oracle import Wrong
 from tests.simulation.plan import choose_plan
 from tests.simulation.world import run_world
@@ -24,6 +24,7 @@ SCALE = 0.25
 N_WORLDS = 40
 N_BACKUP_WORLDS = 30
 N_SCRUBBED_WORLDS = 10
+N_LEASED_WORLDS = 10
 
 
 @pytest.mark.parametrize("first", range(0, N_WORLDS, 4))
@@ -52,6 +53,16 @@ def test_what_is_scrubbed_while_it_is_used_is_never_taken_for_damaged(tell: Tell
     assert figures["scrubs"] > 100
     assert figures["power losses"]
     tell("simulation", {"worlds": N_SCRUBBED_WORLDS, **figures})
+
+
+def test_who_has_lost_the_lease_of_a_volume_is_out_and_stays_out(tell: Tell) -> None:
+    figures: Counter[str] = Counter()
+    for seed in range(N_LEASED_WORLDS):
+        figures.update(run_world(seed, LEASES).figures())
+    for what in ("leases taken", "limits set", "clients with an old lease turned away"):
+        assert figures[what] > 10, what
+    assert figures["power losses"]
+    tell("simulation", {"worlds": N_LEASED_WORLDS, **figures})
 
 
 DIGEST = """

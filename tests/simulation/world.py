@@ -26,6 +26,7 @@ from tests.simulation.administrator import MOST_EXPORTS, Administrator
 from tests.simulation.carrier import Carrier
 from tests.simulation.export import Export
 from tests.simulation.jobs import Job
+from tests.simulation.kept import Keeping
 from tests.simulation.network import Network
 from tests.simulation.oracle import CELL, History, Stamps, Wrong, stamps_of
 from tests.simulation.plan import Plan
@@ -52,6 +53,7 @@ class World:
         maybe_created: what volumes shall hold whose making has begun, by name.
         snapshots: what is known of them.
         trash: what is known of it.
+        keeping: what is known of leases and limits.
         received: the volumes that backups are received into, by name; nobody uses them yet.
         carrier: who does that; None = nobody.
         process: the server, alive or dead.
@@ -68,6 +70,7 @@ class World:
         self.maybe_created: dict[str, Stamps] = {}
         self.snapshots = Snapshots(self)
         self.trash = Trash(self)
+        self.keeping = Keeping(self)
         self.received: dict[str, Received] = {}
         self.carrier: Carrier | None = None
         self.process: ServerProcess
@@ -145,7 +148,7 @@ class World:
             allowed.add(Errno.EIO)
         if self.plan.may_fill:
             allowed.add(Errno.ENOSPC)
-        if export.leaving or export.trashing or export.rolling_to is not None:
+        if export.leaving or export.trashing or export.leasing or export.rolling_to is not None:
             allowed.add(Errno.ESHUTDOWN)
         return allowed
 
@@ -155,6 +158,7 @@ class World:
         """A volume exists, and holds `content`: let it be used."""
         export = Export(self, volume_id, name, content, self.plan.spread)
         self.exports[volume_id] = export
+        export.claim = self.keeping.claim(volume_id)
         export.machine.start()
         for _ in range(self.plan.n_jobs):
             self._jobs.append(self.start(Job(self, export, self.plan.n_requests).run()))
@@ -293,6 +297,7 @@ class World:
                 raise Wrong(f"volume {volume_id} {name} of {size} bytes comes from nowhere")
             self.adopt(volume_id, name, content)
         self.maybe_created.clear()
+        self.keeping.compare(process.found_kept)
         self.trace.note("up", process.name, len(process.found), "volumes")
 
     # --- The course --------------------------------------------------------------------------
@@ -405,6 +410,9 @@ class World:
             "snapshots made": self.snapshots.n_made,
             "rollbacks": self.n_rollbacks,
             "scrubs": self.n_scrubs,
+            "leases taken": self.keeping.n_leases,
+            "limits set": self.keeping.n_limits,
+            "clients with an old lease turned away": self.keeping.n_turned_away,
             "volumes put into the trash": self.trash.n_put,
             "of them restored": self.trash.n_restored,
             "emptied": self.trash.n_emptied,
