@@ -64,8 +64,12 @@ class Administration:
         self._emptying: dict[int, asyncio.Task[None]] = {}
 
     async def finish(self) -> None:
-        """Wait for the changes that are under way."""
-        if self._changes:
+        """Wait for the changes that are under way, and for what their callers do upon them.
+
+        A caller that was cancelled goes on before this does, since it has waited for longer; it
+        may take something back.
+        """
+        while self._changes:
             await asyncio.wait(self._changes)
 
     async def alone(self, change: Coroutine[Any, Any, T]) -> T:

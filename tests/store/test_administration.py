@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +20,8 @@ from nbdstore.errors import (
 )
 from nbdstore.sizes import exact_size
 from nbdstore.store import Extent, ExtentKind, Pool, Volume, layout
+from nbdstore.store.administration import Administration
+from nbdstore.store.checkpoint import Checkpointer
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -412,6 +415,47 @@ async def test_who_cancels_a_change_waits_until_it_is_made(pool: Pool, turns: in
             raise asyncio.CancelledError  # it was over before
         assert not pool._administration._changes
     assert (volume.properties, volume.size, volume.name) == ({"a": 1}, 2 * MIB, "w")
+
+
+async def test_closing_waits_for_what_a_cancelled_caller_takes_back(
+    directory: Path,
+) -> None:
+    reached, passed = asyncio.Event(), asyncio.Event()
+    change, run, under_way = Administration.change, Checkpointer.run, list[int]()
+
+    async def held(*about: Any) -> None:
+        reached.set()
+        await passed.wait()
+        await change(*about)
+
+    pool = await Pool.open(directory)
+    volume = await pool.create_volume("v", MIB)
+
+    async def last_checkpoint(checkpointer: Checkpointer, *, last: bool) -> None:
+        under_way.append(len(pool._administration._changes))
+        await run(checkpointer, last=last)
+
+    async def import_into_it() -> None:
+        try:
+            await pool.set_properties(volume, {"importing": False})
+        except asyncio.CancelledError:
+            await pool.delete_volume(volume)
+            raise
+
+    with mock.patch.object(Administration, "change", held):
+        importing = asyncio.create_task(import_into_it())
+        await reached.wait()
+        importing.cancel()
+        with mock.patch.object(Checkpointer, "run", autospec=True, side_effect=last_checkpoint):
+            closing = asyncio.create_task(pool.close())
+            await asyncio.sleep(0)
+            passed.set()
+            await closing
+        assert importing.cancelled()
+        assert under_way == [0]
+    async with opened(directory) as again:
+        assert "v" not in again.volumes
+    await assert_clean(directory)
 
 
 async def test_a_failed_write_to_the_superblock_fails_the_pool(directory: Path) -> None:
