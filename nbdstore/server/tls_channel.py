@@ -48,6 +48,8 @@ class TlsChannel(Channel):
         self._read: Callable[[int, memoryview], int] = self.tls.read  # type: ignore[assignment]
         self._received = memoryview(reserve(RECEIVE_BYTES))
         self._encrypted = Outbox()
+        self._has_ended = False
+        """Whether the peer's close_notify has been read, which it may wait to be answered."""
         self._callback: Callable[[], None] | None = None
 
     async def shake_hands(self) -> None:
@@ -87,8 +89,8 @@ class TlsChannel(Channel):
         return n_bytes
 
     def _has_more(self) -> bool:
-        """Whether something was left for lack of room: nobody will tell that it can be read."""
-        return self._incoming.pending > 0 or self.tls.pending() > 0
+        """Whether something is left to be read, or the end: the socket will not tell of it."""
+        return self._incoming.pending > 0 or self._has_ended or self.tls.pending() > 0
 
     def recv_into(self, buffer: memoryview) -> int:
         """Receive as many records as have arrived and fit."""
@@ -98,8 +100,11 @@ class TlsChannel(Channel):
         try:
             while n_bytes < room:
                 got = read(room - n_bytes, buffer[n_bytes:])
+                if not got:
+                    self._has_ended = True
+                    break
                 n_bytes += got
-                if not got or not incoming.pending:
+                if not incoming.pending:
                     break
         except ssl.SSLWantReadError:
             if not n_bytes:

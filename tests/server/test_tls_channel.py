@@ -226,15 +226,16 @@ async def test_a_peer_that_floods_lets_others_have_their_turn(pair, options, mon
         await starting
 
 
-@pytest.mark.parametrize("announced", [False, True])
-async def test_the_peers_end_is_told_behind_its_last_bytes(connected, announced):
+@pytest.mark.parametrize("by", ["close_notify", "end of stream"])
+async def test_the_peers_end_is_told_behind_its_last_bytes(connected, by):
     channel, peer = connected
     peer.tls.write(b"last")
-    if announced:
+    if by == "close_notify":
         with pytest.raises(ssl.SSLWantReadError):
             peer.tls.unwrap()
     await peer.send_all()
-    peer.sock.shutdown(socket.SHUT_WR)
+    if by == "end of stream":
+        peer.sock.shutdown(socket.SHUT_WR)
     async with asyncio.timeout(DEADLINE_S):
         assert await channel.receive() == b"last"
         assert await channel.receive() == b""
