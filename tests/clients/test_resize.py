@@ -43,7 +43,7 @@ def test_growing_is_at_once_and_shrinking_waits(served: ServedPool, children: Ch
         """,
     )
     message = served.nbdstore(*command[3:], "1G", "--shrink", status=2)
-    assert "4096 bytes are mapped beyond the new size" in message
+    assert "4 KiB of data, or space set aside, lie beyond the new size 1 GiB" in message
     served.nbdstore(*command[3:], "1G", "--shrink", "--force")
     nbdsh(
         children,
