@@ -21,7 +21,10 @@ it all::
     python -m tests.proofs
 
 What is kept of a lease, of limits and of how far a scrub is, is a property of its volume, so to the
-store they are one change, which the histories make with properties of chance.
+store they are one change, which the histories make with properties of chance.  A lease ends when
+somebody ends it or takes the next one, never by the clock, so there is no such end to be crashed.
+Sending and telling differences keep nothing: what is proven of them is that they change nothing and
+are of one moment, and that what comes of a sender that died can be gone on with.
 """
 
 from __future__ import annotations
