@@ -38,6 +38,7 @@ N_IN_VAIN: Final = 4
 N_BY_THREAD: Final = 64
 N_THREADS: Final = 6  # fewer than the disk has, see local_host.py
 _LOOKS: Final = 4  # at reads of which nothing has come, in one turn: 1.5 us each
+LONG_BYTES: Final = 128 << 10  # of reads whose copying costs more than a task, 10 us
 _TURN_BYTES: Final = 4 << 20  # taken in one turn; some 1 ms
 
 OnEnd = Callable[[Exception | None], None]
@@ -77,12 +78,26 @@ class Misses:
             raise
 
     def start(self, read: ColdRead, on_end: OnEnd) -> None:
-        """Call `on_end` when `read` is done, in a later turn; never if it is abandoned first."""
+        """Call `on_end` when `read` is done, which may be at once; never if it is abandoned first.
+
+        A long one is looked at before it queues, as nobody may have: see Reading.now.
+        """
         read.begin()
         if not self._waiting:
             self._n_turns = 0
-        self._waiting.append((read, on_end))
+        miss = (read, on_end)
+        found = Progress.AWAITED
+        if read.n_bytes >= LONG_BYTES:
+            found = self._look_at(miss)
+            self._wait_in_threads(self._overdue)
+        if found in (Progress.AWAITED, Progress.ADVANCED):
+            self._waiting.append(miss)
         self._go_on()
+
+    @property
+    def are_waiting(self) -> bool:
+        """Whether some are looked at."""
+        return bool(self._waiting)
 
     async def finish(self) -> None:
         """Wait for the threads."""
@@ -120,25 +135,31 @@ class Misses:
         left_bytes = _TURN_BYTES
         while waiting and left_bytes > 0 and len(awaited) < _LOOKS:
             miss = waiting.popleft()
-            read, on_end = miss
-            try:
-                found = Progress.DONE if read.is_abandoned else read.look()
-            except Exception as error:
-                self._end(read, on_end, error)
-                continue
-            if found in (Progress.AWAITED, Progress.IN_DOUBT):
-                overdue = found is Progress.IN_DOUBT or read.n_looks >= MOST_LOOKS
-                (self._overdue if overdue else awaited).append(miss)
-                continue
-            has_come = True
+            found = self._look_at(miss)
+            has_come |= found in (Progress.DONE, Progress.ADVANCED)
             if found is Progress.DONE:
-                left_bytes -= read.n_bytes
-                self._end(read, on_end, None)
-            else:
+                left_bytes -= miss[0].n_bytes
+            elif found is not Progress.IN_DOUBT:
                 awaited.append(miss)
         waiting.extendleft(reversed(awaited))
         self._wait_in_threads(self._overdue)
         return has_come
+
+    def _look_at(self, miss: tuple[ColdRead, OnEnd]) -> Progress:
+        """Look at one read, and end it if it is done, or see to it that it gets a thread."""
+        read, on_end = miss
+        try:
+            found = Progress.DONE if read.is_abandoned else read.look()
+        except Exception as error:
+            self._end(read, on_end, error)
+            return Progress.DONE
+        if found is Progress.DONE:
+            self._end(read, on_end, None)
+        elif found is Progress.AWAITED and read.n_looks >= MOST_LOOKS:
+            found = Progress.IN_DOUBT
+        if found is Progress.IN_DOUBT:
+            self._overdue.append(miss)
+        return found
 
     def _end(self, read: ColdRead, on_end: OnEnd, error: Exception | None) -> None:
         read.end()

@@ -20,6 +20,7 @@ from nbdstore.store import layout
 from nbdstore.store.blockmap import KIND, STORED
 from nbdstore.store.coldread import ColdRead
 from nbdstore.store.layout import I64
+from nbdstore.store.misses import LONG_BYTES
 
 if TYPE_CHECKING:
     from nbdstore.store.image import Image
@@ -105,6 +106,8 @@ class Reading:
 
     def now(self, offset: int, length: int) -> list[Segment] | None:
         """Read bytes `[offset, offset + length)` if that needs no waiting, else return None."""
+        if length >= LONG_BYTES and self._core.misses.are_waiting:
+            return None  # it may be there in part, which :meth:`read` copies only once
         return self._range_now(offset, length) if length else []
 
     def block_now(self, block: int) -> bytearray | int | None:

@@ -11,7 +11,15 @@ import pytest
 from nbdstore.errors import ReadFailed
 from nbdstore.store.coldread import ColdRead, Progress
 from nbdstore.store.host import Disk
-from nbdstore.store.misses import MOST_LOOKS, N_BY_THREAD, N_IN_VAIN, N_THREADS, TURNS, Misses
+from nbdstore.store.misses import (
+    LONG_BYTES,
+    MOST_LOOKS,
+    N_BY_THREAD,
+    N_IN_VAIN,
+    N_THREADS,
+    TURNS,
+    Misses,
+)
 
 
 class Read(ColdRead):
@@ -133,6 +141,21 @@ async def test_few_reads_are_looked_at_in_a_turn_when_nothing_comes(misses: Miss
     tasks = await wait_for(misses, *reads)
     await turns(TURNS // 2)
     assert sum(read.n_looks > 0 for read in reads) == 4
+    for read in reads:
+        read.comes = Progress.DONE
+    await asyncio.gather(*tasks)
+
+
+async def test_a_long_read_that_is_there_does_not_queue_behind_those_that_are_awaited(
+    misses: Misses,
+) -> None:
+    reads = [Read() for _ in range(10)]
+    tasks = await wait_for(misses, *reads)
+    long = Read(Progress.DONE)
+    long.n_bytes = LONG_BYTES
+    await misses.wait(long)
+    assert long.told == ["begin", "end"]
+    assert not any(task.done() for task in tasks)
     for read in reads:
         read.comes = Progress.DONE
     await asyncio.gather(*tasks)

@@ -20,6 +20,7 @@ from nbdstore.errors import Corruption, NotFound, ReadFailed, StoreError
 from nbdstore.store import Pool, Volume
 from nbdstore.store.layout import slots_of
 from nbdstore.store.local_host import LocalFile
+from nbdstore.store.misses import LONG_BYTES, Misses
 from nbdstore.store.reading import _cut, _plan
 from tests.store.pools import MIB, Calls, cold, hooked, make_pool, opened, read, read_now, until
 from tests.store.workload import joined
@@ -217,6 +218,16 @@ async def test_what_comes_bit_by_bit_is_taken_once_and_without_a_thread(
         assert await read(filled) == content
     pages = [page for at, length in taken for page in range(at, at + length)]
     assert len(pages) == len(set(pages))
+
+
+async def test_a_long_read_is_left_to_the_way_that_waits_while_others_wait(volume: Volume) -> None:
+    content = random.Random(4).randbytes(MIB)
+    assert volume.write_now([(0, content)])
+    with mock.patch.object(Misses, "are_waiting", True):
+        assert volume.read_now(0, LONG_BYTES) is None
+        assert read_now(volume, 0, LONG_BYTES - BLOCK) == content[: LONG_BYTES - BLOCK]
+        assert await read(volume, 0, MIB) == content
+    assert read_now(volume, 0, MIB) == content
 
 
 async def test_reads_side_by_side_get_each_its_own(filled: Volume) -> None:
