@@ -20,6 +20,10 @@ come back.  Since the disk works on all of them meanwhile, few threads are enoug
 one that is free.
 
 Turns are counted, and not time: where the loop has other things to do, looking costs no more.
+
+What can hold the loop up nevertheless: asking a device whose queue is full (nr_requests, often 256)
+waits for a place in it, though RWF_NOWAIT says not to; as does a filesystem that must read where
+the blocks of the file are.
 """
 
 from __future__ import annotations
