@@ -87,6 +87,15 @@ class File(Protocol):
         Returns the bytes read: 0 = the file ends here, -1 = all of it would have to be waited for.
         """
 
+    def preadv_cached_all(
+        self, parts: Sequence[Sequence[Buffer]], offsets: Sequence[int], length: int
+    ) -> bool:
+        """Fill each of `parts`, of `length` bytes together, from where `offsets` says.
+
+        False if one would have to be waited for, ends beyond the file, or cannot be read, which
+        :meth:`preadv_cached` tells of each; others may be filled then.
+        """
+
     def pread_direct(self, length: int, offset: int) -> bytes:
         """Read past the page cache; `offset` and `length` are multiples of 4096."""
 

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -132,6 +133,16 @@ class LocalFile:
             if error.errno == errno.EOPNOTSUPP:  # 9p: then every read goes by a thread
                 return -1
             raise self._read_error(offset, error) from error
+
+    def preadv_cached_all(
+        self, parts: Sequence[Sequence[Buffer]], offsets: Sequence[int], length: int
+    ) -> bool:
+        """See File; no call gives more than its part, so that the sum tells of all."""
+        fd, flag = repeat(self._fd), repeat(self._nowait_flag)
+        try:
+            return sum(map(os.preadv, fd, parts, offsets, flag)) == length
+        except OSError:  # of one of them: which, and what, who reads it by itself is told
+            return False
 
     def pread_direct(self, length: int, offset: int) -> bytes:
         """Read past the page cache; `offset` and `length` are multiples of 4096."""

@@ -3,7 +3,8 @@
 Owns the read path.  `now` never waits: it serves what the page cache and the resident map hold
 and returns None otherwise; `read` waits.  What each step of `now` costs for one block of 4 KiB
 (2-core VM, Python 3.11): map lookup 0.15 us, buffer 0.15 us, preadv 0.7 us, xxh3 0.1 us.  A run of
-32 blocks takes 9 us, of which xxh3 and the cutting for it are 5; of 4, 3 us; scattered ones more.
+32 blocks takes 9 us, of which xxh3 and the cutting for it are 5; of 4, 3 us.
+32 that lie scattered take 60, of which 30 are the calls of preadv: none reads from several places.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ def _stretches(runs: Sequence[Run]) -> list[Stretch]:
     return found
 
 
+def _of_one_kind(slots: I64) -> list[tuple[int, int]]:
+    """Split `slots`, not empty, into stretches `[start, stop)` of data, or of zeros."""
+    if np.count_nonzero(slots) == len(slots):
+        return [(0, len(slots))]
+    held = slots != 0
+    edges = (np.flatnonzero(held[1:] != held[:-1]) + 1).tolist()
+    return [*zip([0, *edges], [*edges, len(slots)], strict=True)]
+
+
 def _cut(segments: list[Segment], skip: int, length: int) -> list[Segment]:
     """Drop `skip` bytes from the front of `segments` and keep `length` of the rest."""
     found: list[Segment] = []
@@ -155,21 +165,33 @@ class Reading:
     def _scattered_now(self, first: int, stop: int) -> list[Segment] | None:
         """Read blocks `[first, stop)`, of which no leaf is STORED, wherever they are."""
         slots, checksums = self._lookup(first, stop)
-        size, data = self._size, self._core.data
         segments: list[Segment] = []
-        for start, end, parts in _stretches(_plan(slots)):
-            if not parts:
-                segments.append((end - start) * size)
+        for start, end in _of_one_kind(slots):
+            if slots[start] == 0:
+                segments.append((end - start) * self._size)
                 continue
-            buffer = np.empty((end - start) * size, _BYTE).data
-            for first_of_run, stop_of_run, slot in parts:
-                part = buffer[(first_of_run - start) * size : (stop_of_run - start) * size]
-                if data.preadv_cached(part, slot * size) != len(part):
-                    return None
-            if layout.checksums(buffer, size) != checksums[start:end]:
-                return None  # the waiting path reads again, past the page cache
-            segments.append(buffer)
+            found = self._gathered_now(slots[start:end], checksums[start:end])
+            if found is None:
+                return None
+            segments.append(found)
         return segments
+
+    def _gathered_now(self, slots: I64, checksums: list[int]) -> memoryview | None:
+        """Return the blocks in `slots`, all of which hold data."""
+        size, runs = self._size, layout.runs(slots)
+        buffer = np.empty(len(slots) * size, _BYTE).data
+        blocks = layout.split(buffer, size)
+        parts = [
+            [blocks[at]] if stop == at + 1 else [buffer[at * size : stop * size]]
+            for at, stop in runs
+        ]
+        places = slots.tolist()
+        offsets = [places[at] << self._shift for at, _ in runs]
+        if not self._core.data.preadv_cached_all(parts, offsets, len(buffer)):
+            return None
+        if [*map(xxh3_64_intdigest, blocks)] != checksums:
+            return None  # the waiting path reads again, past the page cache
+        return buffer
 
     def _lookup(self, first: int, stop: int) -> tuple[I64, list[int]]:
         """Slots (0 where no data is) and checksums of blocks `[first, stop)`, none STORED."""

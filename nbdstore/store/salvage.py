@@ -299,6 +299,11 @@ class _Overlaid:
     def preadv_cached(self, buffer: Buffer, offset: int) -> int:
         return -1
 
+    def preadv_cached_all(
+        self, parts: Sequence[Sequence[Buffer]], offsets: Sequence[int], length: int
+    ) -> bool:
+        return False
+
     def will_need(self, offset: int, length: int) -> None:
         self._file.will_need(offset, length)
 

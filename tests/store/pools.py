@@ -109,6 +109,12 @@ def hooked(hook: Hook) -> Iterator[None]:
             hook("cached", self.name)
             return super().preadv_cached(buffer, offset)
 
+        def preadv_cached_all(
+            self, parts: Sequence[Sequence[Buffer]], offsets: Sequence[int], length: int
+        ) -> bool:
+            hook("cached", self.name)
+            return super().preadv_cached_all(parts, offsets, length)
+
         def fdatasync(self) -> None:
             hook("sync", self.name)
             super().fdatasync()
@@ -135,5 +141,9 @@ class Calls(list[tuple[str, str]]):
 @contextmanager
 def cold() -> Iterator[None]:
     """While this lasts, no read finds anything in the page cache."""
-    with mock.patch("nbdstore.store.local_host.LocalFile.preadv_cached", lambda *_: -1):
+    file = local_host.LocalFile
+    with (
+        mock.patch.object(file, "preadv_cached", lambda *_: -1),
+        mock.patch.object(file, "preadv_cached_all", lambda *_: False),
+    ):
         yield

@@ -27,7 +27,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 
-from nbdstore.errors import StoreError, WriteFailed
+from nbdstore.errors import ReadFailed, StoreError, WriteFailed
 from nbdstore.store import PoolOptions
 from nbdstore.store.host import Buffer, Failpoint, Host
 from nbdstore.store.layout import I64
@@ -214,6 +214,18 @@ class SimulatedFile:
             self._absent[offset] = left - 1
             return -1
         return self.preadv(memoryview(buffer)[: chance.choice((PAGE, len(buffer)))], offset)
+
+    def preadv_cached_all(
+        self, parts: Sequence[Sequence[Buffer]], offsets: Sequence[int], length: int
+    ) -> bool:
+        assert sum(len(buffer) for part in parts for buffer in part) == length
+        try:
+            return all(
+                self.preadv_cached(buffer, offset) == len(buffer)
+                for (buffer,), offset in zip(parts, offsets, strict=True)
+            )
+        except ReadFailed:
+            return False
 
     def pread_direct(self, length: int, offset: int) -> bytes:
         assert length % PAGE == offset % PAGE == 0

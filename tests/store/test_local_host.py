@@ -52,6 +52,17 @@ def test_what_is_written_is_read_in_every_way(file: LocalFile) -> None:
         assert buffer == raw[:4096]
 
 
+def test_many_places_are_read_from_the_page_cache_at_once(file: LocalFile) -> None:
+    raw = random.Random(1).randbytes(40_000)
+    file.pwritev([raw], 0)
+    parts = [[bytearray(4096)], [bytearray(100), bytearray(5000)], [bytearray(1)]]
+    if file.preadv_cached_all(parts, [8192, 30_000, 7], 9197):
+        assert parts == [[raw[8192:12_288]], [raw[30_000:30_100], raw[30_100:35_100]], [raw[7:8]]]
+    # One that ends beyond the file is not made up for by any other.
+    assert not file.preadv_cached_all([[bytearray(10)], [bytearray(10)]], [39_995, 0], 20)
+    assert not file.preadv_cached_all([[bytearray(10)], [bytearray(10)]], [0, 50_000], 20)
+
+
 def test_reading_beyond_the_end_gives_what_there_is(file: LocalFile) -> None:
     file.pwritev([b"x" * 5000], 0)
     buffer = bytearray(8192)
@@ -193,6 +204,7 @@ def test_a_read_that_would_wait_or_cannot_be_asked_not_to_is_no_error(
 
     monkeypatch.setattr(os, "preadv", fail)
     assert file.preadv_cached(bytearray(10), 0) == -1
+    assert not file.preadv_cached_all([[bytearray(10)], [bytearray(10)]], [0, 10], 20)
 
 
 def test_an_error_of_a_cached_read_is_one(file: LocalFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +214,7 @@ def test_an_error_of_a_cached_read_is_one(file: LocalFile, monkeypatch: pytest.M
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(ReadFailed):
         file.preadv_cached(bytearray(10), 0)
+    assert not file.preadv_cached_all([[bytearray(10)], [bytearray(10)]], [0, 10], 20)
 
 
 # -- directories ---------------------------------------------------------------------------------

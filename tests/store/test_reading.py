@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -436,6 +438,67 @@ async def test_a_read_from_the_page_cache_takes_one_call_per_run(directory: Path
             calls.clear()
             assert read_now(volume, 0, 100 * BLOCK) == b"x" * 100 * BLOCK
             assert calls == [("cached", "data")]
+
+
+async def test_scattered_blocks_are_read_at_once_between_zeros(directory: Path) -> None:
+    calls = Calls()
+    with hooked(calls):
+        async with opened(directory) as pool:
+            volume = await pool.create_volume("v", MIB)
+            raw = random.Random(1).randbytes(40 * BLOCK)
+            for block in random.Random(2).sample(range(40), 40):
+                if block not in (20, 21, 30):
+                    place = slice(block * BLOCK, (block + 1) * BLOCK)
+                    assert volume.write_now([(place.start, raw[place])])
+            assert volume.write_now([(35 * BLOCK, raw[35 * BLOCK :])])  # a run among them
+            calls.clear()
+            found = volume.read_now(100, 40 * BLOCK - 200)
+            assert found is not None
+            sizes = [s if isinstance(s, int) else len(s) for s in found]
+            assert sizes == [20 * BLOCK - 100, 2 * BLOCK, 8 * BLOCK, BLOCK, 9 * BLOCK - 100]
+            assert calls == [("cached", "data")] * 3
+            expected = bytearray(raw)
+            expected[20 * BLOCK : 22 * BLOCK] = bytes(2 * BLOCK)
+            expected[30 * BLOCK : 31 * BLOCK] = bytes(BLOCK)
+            assert joined(found) == expected[100:-100]
+
+
+async def test_of_scattered_blocks_the_one_that_cannot_be_read_is_named(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for block in (0, 2, 1, 3):
+        assert volume.write_now([(block * BLOCK, bytes([block]) * BLOCK)])
+    bad, real = place_of(volume, 2), os.preadv
+
+    def fail(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if offset == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    assert volume.read_now(0, 4 * BLOCK) is None
+    with pytest.raises(ReadFailed, match=f"at byte {bad}:"):
+        await volume.read(0, 4 * BLOCK)
+    assert read_now(volume, 0, 2 * BLOCK) == bytes(BLOCK) + b"\1" * BLOCK
+
+
+@pytest.mark.parametrize("is_scattered", [False, True])
+async def test_what_was_read_stays_as_it_is_while_others_are_read(
+    volume: Volume, is_scattered: bool
+) -> None:
+    raw = random.Random(1).randbytes(128 * BLOCK)
+    for block in range(0, 128, 2 if is_scattered else 128):
+        assert volume.write_now([(block * BLOCK, raw[block * BLOCK :])])
+    kept = {at: volume.read_now(at * BLOCK, 32 * BLOCK) for at in range(0, 96, 8)}
+    parts = {at: volume.read_now(at * BLOCK + 1, 32 * BLOCK - 2) for at in range(0, 96, 8)}
+    for at in range(96):
+        assert read_now(volume, at * BLOCK, 32 * BLOCK) == raw[at * BLOCK : (at + 32) * BLOCK]
+    for at, found in kept.items():
+        assert found is not None
+        assert joined(found) == raw[at * BLOCK : (at + 32) * BLOCK]
+    for at, found in parts.items():
+        assert found is not None
+        assert joined(found) == raw[at * BLOCK + 1 : (at + 32) * BLOCK - 1]
 
 
 # -- verifying -----------------------------------------------------------------------------------
