@@ -34,7 +34,11 @@ class Nbdstore(Server):
     ) -> None:
         super().__init__(children, directory, credentials)
         self.pool = directory / "pool"
-        self.env = {"PYTHONPATH": str(checkout), "NBDSTORE_POOL": str(self.pool)}
+        self.env = {
+            "PYTHONPATH": str(checkout),
+            "NBDSTORE_POOL": str(self.pool),
+            "PYTHONDONTWRITEBYTECODE": "",  # an nbdstore that is installed has it, from pip
+        }
 
     def create(self, stage: Stage) -> None:
         capacity = stage.n_volumes * stage.stored_bytes + 2 * GIB
