@@ -82,6 +82,25 @@ class Extents:
         n = int(cut[0]) if len(cut) else min(len(kinds), _SLICE_LEAVES)
         return Slice(start, min((leaf + n) << shift, stop), None)
 
+    def stretch(self, start: int, stop: int) -> int:
+        """Return where the first part of blocks `[start, stop)` ends that one change may cover.
+
+        It holds at most as many leaves with entries as a slice, however far apart, and any number
+        of others.
+
+        Raises:
+            StoreError: `stop` is beyond the end.
+        """
+        blocks = self._image.map
+        self._check(start, stop)
+        leaf = start >> blocks.leaf_shift
+        last = min(((stop - 1) >> blocks.leaf_shift) + 1, leaf + _SCAN_LEAVES)
+        kinds = blocks.states[leaf:last] & KIND
+        with_entries = np.flatnonzero((kinds != HOLE) & (kinds != UNIFORM))
+        if len(with_entries) > _SLICE_LEAVES:
+            last = leaf + int(with_entries[_SLICE_LEAVES])
+        return min(last << blocks.leaf_shift, stop)
+
     async def slices(self, start: int, stop: int) -> AsyncIterator[Slice]:
         """Yield the slices of blocks `[start, stop)`, with their leaves in memory."""
         while start < stop:

@@ -78,14 +78,16 @@ class Ranges:
 
     async def clear(self, start: int, stop: int, *, emptying: bool = False) -> None:
         """Make holes of blocks `[start, stop)`; `emptying` a deleted volume is no mistake."""
-        async for part in self._contents.slices(start, stop):
-            if part.uniform == HOLE:
-                continue
+        while start < stop:
+            end = self._contents.stretch(start, stop)
             await self._wait_for_journal()
-            while not self._change(part.start, part.stop, Op.CLEAR, emptying=emptying):
-                await self._volume.load(part.start, part.stop)
+            while not self._change(start, end, Op.CLEAR, emptying=emptying):
+                await self._volume.load(start, end)
             if self._core.slots.n_quarantined > _MANY_FREED:
                 await self._volume.services.committer.settle()
+            start = end
+            if start < stop:
+                await self._core.host.sleep(0)
 
     async def _provision(self, start: int, stop: int) -> None:
         """Make blocks `[start, stop)` read as zeros, with space set aside."""

@@ -174,7 +174,7 @@ async def test_others_go_on_while_a_long_range_is_done(pool: Pool) -> None:
     while not trim.done():
         await asyncio.sleep(0)
         turns += 1
-    assert turns > 500
+    assert turns > 1000 // 64  # a part has so many leaves with entries at most
 
 
 async def test_a_range_over_leaves_that_are_not_in_memory(pool: Pool) -> None:
