@@ -1,4 +1,4 @@
-"""The command line: ``list``, ``run`` and ``report``."""
+"""The command line: ``list``, ``run``, ``guest`` and ``report``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from benchmarks import credentials, machine, report, results
+from benchmarks import credentials, in_a_guest, machine, report, results
 from benchmarks.model import BenchmarkFailed, Row, Transport
 from benchmarks.peers import NBDSTORE, PEERS, Peer, other_checkout
 from benchmarks.progress import Progress
@@ -25,7 +25,8 @@ from benchmarks.rounds import Plan, Runner
 from benchmarks.rows import chosen, rows
 from benchmarks.scale import NORMAL, SCALES, Scale
 from benchmarks.tools import Tools
-from tests.children import Children
+from tests.children import Children, CommandError
+from tests.guest.guest import GuestError
 
 # Not /tmp, which often is memory.
 DEFAULT_DISK = Path("/var/tmp")
@@ -139,6 +140,24 @@ def run(
     )
     click.echo(f"results are in {output}", err=True)
     sys.exit(1 if measured.n_failed() or not measured.finished else 0)
+
+
+@main.command()
+@click.argument("patterns", nargs=-1, metavar="[ROW]...")
+@click.option("--peers", metavar="NAMES", help="As for run.")
+def guest(patterns: Sequence[str], peers: str | None) -> None:
+    """Run the rows of the group kernel, or ROW, in an emulated machine.
+
+    Its kernel has an nbd driver, which this machine's may lack. This tells whether everything
+    works there; figures of an emulated machine mean nothing.
+    """
+    _chosen(rows(NORMAL), patterns)
+    machine.find_admin_programs()
+    names = [peer.name for peer in _peers(peers, ())]
+    try:
+        click.echo(in_a_guest.run(patterns or ["kernel"], names))
+    except (CommandError, GuestError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command("report")

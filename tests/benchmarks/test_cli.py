@@ -22,6 +22,8 @@ from tests.benchmarks import made_up
         ("run fsync --peers nbdkit,tgt", "'tgt' is no peer: choose from nbdstore, nbdkit"),
         ("run fsync --quick --full", "one of --quick, --full and --smoke"),
         ("run fsync --against /", "/ is no checkout of nbdstore"),
+        ("guest no-such-row", "'no-such-row' is no row and no group"),
+        ("guest --peers tgt", "'tgt' is no peer"),
         ("report /", "no results in /"),
     ],
 )

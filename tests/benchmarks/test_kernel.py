@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 
 import pytest
 
-from benchmarks.peers import ROOT
+from benchmarks import in_a_guest
 from tests.guest.guest import Guest
 
 pytestmark = [
@@ -16,18 +14,12 @@ pytestmark = [
     pytest.mark.requires("fio", "setpriv"),
     pytest.mark.timeout(600),
 ]
-COMMAND = (
-    f"{shlex.quote(sys.executable)} -m benchmarks run kernel-fsync-each-write --smoke "
-    "--runtime 0.5 --peers nbdstore --json --no-plots --output /tmp/output"
-)
 
 
 def test_volumes_are_attached_measured_and_detached(guest: Guest) -> None:
-    said = guest.run(
-        f"cd {shlex.quote(str(ROOT))}\n{COMMAND} 2>/tmp/progress || cat /tmp/progress\n"
-        "ls -d /sys/block/nbd*/pid 2>/dev/null || echo all are free"
-    )
-    assert said.endswith("all are free\n")
+    said = in_a_guest.run_in(guest, "kernel-fsync-each-write", "--peers", "nbdstore", "--json")
+    free = guest.run("ls -d /sys/block/nbd*/pid 2>/dev/null || echo all are free")
+    assert free == "all are free\n"
     (row,) = json.loads(said[said.index("{") : said.rindex("}") + 1])["rows"]
     assert (row["failed"], row["left_out"]) == ({}, {})
     assert len(row["samples"]["nbdstore"]) == 1
