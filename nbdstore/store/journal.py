@@ -38,6 +38,7 @@ Likewise an older copy of the whole file: one from before the last checkpoint la
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,7 @@ import numpy as np
 import xxhash
 
 from nbdstore.errors import ReadFailed
-from nbdstore.store.host import Disk, File
+from nbdstore.store.host import Buffer, Disk, File
 from nbdstore.store.layout import JOURNAL_PAGE
 
 MAGIC: Final = b"NBDSJRNL"
@@ -58,7 +59,7 @@ _CHECKSUM: Final = struct.Struct("<Q")
 HEADER_SIZE: Final = _HEADER.size + _CHECKSUM.size
 assert HEADER_SIZE == ALIGNMENT
 _PADDING: Final = bytes(ALIGNMENT)
-_SCAN_BYTES: Final = 8 << 20
+_SCAN_BYTES: Final = 1 << 20  # what a processor's cache holds: 8 MiB at a time take twice as long
 _WINDOW_BYTES: Final = 1 << 20
 _WIPE_BYTES: Final = 1 << 20
 
@@ -246,8 +247,8 @@ def format_ring(file: File, size: int, start: int = 0) -> None:
 class Reader:
     """The reading end: the records from a known place on, in order.
 
-    It reads past the page cache, where records may be that a failed sync has kept from the disk
-    for good, and which therefore nothing may be built on.
+    It reads records past the page cache, where some may be that a failed sync has kept from the
+    disk for good, and which therefore nothing may be built on.
 
     Arguments:
         on_unreadable: whom to tell of pages that the disk cannot read; None = raise.
@@ -322,27 +323,41 @@ class Reader:
     def _claims(self, offset: int, seq: int) -> Iterator[int]:
         """Yield the offsets, one lap from `offset` on, of what seems to vouch for record `seq`.
 
-        One numpy expression looks at all: a lap of 128 MiB can hold a million records.
+        A lap of 128 MiB can hold a million records, so one numpy expression looks at a MiB of them.
+
+        What is in the page cache is taken from there, since 128 MiB are 10 ms then, not 100: no
+        claim that the disk has is missed by that.  The cache differs from the disk where a write
+        has not got there, and what that one is to overwrite is older than the tail, and so vouches
+        for nothing after it.  A claim that only the cache has is none: who looks at it closely
+        does so past the cache.
         """
         magic = np.frombuffer(MAGIC, "<u8")[0]
         start = align(offset, ALIGNMENT)
         at = start
         while at < start + self._size:
-            place = at % self._size
-            raw = self._read(min(_SCAN_BYTES, self._size - place), place)
+            raw = self._read_any(min(_SCAN_BYTES, self._size - at % self._size), at % self._size)
             whole = len(raw) - len(raw) % ALIGNMENT
             if not whole:
                 return
             rows = np.frombuffer(raw, "<u8", whole // 8).reshape(-1, ALIGNMENT // 8)
+            records = np.flatnonzero(rows[:, 0] == magic)
+            _, pools, seqs, durable_seqs = rows[records, :4].T
             claims = (
-                (rows[:, 0] == magic)
-                & (rows[:, 1] == np.uint64(self._pool))
-                & (rows[:, 2] > np.uint64(seq))
-                & (rows[:, 3] >= np.uint64(seq))
+                (pools == np.uint64(self._pool))
+                & (seqs > np.uint64(seq))
+                & (durable_seqs >= np.uint64(seq))
             )
-            for index in np.flatnonzero(claims).tolist():
+            for index in records[claims].tolist():
                 yield at + index * ALIGNMENT
             at += whole
+
+    def _read_any(self, length: int, place: int) -> Buffer:
+        """Read a part of the file, from the page cache if all of it is there."""
+        buffer = bytearray(length)
+        with contextlib.suppress(ReadFailed):  # who reads past the cache knows what to make of it
+            if self._file.preadv_cached(buffer, place):
+                return buffer
+        return self._read(length, place)
 
     def _read(self, length: int, place: int) -> bytes:
         """Read a part of the file, through a window of whole pages."""

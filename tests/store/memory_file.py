@@ -8,11 +8,15 @@ from nbdstore.store.host import Buffer
 
 
 class MemoryFile:
-    """Stands in for host.File; `raw` is what it holds."""
+    """Stands in for host.File; `raw` is what it holds.
+
+    cached: what its page cache holds; None = nothing.
+    """
 
     def __init__(self, name: str = "file", raw: bytes = b"") -> None:
         self.name = name
         self.raw = bytearray(raw)
+        self.cached: bytes | None = None
         self.n_syncs = 0
 
     @property
@@ -30,6 +34,13 @@ class MemoryFile:
     def pread_direct(self, length: int, offset: int) -> bytes:
         assert length % 4096 == offset % 4096 == 0
         return self.pread(length, offset)
+
+    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
+        if self.cached is None:
+            return False
+        found = self.cached[offset : offset + len(buffer)]
+        memoryview(buffer)[: len(found)] = found
+        return len(found) == len(buffer)
 
     def fdatasync(self) -> None:
         self.n_syncs += 1

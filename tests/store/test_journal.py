@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdstore.errors import ReadFailed
-from nbdstore.store.host import Disk, File
+from nbdstore.store.host import Buffer, Disk, File
 from nbdstore.store.journal import ALIGNMENT, HEADER_SIZE, Journal, Reader, Record, format_ring
 from nbdstore.store.layout import JOURNAL_PAGE
 from tests.store.memory_file import MemoryFile
@@ -362,3 +362,42 @@ def test_pages_that_cannot_be_read_are_told_and_hide_no_other_record() -> None:
     assert told
     witness = reader.damage_after(offsets[2], 3)
     assert witness is not None and witness.seq == 4
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_witness_is_found_on_the_disk_and_in_the_page_cache(is_cached: bool) -> None:
+    ring = Ring()
+    for number in range(6):
+        ring.append(bytes([number]) * 100)
+        ring.sync()
+    ring.memory.raw[3 * JOURNAL_PAGE] ^= 1  # record 4
+    if is_cached:
+        ring.memory.cached = bytes(ring.memory.raw)
+    witness = ring.damaged()
+    assert witness is not None and witness.seq == 5
+
+
+def test_a_witness_that_never_got_to_the_disk_vouches_for_nothing() -> None:
+    ring = Ring()
+    for number in range(6):
+        ring.append(bytes([number]) * 100)
+        ring.sync()
+    ring.memory.cached = bytes(ring.memory.raw)
+    ring.memory.raw[3 * JOURNAL_PAGE :] = bytes(SIZE - 3 * JOURNAL_PAGE)  # the sync has failed
+    assert len(ring.read()) == 3
+    assert ring.damaged() is None
+
+
+def test_a_page_that_the_cache_cannot_give_is_read_from_the_disk() -> None:
+    class Poisoned(MemoryFile):
+        def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
+            raise ReadFailed("journal: Input/output error")
+
+    ring = Ring()
+    for number in range(3):
+        ring.append(bytes([number]) * 100)
+        ring.sync()
+    ring.memory.raw[JOURNAL_PAGE] ^= 1
+    ring.memory = Poisoned("journal", bytes(ring.memory.raw))
+    witness = ring.damaged()
+    assert witness is not None and witness.seq == 3
