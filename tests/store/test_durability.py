@@ -168,6 +168,17 @@ async def test_a_caller_that_goes_away_takes_nobody_with_it(volume: Volume, call
     await volume.flush()
 
 
+async def test_a_round_that_is_about_to_begin_or_runs_can_be_waited_for(
+    counted: Pool, volume: Volume, calls: Calls
+) -> None:
+    done: list[object] = []
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    assert volume.flush_soon(done.append)
+    await counted._committer.finish()
+    assert (done, calls.syncs()) == ([None], ["journal"])
+    await counted._committer.finish()
+
+
 # -- in place ------------------------------------------------------------------------------------
 
 
@@ -207,8 +218,14 @@ async def test_a_slow_sync_sends_those_after_it_to_threads(volume: Volume) -> No
         assert in_place.call_count == 1
 
 
+def make_quick(volume: Volume) -> None:
+    """Have all syncs take no time."""
+    volume.core.host = mock.Mock(wraps=volume.core.host, monotonic=lambda: 0.0)
+    volume.services.committer._sync_s = 0.0
+
+
 async def test_nothing_is_done_in_place_while_others_read(counted: Pool, volume: Volume) -> None:
-    counted._committer._sync_s = 0.0
+    make_quick(volume)
     other = await counted.create_volume("other", MIB)
     with mock.patch.object(Journal, "sync_in_place", autospec=True) as in_place:
         for n_reads, expected in ((0, 1), (10, 1), (0, 2)):
@@ -220,7 +237,7 @@ async def test_nothing_is_done_in_place_while_others_read(counted: Pool, volume:
 
 
 async def test_a_large_flush_is_never_done_in_place(volume: Volume) -> None:
-    volume.services.committer._sync_s = 0.0
+    make_quick(volume)
     with mock.patch.object(Journal, "sync_in_place", autospec=True) as in_place:
         assert volume.write_now([(0, b"x" * (INLINE_BYTES + BLOCK))])
         await volume.flush()
@@ -231,17 +248,71 @@ async def test_callbacks_of_several_volumes_share_a_round(
     counted: Pool, volume: Volume, calls: Calls
 ) -> None:
     volumes = [volume, *[await counted.create_volume(f"v{n}", MIB) for n in range(7)]]
-    counted._committer._sync_s = 0.0
+    make_quick(volume)
     calls.clear()
     done: list[object] = []
     for found in volumes:
         assert found.write_now([(0, b"x" * BLOCK)])
+    for found in volumes:
         assert found.flush_soon(done.append)
     assert done == []
     await until(lambda: len(done) == 8)
     assert done == [None] * 8
     assert calls.syncs() == ["journal"]
     assert not any(found.flush_soon(done.append) for found in volumes)
+
+
+async def test_a_lone_client_has_its_flush_done_at_once(volume: Volume, calls: Calls) -> None:
+    make_quick(volume)
+    done: list[object] = []
+    for number in range(3):
+        assert volume.write_now([(0, bytes([number]) * BLOCK)])
+        calls.clear()
+        assert not volume.flush_soon(done.append)
+        assert calls.syncs() == ["journal"]
+        assert volume.durable_seq >= volume.last_seq
+    await volume.flush()
+    assert (done, calls.syncs()) == ([], ["journal"])
+
+
+async def test_a_flush_after_one_that_was_shared_waits_for_others(volume: Volume) -> None:
+    make_quick(volume)
+    done: list[object] = []
+    for number in range(2):
+        assert volume.write_now([(number * BLOCK, b"1" * BLOCK)])
+    assert volume.flush_soon(done.append)
+    assert volume.flush_soon(done.append)
+    await until(lambda: len(done) == 2)
+    assert volume.write_now([(0, b"2" * BLOCK)])
+    assert volume.flush_soon(done.append)
+    await until(lambda: len(done) == 3)
+    assert volume.write_now([(0, b"3" * BLOCK)])
+    assert not volume.flush_soon(done.append)
+
+
+async def test_a_lone_clients_large_flush_is_no_less_large(volume: Volume, calls: Calls) -> None:
+    make_quick(volume)
+    done: list[object] = []
+    assert volume.write_now([(0, b"1" * (INLINE_BYTES + BLOCK))])
+    assert volume.flush_soon(done.append)
+    await until(lambda: bool(done))
+    assert done == [None]
+    assert sorted(calls.syncs()) == ["data", "journal"]
+
+
+async def test_a_lone_clients_flush_that_fails_is_said_to_at_once(volume: Volume) -> None:
+    make_quick(volume)
+    done: list[object] = []
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    failing = WriteFailed("journal: Input/output error while syncing")
+    with mock.patch.object(Journal, "sync_in_place", side_effect=failing):
+        for _ in range(2):
+            with pytest.raises(PoolFailed, match="Input/output error"):
+                volume.flush_soon(done.append)
+    with pytest.raises(PoolFailed):
+        await volume.flush()
+    assert volume.durable_seq < volume.last_seq
+    assert done == []
 
 
 # -- freed slots ---------------------------------------------------------------------------------

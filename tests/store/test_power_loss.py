@@ -96,6 +96,36 @@ def test_a_write_and_flush_survive_beside_the_unsynced_data_of_another_volume(sc
     assert scene.after()[: 20 * BLOCK] == expected
 
 
+@pytest.mark.parametrize("crash", [LAZY, KILLED])
+def test_a_lone_client_finds_all_that_was_flushed_whenever_the_power_fails(
+    scene: Scene, crash: Crash
+) -> None:
+    """Be its rounds done by threads or at once."""
+    moments: list[int] = []
+    n_at_once = 0
+
+    async def act(pool: Pool) -> None:
+        nonlocal n_at_once
+        volume = await the_volume(pool)
+        for number in range(1, 16):
+            assert volume.write_now([(number % 3 * BLOCK, bytes([number]) * BLOCK)])
+            flushed = asyncio.Event()
+            if volume.flush_soon(lambda _, flushed=flushed: flushed.set()):
+                await flushed.wait()
+            else:
+                n_at_once += 1
+            moments.append(len(scene.disk.events))
+
+    scene.play(act, in_place_sync_s=1e9)
+    assert 5 <= n_at_once < len(moments)
+    for number, moment in enumerate(moments, 1):
+        images = crash_images(scene.disk, moment, crash, random.Random(1))
+        found = recover(SimulatedDisk(images), Spread())["v"][2]
+        for last in range(max(1, number - 2), number + 1):
+            at = last % 3 * BLOCK
+            assert found[at : at + BLOCK] == bytes([last]) * BLOCK
+
+
 def test_a_checkpoint_is_enough_too(scene: Scene) -> None:
     async def act(pool: Pool) -> None:
         volume = await the_volume(pool)
