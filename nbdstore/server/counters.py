@@ -75,6 +75,9 @@ class ImageCounters:
 
     def observe_all(self, requests: Sequence[Request], elapsed_ns: int) -> None:
         """Count each of some requests by its command; see `observe`."""
+        if len(requests) == 1:
+            self.observe(requests[0][0], 1, elapsed_ns)
+            return
         for command, n in Counter([request[0] for request in requests]).items():
             self.observe(command, n, elapsed_ns)
 

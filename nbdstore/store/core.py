@@ -137,7 +137,7 @@ class Core:
         self.n_corruptions = 0
         self.newest_corruption: str | None = None
         self.host_full = False
-        self._space = asyncio.Event()
+        self._space: asyncio.Event | None = None  # while somebody waits
 
     @property
     def reserve(self) -> int:
@@ -213,11 +213,14 @@ class Core:
 
     def space_changed(self) -> None:
         """Wake those who wait for slots, for room in the journal, or for the pool's end."""
-        self._space.set()
-        self._space = asyncio.Event()
+        if self._space is not None:
+            self._space.set()
+            self._space = None
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until :meth:`space_changed`, at most `timeout_s`."""
+        if self._space is None:
+            self._space = asyncio.Event()
         try:
             await asyncio.wait_for(self._space.wait(), timeout_s)
         except TimeoutError:

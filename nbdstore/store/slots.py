@@ -48,6 +48,7 @@ _RUN_BYTES: Final = 128 << 10  # the largest request of a Linux client, by defau
 _RECYCLE_SHARE: Final = 8  # a used region is taken before a fresh one if 1/8 of it is free
 _HELD_PARTS: Final = 1024  # of the file, that a host without space is asked for: 2 us each
 _EMPTY: Final = np.empty(0, np.int64)
+_FEW: Final = 12  # slots; to free them one by one takes 0.6 us each, as an array 8 us and more
 
 
 class Slots:
@@ -266,6 +267,10 @@ class Slots:
         self._bitmap_bytes[slot >> 3] |= 1 << (slot & 7)
         self.n_free -= 1
 
+    def _unmark_one(self, slot: int) -> None:
+        self._count_in(slot >> self._region_shift, 1)
+        self._bitmap_bytes[slot >> 3] &= ~(1 << (slot & 7))
+
     def _open_window(self) -> None:
         """Make what was left out, or else the free slots of the best region, the window.
 
@@ -346,12 +351,15 @@ class Slots:
         parts: list[I64 | list[int]] = []
         while self._quarantine and self._quarantine[0][0] <= horizon:
             parts.append(self._quarantine.popleft()[1])
-        if not parts:
-            return 0
-        slots = _joined(parts)
-        self._unmark(slots)
-        self.n_quarantined -= len(slots)
-        return len(slots)
+        n = sum(map(len, parts))
+        if n <= _FEW:
+            for part in parts:
+                for slot in part if isinstance(part, list) else part.tolist():
+                    self._unmark_one(slot)
+        else:
+            self._unmark(_joined(parts))
+        self.n_quarantined -= n
+        return n
 
     @property
     def freed_by(self) -> int:
