@@ -6,9 +6,11 @@ unsynced data.
 A round covers everything written before it began, for all who wait then; those who come while it
 runs share the next one.  It comes in two kinds:
 
-- *small*: what the waiting volumes have unsynced fits into 64 KiB.  Its blocks go inline into one
-  DATA record, and only the journal is synced: one fdatasync into recycled space.  Other volumes'
-  dirty data is not waited for.
+- *small*: what the waiting volumes have unsynced fits into 64 KiB.  Its blocks go inline into the
+  journal, and only that is synced: one fdatasync into recycled space.  Other volumes' dirty data is
+  not waited for.  Blocks go inline when the round begins, into one DATA record; or, as long as
+  small rounds follow each other, when they are written, into the record that maps them, which
+  saves the round reading them again and a record.
 - *full*: the data file and the journal are synced, side by side.  Their order does not matter:
   a record whose data did not make it is found by its checksums.
 
@@ -56,7 +58,8 @@ class Unsynced:
     Attributes:
         first_seq: the first record that maps some of it; 0 if there is none.
         n_bytes: how much.
-        slots, checksums: where it lies and what it is, while it is little enough to go inline.
+        slots, checksums: where it lies and what it is, while it is little enough to go inline; but
+            for what stands in the journal already, in the record that maps it.
     """
 
     __slots__ = ("checksums", "first_seq", "n_bytes", "slots")
@@ -67,22 +70,35 @@ class Unsynced:
         self.slots: list[int] = []
         self.checksums: list[int] = []
 
-    def add(self, seq: int, slots: SlotSequence, checksums: list[int], n_bytes: int) -> None:
-        """Note that record `seq` mapped `slots`, `n_bytes` in all."""
+    def add(
+        self,
+        seq: int,
+        slots: SlotSequence,
+        checksums: list[int],
+        n_bytes: int,
+        *,
+        is_inline: bool = False,
+    ) -> None:
+        """Note that record `seq` mapped `slots`, `n_bytes` in all, and has them if `is_inline`."""
         if not self.first_seq:
             self.first_seq = seq
         self.n_bytes += n_bytes
-        if self.n_bytes <= INLINE_BYTES:
+        if self.n_bytes <= INLINE_BYTES and not is_inline:
             self.slots += slots.tolist() if isinstance(slots, np.ndarray) else slots
             self.checksums += checksums
 
 
 class Syncable(Protocol):
-    """What a round needs of a volume: its newest and its newest durable record."""
+    """What a round needs of a volume: its newest and its newest durable record.
+
+    Attributes:
+        flushes_little: its last round was a small one, and so may be the next.
+    """
 
     last_seq: int
     durable_seq: int
     unsynced: Unsynced
+    flushes_little: bool
 
 
 @dataclass(slots=True)
@@ -127,10 +143,32 @@ class Committer:
         self._all_durable_seq = 0
         self.horizon = 0
 
-    def wrote(self, volume: Syncable, seq: int, slots: SlotSequence, checksums: list[int]) -> None:
-        """Note that record `seq` of `volume` mapped `slots`, which hold data of `checksums`."""
+    def wants_inline(self, volume: Syncable, n_blocks: int) -> bool:
+        """Whether `n_blocks` that `volume` is to write should stand in their record as well.
+
+        That is, whether they are likely to be flushed soon, with no more than a small round takes.
+        """
+        if not volume.flushes_little:
+            return False
+        return volume.unsynced.n_bytes + n_blocks * self._core.block_size <= INLINE_BYTES
+
+    def wrote(
+        self,
+        volume: Syncable,
+        seq: int,
+        slots: SlotSequence,
+        checksums: list[int],
+        *,
+        is_inline: bool = False,
+    ) -> None:
+        """Note that record `seq` of `volume` mapped `slots`, which hold data of `checksums`.
+
+        Arguments:
+            is_inline: the record has their data, too.
+        """
         volume.last_seq = seq
-        volume.unsynced.add(seq, slots, checksums, len(slots) * self._core.block_size)
+        n_bytes = len(slots) * self._core.block_size
+        volume.unsynced.add(seq, slots, checksums, n_bytes, is_inline=is_inline)
         self._unsynced[volume] = None
 
     def forget(self, volume: Syncable) -> None:
@@ -300,6 +338,7 @@ class Committer:
         round_.seq = core.journal.seq
         for volume in waiting if round_.is_small else [*self._unsynced]:
             volume.unsynced = Unsynced()
+            volume.flushes_little = round_.is_small
             self._unsynced.pop(volume, None)
         round_.carried = core.journal.seal()
         core.host.reached(Failpoint.COMMIT_SEALED)

@@ -13,7 +13,8 @@ MAP        count x (u64 block, u64 location, u64 checksum): the block now lies t
 CLEAR      count x (u64 start, u64 stop): blocks `[start, stop)` are holes
 PROVISION  count x (u64 start, u64 stop): they read as zeros and have space set aside
 DATA       count x u64 slot, then count whole blocks: what those slots hold, so that the
-           journal alone makes a small flush durable; volume is 0
+           journal alone makes a small flush durable; volume is 0.  It may stand in the
+           record that maps them, behind that, or in a later one
 ADMIN      count bytes of JSON: an object with "op" and what it needs (catalogue.py)
 =========  ==============================================================================
 
@@ -32,6 +33,7 @@ from typing import Any, Final
 import numpy as np
 
 from nbdstore.errors import Corruption
+from nbdstore.store.host import Buffer
 from nbdstore.store.layout import U64
 
 _GROUP: Final = struct.Struct("<HHIII")
@@ -105,7 +107,7 @@ def range_group(op: Op, volume: int, ranges: Sequence[tuple[int, int]]) -> bytes
     return _GROUP.pack(op, 0, volume, len(ranges), len(body)) + body
 
 
-def data_group(slots: Sequence[int], blocks: Sequence[bytes]) -> bytes:
+def data_group(slots: Sequence[int], blocks: Sequence[Buffer]) -> bytes:
     """Encode a DATA group: `blocks[i]` is what slot `slots[i]` holds."""
     body = b"".join([struct.pack(f"<{len(slots)}Q", *slots), *blocks])
     return _GROUP.pack(Op.DATA, 0, 0, len(blocks), len(body)) + body

@@ -61,6 +61,7 @@ class Volume(Image):
     Attributes:
         last_seq, durable_seq: its newest record, and its newest durable one.
         unsynced: its data that is in the page cache only.
+        flushes_little: see Syncable.
         snapshots: of it, by what follows the '@', oldest first; changed by the registry only.
         on_given_up: who wants to know what it gives up that a snapshot keeps, or perhaps does not.
         is_going: its deletion has begun, with that of its snapshots.
@@ -76,6 +77,7 @@ class Volume(Image):
         self.last_seq = 0
         self.durable_seq = 0
         self.unsynced = Unsynced()
+        self.flushes_little = False
         self.snapshots: dict[str, Snapshot] = {}
         self.on_given_up: OnGivenUp | None = None
         self.is_going = False

@@ -162,10 +162,19 @@ class Writing:
 
     def _has_room(self, n_blocks: int) -> bool:
         """Whether the record of a write fits the journal, and what it makes dirty the memory."""
-        journal = self._core.journal
-        return not self._volume.services.memory.is_crowded and journal.room_for(
-            n_blocks * _RECORD_BYTES_PER_BLOCK + 64, journal.size >> 3
+        return not self._volume.services.memory.is_crowded and self._fits_journal(
+            n_blocks * _RECORD_BYTES_PER_BLOCK
         )
+
+    def _fits_journal(self, n_bytes: int) -> bool:
+        journal = self._core.journal
+        return journal.room_for(n_bytes + 64, journal.size >> 3)
+
+    def _goes_inline(self, n_blocks: int) -> bool:
+        """Whether the record of a write shall have its blocks, too: see Committer.wants_inline."""
+        return self._volume.services.committer.wants_inline(
+            self._volume, n_blocks
+        ) and self._fits_journal(n_blocks * (_RECORD_BYTES_PER_BLOCK + 8 + self._size))
 
     def _apply(self, pending: dict[int, Buffer], whole: list[Buffer]) -> Wait | None:
         """Write `pending`, the same bytes as `whole`: a batch of many blocks."""
@@ -311,11 +320,15 @@ class Writing:
         mapping: list[int] = []
         for block, slot, checksum in zip(pending, slots, checksums, strict=True):
             mapping += (block, epoch | slot, checksum)
-        seq = core.append(records.map_group_of_few(volume.id, mapping))
+        groups = [records.map_group_of_few(volume.id, mapping)]
+        is_inline = self._goes_inline(n)
+        if is_inline:
+            groups.append(records.data_group(slots, views))
+        seq = core.append(*groups)
         for at in range(0, 3 * n, 3):
             block = mapping[at]
             words[2 * block], words[2 * block + 1] = mapping[at + 1], mapping[at + 2]
-        volume.services.committer.wrote(volume, seq, slots, checksums)
+        volume.services.committer.wrote(volume, seq, slots, checksums, is_inline=is_inline)
         volume.release_few(old, seq)
         return None
 

@@ -315,6 +315,53 @@ async def test_a_lone_clients_flush_that_fails_is_said_to_at_once(volume: Volume
     assert done == []
 
 
+# -- blocks in the records that map them ---------------------------------------------------------
+
+
+def bytes_of(volume: Volume, write: tuple[int, bytes]) -> int:
+    """How much a write puts into the journal."""
+    before = volume.core.journal.head
+    assert volume.write_now([write])
+    return volume.core.journal.head - before
+
+
+async def test_what_follows_a_small_flush_goes_inline_at_once(volume: Volume, calls: Calls) -> None:
+    assert bytes_of(volume, (0, b"1" * BLOCK)) < BLOCK
+    await volume.flush()
+    assert ("read", "data") in calls
+    for number in range(3):
+        assert bytes_of(volume, (0, bytes([number]) * BLOCK)) > BLOCK
+        calls.clear()
+        await volume.flush()
+        # Nothing is read again, and no record needed but the one that vouches.
+        assert calls == [("sync", "journal"), ("write", "journal")]
+
+
+async def test_no_more_goes_inline_at_once_than_a_small_flush_covers(volume: Volume) -> None:
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    await volume.flush()
+    for at in range(0, INLINE_BYTES, 4 * BLOCK):
+        assert bytes_of(volume, (at, b"2" * 4 * BLOCK)) > 4 * BLOCK
+    assert bytes_of(volume, (MIB, b"3" * BLOCK)) < BLOCK
+    await volume.flush()
+    assert bytes_of(volume, (0, b"4" * BLOCK)) < BLOCK  # it was a large one
+
+
+async def test_a_small_flush_covers_what_is_inline_already_and_what_is_not(
+    volume: Volume, calls: Calls
+) -> None:
+    assert volume.write_now([(0, b"1" * BLOCK)])
+    await volume.flush()
+    volume.flushes_little = False
+    assert bytes_of(volume, (0, b"2" * BLOCK)) < BLOCK
+    volume.flushes_little = True
+    assert bytes_of(volume, (BLOCK, b"3" * BLOCK)) > BLOCK
+    calls.clear()
+    await volume.flush()
+    assert calls.count(("read", "data")) == 1
+    assert calls.syncs() == ["journal"]
+
+
 # -- freed slots ---------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def test_a_write_and_flush_survive_beside_the_unsynced_data_of_another_volume(sc
 def test_a_lone_client_finds_all_that_was_flushed_whenever_the_power_fails(
     scene: Scene, crash: Crash
 ) -> None:
-    """Be its rounds done by threads or at once."""
+    """Be its rounds done by threads or at once, its blocks inline by then or when written."""
     moments: list[int] = []
     n_at_once = 0
 
@@ -152,8 +152,8 @@ def test_data_without_record_and_record_without_data_are_both_as_if_never_writte
 ) -> None:
     async def act(pool: Pool) -> None:
         volume = await the_volume(pool)
-        await volume.write(0, b"1" * 3 * BLOCK)
-        await volume.flush()
+        await volume.write(0, b"1" * 100_000)
+        await volume.flush()  # a large one, so that no block goes inline now
         await volume.write(0, b"2" * BLOCK)
         await volume.write(BLOCK, b"3" * BLOCK)
 
@@ -161,6 +161,22 @@ def test_data_without_record_and_record_without_data_are_both_as_if_never_writte
     assert scene.after(
         Crash(applied={file: 1.0, **dict.fromkeys({"data", "journal"} - {file}, 0)})
     )[: 3 * BLOCK] == (b"1" * 3 * BLOCK)
+
+
+@pytest.mark.parametrize("file", ["data", "journal"])
+def test_a_record_that_has_its_data_needs_no_other_and_is_needed(scene: Scene, file: str) -> None:
+    async def act(pool: Pool) -> None:
+        volume = await the_volume(pool)
+        await volume.write(0, b"1" * 3 * BLOCK)
+        await volume.flush()  # a small one, so that blocks go inline now
+        await volume.write(0, b"2" * BLOCK)
+        await volume.write(BLOCK, b"3" * BLOCK)
+
+    scene.play(act)
+    journal = b"2" * BLOCK + b"3" * BLOCK + b"1" * BLOCK
+    assert scene.after(
+        Crash(applied={file: 1.0, **dict.fromkeys({"data", "journal"} - {file}, 0)})
+    )[: 3 * BLOCK] == (journal if file == "journal" else b"1" * 3 * BLOCK)
 
 
 def test_a_lost_block_ends_the_history_of_its_volume_and_of_no_other(scene: Scene) -> None:
