@@ -355,7 +355,7 @@ class Reader:
         """Read a part of the file, from the page cache if all of it is there."""
         buffer = bytearray(length)
         with contextlib.suppress(ReadFailed):  # who reads past the cache knows what to make of it
-            if self._file.preadv_cached(buffer, place):
+            if self._file.preadv_cached(buffer, place) == length:
                 return buffer
         return self._read(length, place)
 

@@ -10,13 +10,13 @@ from nbdstore.store.host import Buffer
 class MemoryFile:
     """Stands in for host.File; `raw` is what it holds.
 
-    cached: what its page cache holds; None = nothing.
+    cached: what its page cache holds, which may end before the file does.
     """
 
     def __init__(self, name: str = "file", raw: bytes = b"") -> None:
         self.name = name
         self.raw = bytearray(raw)
-        self.cached: bytes | None = None
+        self.cached = b""
         self.n_syncs = 0
 
     @property
@@ -35,12 +35,10 @@ class MemoryFile:
         assert length % 4096 == offset % 4096 == 0
         return self.pread(length, offset)
 
-    def preadv_cached(self, buffer: Buffer, offset: int) -> bool:
-        if self.cached is None:
-            return False
+    def preadv_cached(self, buffer: Buffer, offset: int) -> int:
         found = self.cached[offset : offset + len(buffer)]
         memoryview(buffer)[: len(found)] = found
-        return len(found) == len(buffer)
+        return len(found) or -1
 
     def fdatasync(self) -> None:
         self.n_syncs += 1

@@ -85,8 +85,12 @@ def record_offsets(journal: bytes) -> list[int]:
     ]
 
 
+@pytest.mark.parametrize("share_uncached", [0.0, 1.0])
 @pytest.mark.parametrize("large", [False, True])
-def test_damage_to_any_record_that_a_flush_covered_is_found_after_a_kill(large: bool) -> None:
+def test_damage_to_any_record_that_a_flush_covered_is_found_after_a_kill(
+    large: bool, share_uncached: float
+) -> None:
+    """Whether the journal is in the page cache, or the machine has been started again since."""
     scene = Scene()
 
     async def write(pool: Pool) -> None:
@@ -105,7 +109,7 @@ def test_damage_to_any_record_that_a_flush_covered_is_found_after_a_kill(large: 
         images = {name: bytearray(image) for name, image in killed.items()}
         images["journal"][at + 70] ^= 1
         with pytest.raises(Corruption, match="journal"):
-            recover(SimulatedDisk(images), Spread())
+            recover(SimulatedDisk(images, share_uncached=share_uncached), Spread())
 
 
 def test_soon_after_a_flush_a_loss_of_power_leaves_no_record_whose_damage_would_be_missed() -> None:
