@@ -37,6 +37,7 @@ from nbdstore.errors import (
     NbdstoreError,
     NotFound,
 )
+from nbdstore.sizes import exact_size
 
 log = logging.getLogger(__name__)
 
@@ -326,14 +327,15 @@ class Agent:
             raise
         if not grown:
             attachment.problem = (
-                f"the volume has {size} bytes now, of which {device.path} shows {device.size}, for "
-                "it was attached by an older nbdstore: unmount and mount it "
+                f"the volume has {exact_size(size)} now, of which {device.path} shows "
+                f"{exact_size(device.size)}, for it was attached by an older nbdstore: unmount and "
+                "mount it "
                 f"('nbdstore umount {volume}'), or detach and attach it, or restart the agent"
             )
             return False
         attachment.problem = ""
         self.attachments.save(dataclasses.replace(attachment.record, size=size))
-        log.info("%s has %d bytes now", device.path, size)
+        log.info("%s has %s now", device.path, exact_size(size))
         return True
 
     def renew(self, volume: str) -> None:

@@ -35,6 +35,7 @@ from nbdstore.agent.mounts import mounted_at
 from nbdstore.agent.records import DETACHING
 from nbdstore.control.model import LeaseInfo, VolumeInfo
 from nbdstore.errors import DeviceError, NbdstoreError, NotFound
+from nbdstore.sizes import exact_size
 
 PATIENCE_S: Final = 30.0
 
@@ -188,7 +189,8 @@ class Doctor:
         yield Finding(
             kind="size",
             subject=info.name,
-            text=f"volume {info.name} {text}: {info.size} bytes, {device.path} has {device.size}",
+            text=f"volume {info.name} {text}: {exact_size(info.size)}, {device.path} has "
+            f"{exact_size(device.size)}",
             advice=advice,
             fixable=not advice,
         )

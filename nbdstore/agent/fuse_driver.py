@@ -34,6 +34,7 @@ from nbdstore.agent.devices import BlockDevice
 from nbdstore.agent.driver import Health
 from nbdstore.agent.records import AttachRecord
 from nbdstore.errors import DeviceError
+from nbdstore.sizes import exact_size
 
 LOOP_CTL_GET_FREE: Final = 0x4C82
 LOOP_SET_STATUS64: Final = 0x4C04
@@ -154,7 +155,7 @@ class FuseDriver:
             self._await_size(
                 record,
                 size,
-                f"the relay of {record.volume} does not see that it has {size} bytes now",
+                f"the relay of {record.volume} does not see that it has {exact_size(size)} now",
             )
         _raise_limit(device, size)
         return True
@@ -248,8 +249,8 @@ def _raise_limit(device: BlockDevice, size: int) -> None:
             os.close(descriptor)
     except OSError as error:
         raise DeviceError(
-            f"{device.path} cannot be given {size} bytes while it is in use ({error.strerror}): "
-            "unmount and mount it, or detach and attach it"
+            f"{device.path} cannot be given {exact_size(size)} while it is in use "
+            f"({error.strerror}): unmount and mount it, or detach and attach it"
         ) from error
 
 

@@ -41,6 +41,7 @@ from nbdstore.agent.nbd_family import Connect, NbdFamily
 from nbdstore.agent.records import AttachRecord
 from nbdstore.errors import DeviceError
 from nbdstore.protocol.constants import TransmissionFlag
+from nbdstore.sizes import exact_size
 
 PREFIX: Final = "nbdstore:"
 BLOCK_SIZES: Final = (4096, 2048, 1024, 512)
@@ -174,8 +175,8 @@ class KernelDriver:
                 )
             if link.size < device.size:
                 raise DeviceError(
-                    f"volume {record.volume} has {link.size} bytes now, fewer than the "
-                    f"{device.size} of {device.name}: give it its size again"
+                    f"volume {record.volume} has {exact_size(link.size)} now, less than the "
+                    f"{exact_size(device.size)} of {device.name}: give it its size again"
                 )
             inode = os.fstat(link.socket.fileno()).st_ino
             with _explained("reconnect the volume"):

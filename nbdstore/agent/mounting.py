@@ -30,6 +30,7 @@ from nbdstore.agent.repairs import Repairs
 from nbdstore.agent.requests import MountRequest
 from nbdstore.control.model import VolumeInfo
 from nbdstore.errors import Busy, DeviceError, InvalidArgument, NbdstoreError
+from nbdstore.sizes import exact_size
 
 DEFAULT_FILESYSTEM: Final = "ext4"
 FOUND, BEGUN, MADE = "found", "begun", "made"
@@ -180,8 +181,8 @@ class Mounting:
                 filesystem(superblock.type).grow(device.path, path)
             except DeviceError as error:
                 too_small = (
-                    f"the filesystem has {superblock.size} of the {device.size} bytes of "
-                    f"{device.path}, and cannot grow now: {error}"
+                    f"the filesystem has {exact_size(superblock.size)} of the "
+                    f"{exact_size(device.size)} of {device.path}, and cannot grow now: {error}"
                 )
         if too_small != attachment.record.too_small:
             self._attachments.save(dataclasses.replace(attachment.record, too_small=too_small))

@@ -51,6 +51,7 @@ from nbdstore.protocol.constants import (
     SIMPLE_REPLY_MAGIC,
     Command,
 )
+from nbdstore.sizes import exact_size
 
 OLDSTYLE: Final = struct.Struct(">QQQI124x")
 """NBDMAGIC, the oldstyle magic, size, flags of handshake and transmission, zeros."""
@@ -305,9 +306,9 @@ class Relay:
         if not store_server.still_fits(self._flags, link.flags) or link.size < self._size:
             link.socket.close()
             raise DeviceError(
-                f"the server offers {link.size} bytes with flags {link.flags:#x} now, not the "
-                f"{self._size} bytes with {self._flags:#x} of before: what was attached cannot go "
-                "on"
+                f"the server offers {exact_size(link.size)} with flags {link.flags:#x} now, not "
+                f"the {exact_size(self._size)} with {self._flags:#x} of before: what was attached "
+                "cannot go on"
             )
         self._size = link.size
 

@@ -243,7 +243,7 @@ def test_a_filesystem_that_cannot_grow_is_mounted_as_it_is(host: Host) -> None:
     host.pool.nbdstore("volume", "resize", "db", "192M")
     host.run_without("sys_resource", "mount", "db", where)
     assert (where / "file").read_text() == "content"
-    assert f"has {128 << 20} of the {192 << 20} bytes" in host.nbdstore("agent", "status")
+    assert "has 128 MiB of the 192 MiB of /dev/" in host.nbdstore("agent", "status")
     said = host.run_without("sys_resource", "doctor", "--fix", status=1)
     assert "it takes CAP_SYS_RESOURCE" in said
     host.nbdstore("umount", "db")
