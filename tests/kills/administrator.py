@@ -118,7 +118,6 @@ class Administrator:
             except (ControlError, OSError):
                 return
             except (NoSpace, Busy):
-                self._on_its_way = None  # refused: nothing was done
                 await asyncio.sleep(REFUSED_PAUSE_S)
             else:
                 self.n_calls += 1
@@ -127,7 +126,11 @@ class Administrator:
 
     def _do_something(self) -> None:
         kind = self._source.choice(self._kinds())
-        kind()
+        try:
+            kind()
+        except (NoSpace, Busy):
+            self._refused()
+            raise
         assert self._on_its_way
         for name, extra in self._on_its_way.after.items():
             self._volumes.pop(name, None)
@@ -135,6 +138,12 @@ class Administrator:
                 self._volumes[name] = extra
         self._on_its_way = None
         self.done[kind.__name__.strip("_")] += 1
+
+    def _refused(self) -> None:
+        """Nothing was done; but a shrink has no space left when it has cut off the end."""
+        if self._on_its_way is not None and self._on_its_way.shrinks is not None:
+            self._see_what_was_cut(*self._on_its_way.shrinks)
+        self._on_its_way = None
 
     def _kinds(self) -> list[Callable[[], None]]:
         """What can be done now."""
@@ -356,7 +365,7 @@ class Administrator:
         return exports
 
     def _see_what_was_cut(self, name: str, size: int) -> None:
-        """A shrink to `size` was cut off: what lies beyond is there yet, or not."""
+        """A shrink to `size` was not made: what lies beyond is there yet, or not."""
         extra = self._volumes[name]
         if not self._stamps(name, extra)[size // SECTOR :].any():
             self._volumes[name] = extra.cut(size)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
@@ -15,7 +17,7 @@ from nbdstore.control.client import ControlClient
 from nbdstore.control.model import VolumeInfo
 from nbdstore.control.service import Content
 from nbdstore.control.stream import Piece
-from nbdstore.errors import Busy
+from nbdstore.errors import Busy, NoSpace
 from tests.kills.administrator import Administrator, Call, is_snapshot
 from tests.load.model import Violation
 from tests.load.stamps import Garbage
@@ -178,10 +180,8 @@ async def administrator(volumes: Volumes) -> Administrator:
     control = cast("ControlClient", volumes)
     administrator = Administrator(control, random.Random(4), keeps_trash=True)
     for _ in range(80):
-        try:
+        with contextlib.suppress(Busy):
             administrator._do_something()
-        except Busy:
-            administrator._on_its_way = None
     administrator.recovered()
     assert any(any(content) for content in volumes.contents.values()), "nothing was imported"
     return administrator
@@ -338,3 +338,30 @@ async def test_a_shrink_that_was_cut_off_has_taken_no_more_than_its_end(
     else:
         administrator.recovered()
         administrator.recovered()
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_a_shrink_that_is_refused_may_have_taken_the_end(
+    administrator: Administrator, volumes: Volumes, is_cut: bool
+) -> None:
+    administrator._import()
+    administrator.recovered()
+    name, content = next(reversed(volumes.contents.items()))
+
+    def refuse(_name: str, *, size: int, **_how: bool) -> None:
+        if is_cut:
+            content[size:] = bytes(len(content) - size)
+        volumes.is_dead = True  # the next call finds nobody
+        raise NoSpace("there is none for a checkpoint")
+
+    chosen = name, replace(administrator._volumes[name], size=len(content) // 4)
+    kinds = [[administrator._shrink], [administrator._create]]
+    with (
+        mock.patch.object(volumes, "update_volume", refuse),
+        mock.patch.object(administrator, "_any", lambda: chosen),
+        mock.patch.object(administrator, "_kinds", side_effect=kinds),
+        mock.patch("tests.kills.administrator.REFUSED_PAUSE_S", 0),
+    ):
+        await administrator.run()
+    administrator.recovered()
+    assert any(content[len(content) // 8 :]) != is_cut
