@@ -36,6 +36,9 @@ ENCRYPT_BYTES = 256 << 10
 RECEIVE_BYTES = 256 << 10
 """Encrypted bytes that are received at once."""
 
+MOST_WAITING_BYTES = 2 * ENCRYPT_BYTES
+"""Encrypted bytes that may wait to be sent: replies are no more than half of that."""
+
 
 class TlsChannel(Channel):
     """A socket under TLS, on which :meth:`shake_hands` must come first."""
@@ -108,8 +111,22 @@ class TlsChannel(Channel):
                     break
         except ssl.SSLWantReadError:
             if not n_bytes:
+                self._send_unasked()
                 raise BlockingIOError from None
+        self._send_unasked()
         return n_bytes
+
+    def _send_unasked(self) -> None:
+        """Send what OpenSSL has to say by itself, such as that it does not renegotiate.
+
+        Else nobody would before the next reply, and a peer that asks again and again without
+        reading the answers would fill the memory with them.
+        """
+        if not self._outgoing.pending:
+            return
+        self._take_encrypted()
+        if not super().flush(self._encrypted) and self._encrypted.n_bytes > MOST_WAITING_BYTES:
+            raise ConnectionAbortedError("the client does not read what TLS has to tell it")
 
     def flush(self, outbox: Outbox) -> bool:
         """Encrypt and send; what is encrypted waits here, and counts as sent."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 import ssl
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,15 @@ from nbdstore.server import tls_channel
 from nbdstore.server.channel import Channel
 from nbdstore.server.options import TlsMode, TlsOptions
 from nbdstore.server.tls import make_context
-from nbdstore.server.tls_channel import ENCRYPT_BYTES, RECORD_BYTES, TlsChannel, start_tls
+from nbdstore.server.tls_channel import (
+    ENCRYPT_BYTES,
+    MOST_WAITING_BYTES,
+    RECORD_BYTES,
+    TlsChannel,
+    start_tls,
+)
 from tests.clients.certificates import Authority
+from tests.server.renegotiation import ALERT, CIPHER, DATA, GREETING, HANDSHAKE, Records
 from tests.server.test_channel import outbox_of
 
 DEADLINE_S = 20
@@ -35,14 +44,24 @@ def options(authority) -> TlsOptions:
 class Peer:
     """The client's side, which sees every encrypted byte: OpenSSL without a socket."""
 
-    def __init__(self, sock: socket.socket, authority: Authority, version: ssl.TLSVersion) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        authority: Authority,
+        version: ssl.TLSVersion,
+        key_log: Path | None = None,
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = ssl.create_default_context(cafile=str(authority.certificate))
         context.maximum_version = version
+        if key_log is not None:
+            context.set_ciphers(CIPHER)
+            context.keylog_filename = str(key_log)
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
         self.n_received = 0
+        self.first_received = b""
 
     async def send_all(self) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, self.outgoing.read())
@@ -50,6 +69,7 @@ class Peer:
     async def receive_more(self) -> None:
         data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
         self.n_received += len(data)
+        self.first_received = self.first_received or data
         if data:
             self.incoming.write(data)
         else:
@@ -257,3 +277,41 @@ async def test_closing_says_goodbye_behind_the_last_reply(connected):
         assert await peer.read(100) == b"bye"
         peer.sock.close()
         await closing
+
+
+@pytest.fixture
+async def renegotiating(pair, authority, options, tmp_path):
+    """A channel, its peer's socket, and what makes more records of the peer's."""
+    ours, theirs = pair
+    peer = Peer(theirs, authority, ssl.TLSVersion.TLSv1_2, tmp_path / "keys")
+    starting = asyncio.ensure_future(start_tls(Channel(ours), make_context(options)))
+    await peer.shake_hands()
+    channel = await starting
+    keys = (tmp_path / "keys").read_text().splitlines()[-1]
+    yield channel, theirs, Records(keys, peer.first_received)
+    channel.abort()
+
+
+async def test_a_peer_that_asks_to_renegotiate_hears_at_once_that_nobody_does(renegotiating):
+    channel, sock, records = renegotiating
+    buffer = memoryview(bytearray(100))
+    sock.send(records.next(HANDSHAKE, GREETING))
+    with pytest.raises(BlockingIOError):
+        channel.recv_into(buffer)
+    assert sock.recv(1000)[0] == ALERT
+    sock.send(records.next(DATA, b"first") + records.next(HANDSHAKE, GREETING))
+    assert (channel.recv_into(buffer), buffer[:5]) == (5, b"first")
+    with pytest.raises(BlockingIOError):
+        channel.recv_into(buffer)
+    assert sock.recv(1000)[0] == ALERT
+
+
+async def test_a_peer_that_asks_to_renegotiate_for_ever_is_given_up(renegotiating):
+    channel, sock, records = renegotiating
+    buffer, n_sent = memoryview(bytearray(100)), 0
+    with pytest.raises(ConnectionAbortedError):
+        while n_sent < 4 * MOST_WAITING_BYTES:
+            n_sent += sock.send(b"".join([records.next(HANDSHAKE, GREETING) for _ in range(1000)]))
+            with contextlib.suppress(BlockingIOError):
+                channel.recv_into(buffer)
+    assert n_sent > MOST_WAITING_BYTES
