@@ -1,7 +1,7 @@
 """What all parts of one open pool share: its files, slots and journal, and its last word.
 
-Owns the decision that the pool has failed, the reserve, and verified reads of single blocks;
-knows nothing of volumes.
+Owns the decision that the pool has failed, the reserve, verified reads of single blocks, and
+what stays in place under a thread that reads; knows nothing of volumes.
 
 Concurrency: one event loop, one thread.  Maps, slots and journal change only on the loop, and
 only between awaits; threads get buffers and file offsets, never maps.  What an await may change
@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import xxhash
 
@@ -36,6 +36,8 @@ from nbdstore.store.nodes import MapCounts
 from nbdstore.store.slots import Slots
 
 log = logging.getLogger("nbdstore.store")
+
+T = TypeVar("T")
 
 OnDamage = Callable[[Corruption | ReadFailed], None]
 """Called with what is wrong with a block that its caller can do without."""
@@ -261,7 +263,19 @@ class Core:
             "delete volumes, or enlarge it with 'nbdstore pool grow'"
         )
 
-    # -- single blocks ----------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------
+
+    async def read_in_thread(self, call: Callable[[], T]) -> T:
+        """Return what `call` does in a thread, under which what it reads stays where it is.
+
+        Whoever is cancelled waits no longer, but nothing is let go of before the thread ends: it
+        would take what is written to the same slots by then for damage.
+        """
+        seq = self.journal.seq
+        self.slots.pin(seq)
+        reading = asyncio.ensure_future(self.disk.offload(call))
+        reading.add_done_callback(lambda _: self.slots.unpin(seq))
+        return await asyncio.shield(reading)
 
     def read_block(self, location: int, checksum: int, what: str) -> bytes:
         """Return the node or block of the pool's own that an entry points to, verified.

@@ -156,7 +156,7 @@ class MapMemory:
     async def _read(
         self, numbers: Sequence[int], pointers: Sequence[Pointer], what: str
     ) -> list[bytes]:
-        """Read the blocks that `pointers` point to, pinned meanwhile."""
+        """Read the blocks that `pointers` point to, which stay where they are meanwhile."""
         core = self._core
 
         def read() -> list[bytes]:
@@ -166,8 +166,7 @@ class MapMemory:
                 for number, (location, checksum) in zip(numbers, pointers, strict=True)
             ]
 
-        with core.slots.pinned(core.journal.seq):
-            return await core.disk.offload(read)
+        return await core.read_in_thread(read)
 
 
 async def load_map(
@@ -182,7 +181,7 @@ async def load_map(
     """
     blocks, load = _unloaded(core, root, size, name, read_only=read_only)
     try:
-        await core.disk.offload(load)
+        await core.read_in_thread(load)
     except BaseException:
         blocks.retire()
         raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -262,8 +263,7 @@ class Reading:
         runs = [run for run in _plan(slots) if run[2]]
         if not runs:
             return Verified()
-        with self._core.slots.pinned(self._core.journal.seq):
-            return await self._core.disk.offload(self._verify_runs, runs, checksums, first)
+        return await self._core.read_in_thread(partial(self._verify_runs, runs, checksums, first))
 
     async def _load_both(self, other: Image, first: int, stop: int) -> None:
         """Return with these leaves of both maps in memory: loading one may evict the other's."""

@@ -7,7 +7,6 @@ import errno
 import itertools
 import os
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from nbdstore.store.layout import slots_of
 from nbdstore.store.local_host import LocalFile
 from nbdstore.store.misses import LONG_BYTES, Misses
 from nbdstore.store.reading import _cut, _plan
-from tests.store.pools import MIB, Calls, cold, hooked, make_pool, opened, read, read_now, until
+from tests.store.pools import MIB, Calls, cold, hooked, make_pool, opened, read, read_now
 from tests.store.workload import joined
 
 BLOCK = 4096
@@ -279,36 +278,6 @@ async def test_what_was_damaged_in_the_page_cache_when_it_came_is_healed(volume:
 
     with arriving(3 * BLOCK), mock.patch.object(LocalFile, "preadv_cached", damaging):
         assert await read(volume, 0, 10 * BLOCK) == content
-
-
-async def test_a_client_that_leaves_does_not_let_go_of_what_a_thread_still_reads(
-    pool: Pool, volume: Volume
-) -> None:
-    """Else its slot is written again under the thread, which would take that for damage."""
-    assert volume.write_now([(0, b"x" * BLOCK)])
-    await pool._committer.settle()
-    slot = place_of(volume, 0) // BLOCK
-    go_on, reading = threading.Event(), threading.Event()
-    real = LocalFile.preadv
-
-    def held(file: LocalFile, buffer: memoryview, offset: int) -> int:
-        reading.set()
-        go_on.wait()
-        return real(file, buffer, offset)
-
-    with cold(), mock.patch.object(LocalFile, "preadv", held):
-        reader = asyncio.create_task(read(volume, 0, BLOCK))
-        await until(reading.is_set)
-        reader.cancel()
-        await asyncio.wait([reader])
-        assert volume.write_now([(0, b"y" * BLOCK)])
-        await pool._committer.settle()
-        assert pool._core.slots.is_used(np.array([slot])).all()
-        go_on.set()
-        await pool._core.misses.finish()
-    await pool._committer.settle()
-    assert not pool._core.slots.is_used(np.array([slot])).any()
-    assert pool.status()["corruptions"] == 0
 
 
 # -- while blocks move ---------------------------------------------------------------------------
