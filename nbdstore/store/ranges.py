@@ -83,6 +83,7 @@ class Ranges:
             await self._wait_for_journal()
             while not self._change(start, end, Op.CLEAR, emptying=emptying):
                 await self._volume.load(start, end)
+                await self._wait_for_journal()  # others may have taken what room there was
             if self._core.slots.n_quarantined > _MANY_FREED:
                 await self._volume.services.committer.settle()
             start = end
@@ -102,6 +103,7 @@ class Ranges:
                         await self._volume.load(part.start, part.stop)
                     else:
                         await hold.wait_for_slots()
+                    await self._wait_for_journal()
             finally:
                 hold.end()
 
@@ -121,6 +123,7 @@ class Ranges:
         return self._core.may_set_aside(n_holes) and self._change(start, stop, Op.PROVISION)
 
     async def _wait_for_journal(self) -> None:
+        """Return with room for a record in the journal, and no await after that."""
         hold = Hold(self._volume)
         try:
             while not self._core.journal.room_for(_RECORD_BYTES):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from nbdstore.errors import NotFound
 from nbdstore.store import Extent, ExtentKind, Pool, Volume
+from nbdstore.store.core import Core
+from nbdstore.store.writing import Hold
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -192,6 +197,60 @@ async def test_a_range_over_leaves_that_are_not_in_memory(pool: Pool) -> None:
     await volume.trim(GIB, 19 * GIB - BLOCK)
     assert volume.status()["mapped"] == 11 * BLOCK
     assert volume.status()["reserved"] == 0
+
+
+# -- room in the journal -------------------------------------------------------------------------
+
+
+def fill(core: Core) -> None:
+    """Take all the room that there is in the journal."""
+    while core.journal.room_for(0):
+        core.append(b"")
+
+
+@contextmanager
+def no_record_without_room(core: Core) -> Iterator[None]:
+    append = core.append
+
+    def checked(*groups: bytes) -> int:
+        assert core.journal.room_for(sum(map(len, groups)))
+        return append(*groups)
+
+    with mock.patch.object(core, "append", checked):
+        yield
+
+
+async def test_a_trim_waits_for_room_that_others_took_while_it_read_the_map(tmp_path: Path) -> None:
+    directory = make_pool(tmp_path / "pool")
+    async with opened(directory) as pool:
+        volume = await pool.create_volume("v", MIB)
+        assert volume.write_now([(0, b"x" * MIB)])
+    async with opened(directory) as pool:
+        volume = pool.volumes["v"]
+        load = volume.load
+
+        async def load_slowly(start: int, stop: int) -> None:
+            await load(start, stop)
+            fill(pool._core)
+
+        with mock.patch.object(volume, "load", load_slowly), no_record_without_room(pool._core):
+            await volume.trim(0, MIB)
+        assert await kinds(volume) == [(MIB, HOLE)]
+
+
+async def test_zeroes_with_no_hole_wait_for_room_that_others_took_while_they_waited_for_space(
+    pool: Pool, volume: Volume
+) -> None:
+    async def wait_for_slots(_hold: Hold) -> None:
+        fill(pool._core)
+
+    with (
+        mock.patch.object(pool._core, "may_set_aside", side_effect=[False, True]),
+        mock.patch.object(Hold, "wait_for_slots", wait_for_slots),
+        no_record_without_room(pool._core),
+    ):
+        await volume.write_zeroes(0, MIB, no_hole=True)
+    assert (await kinds(volume))[0] == (MIB, ZERO)
 
 
 # -- extents -------------------------------------------------------------------------------------
