@@ -190,7 +190,7 @@ class SimulatedFile:
         self._disk.before("read", self.name)
         if self._disk.reads is not None:
             self._disk.reads.append((self.name, offset, length))
-        if self.stale:
+        if self.stale and not self._disk.deceives:
             for page in pages(offset, length):
                 if self._disk.random.random() < _FORGET_SHARE:
                     self.forget(page)
@@ -292,6 +292,8 @@ class SimulatedDisk:
         there: the directory exists.
         free: bytes that the filesystem has left.
         reads: name, offset and length of all that was read, if somebody wants to know.
+        deceives: of what a failed sync should have covered the platter gets nothing, and the page
+            cache keeps everything.
     """
 
     def __init__(
@@ -314,6 +316,7 @@ class SimulatedDisk:
         self.directory = PLACE
         self.free = 1 << 40
         self.reads: list[tuple[str, int, int]] | None = None
+        self.deceives = False
         self.host: Host = SimulatedHost(self)
         self.files: dict[str, SimulatedFile] = {}
         self.read_only = False
@@ -334,7 +337,8 @@ class SimulatedDisk:
         """A sync of `file` fails: decide for each change that it would have covered."""
         pending, lost = undecided(self.events)
         changes = [i for i in pending if getattr(self.events[i], "file", None) == file.key]
-        landed = frozenset(index for index in changes if self.random.random() < 0.5)
+        share_landed = 0.0 if self.deceives else 0.5
+        landed = frozenset(index for index in changes if self.random.random() < share_landed)
         doomed = frozenset(changes) - landed
         self.events.append(SyncFailed(file.key, landed, doomed))
         image = bytearray(self.start.get(file.key, b""))
@@ -345,7 +349,7 @@ class SimulatedDisk:
             for page in pages(event.offset, len(event.data)) if isinstance(event, Write) else ():
                 found = bytes(image[page * PAGE : (page + 1) * PAGE])
                 file.stale[page] = found.ljust(PAGE, b"\0")  # beyond the end it is a hole
-                if self.random.random() < 0.3:
+                if self.random.random() < 0.3 and not self.deceives:
                     file.forget(page)
 
     # -- the contract of host.Disk ------------------------------------------------------------
