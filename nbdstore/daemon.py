@@ -2,8 +2,8 @@
 
 Owns the order of things, and nothing else::
 
-    open the pool (lock, recover) -> complete what a crash left -> listen for NBD
-    -> answer on the control API -> READY=1
+    open the pool (lock, recover) -> complete what a crash left -> listen for the control API
+    -> serve NBD -> answer on the control API -> READY=1
     ... SIGTERM, SIGINT or SIGHUP, or the end of the one client ...
     STOPPING=1 -> control API ends -> NBD drains, with a deadline -> pool: flush, checkpoint, unlock
 
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from nbdstore import __version__, systemd
 from nbdstore.control import SOCKET_NAME
 from nbdstore.control.capacity import GrowthMeter
+from nbdstore.control.listeners import Listeners
 from nbdstore.control.model import ServerInfo
 from nbdstore.control.operations import Operations
 from nbdstore.control.scrub import DEFAULT_RATE, Scrubber
@@ -221,18 +222,13 @@ async def _serve(
         server.observer.tell = operations.events.tell
         await operations.begin()  # so that no client is refused for what a crash has left
         stack.push_async_callback(_drain, server, stop)
+        listeners = _control_listeners(options)
+        stack.callback(listeners.close)
         await server.start()
         operations.server_info = _server_info(server, options.server_options)
         stack.push_async_callback(operations.close)
         # In a thread, since NBD clients are served already.
-        endpoint = (await asyncio.to_thread(_load_control_api))(
-            operations,
-            options.pool,
-            tcp=options.control_tcp,
-            tokens=options.control_tokens,
-            tls=TlsFiles(options.control_tls).context if options.control_tls else None,
-            sockets=options.control_sockets,
-        )
+        endpoint = (await asyncio.to_thread(_load_control_api))(operations, listeners)
         await endpoint.start()
         stack.push_async_callback(endpoint.stop)
         for work in _housekeeping(pool, operations, options, growth):
@@ -241,6 +237,16 @@ async def _serve(
         announce(pool, server)
         await _until_done(server, options.clients, stop)
         systemd.notify(options.environ, "STOPPING=1")
+
+
+def _control_listeners(options: DaemonOptions) -> Listeners:
+    return Listeners(
+        options.pool,
+        tcp=options.control_tcp,
+        tokens=options.control_tokens,
+        tls=TlsFiles(options.control_tls).context if options.control_tls else None,
+        passed=options.control_sockets,
+    )
 
 
 def _load_control_api() -> type[Endpoint]:

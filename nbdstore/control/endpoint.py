@@ -1,33 +1,27 @@
-"""Where the control API listens: a unix socket in the pool's directory, and TCP if asked.
+"""Answers of the control API on its `Listeners`: HTTP, and who gets as far as that.
 
-The unix socket (`control.sock`, mode 0600) is how every command finds the server that holds a
-pool. It is there exactly while the server answers: whoever holds the pool's lock may replace one
-that a killed server left behind.
+Owns the bounds on callers who have not shown a token yet: how many they are, and how long they may
+take. Connections that came before it was started have waited, and are answered like others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import ipaddress
 import logging
-import os
 import socket
-import ssl
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
-from nbdstore import unix_socket
-from nbdstore.control import SOCKET_NAME
 from nbdstore.control.api import application
+from nbdstore.control.listeners import Listeners
 from nbdstore.control.operations import Operations
 from nbdstore.control.tokens import Tokens
-from nbdstore.errors import ControlError, InvalidArgument
+
+if TYPE_CHECKING:
+    from nbdstore.control.listeners import GetContext
 
 MAX_CONNECTIONS = 64
 """Callers over TCP at a time, whoever they are: they would else take the descriptors that the NBD
@@ -41,71 +35,45 @@ ACCEPT_AGAIN_S = 1.0
 STOP_TIMEOUT_S = 5.0
 """Seconds that calls under way get to finish when the server stops."""
 
-GetContext = Callable[[], ssl.SSLContext]
-
 log = logging.getLogger(__name__)
 
 
 class Endpoint:
-    """The listeners of the control API, from `start` to `stop`.
+    """The control API on `listeners`, from `start` to `stop`, which closes them.
 
     Arguments:
         operations: what callers may do.
-        directory: the pool's directory, whose lock the caller holds.
-        tcp: (host, port) to listen on besides; needs tokens.
-        tokens: of which callers over TCP must present one.
-        tls: returns the context for a caller who comes over TCP; None = plain HTTP.
-        sockets: listening sockets handed down by systemd; those over TCP need tokens.
+        listeners: where they come in, and what is demanded of them there.
     """
 
-    def __init__(
-        self,
-        operations: Operations,
-        directory: Path,
-        *,
-        tcp: tuple[str, int] | None = None,
-        tokens: Tokens | None = None,
-        tls: GetContext | None = None,
-        sockets: Sequence[socket.socket] = (),
-    ) -> None:
-        if tokens is None and (tcp or any(sock.family != socket.AF_UNIX for sock in sockets)):
-            raise InvalidArgument(
-                "the control API does not listen on TCP without a token: "
-                "give one with --control-token-file"
-            )
+    def __init__(self, operations: Operations, listeners: Listeners) -> None:
         self._operations = operations
-        self._path = directory / SOCKET_NAME
-        self._tcp = tcp
-        self._tokens = tokens
-        self._tls = tls
-        self._sockets = list(sockets)
+        self._listeners = listeners
         self._runners: list[web.AppRunner] = []
         self._servers: list[asyncio.Server | _Hall] = []
         self._entrances: list[_Entrance] = []
-        self.addresses: list[str] = []
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it answers; see `Listeners`."""
+        return self._listeners.addresses
 
     async def start(self) -> None:
         """Begin to answer on every listener; on a failure none is left behind."""
+        listeners = self._listeners
         try:
-            sock = unix_socket.listen(self._path)
-        except OSError as error:
-            raise ControlError(f"cannot make {self._path}: {error.strerror}") from error
-        try:
-            await self._serve([sock, *self._family(unix=True)])
-            self.addresses.append(f"unix:{self._path}")
-            tcp = [*self._family(unix=False), *([_bind(*self._tcp)] if self._tcp else [])]
-            if tcp:
-                await self._serve(tcp, tokens=self._tokens, tls=self._tls)
+            await self._serve(listeners.unix)
+            if listeners.tcp:
+                await self._serve(listeners.tcp, tokens=listeners.tokens, tls=listeners.tls)
         except BaseException:
             await self.stop()
             raise
 
     async def stop(self) -> None:
-        """Take the socket's name away, let calls finish, close."""
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        """Listen no more, let calls finish, close."""
         for server in self._servers:
             server.close()
+        self._listeners.close()
         for entrance in self._entrances:
             entrance.close()
         for runner in self._runners:
@@ -113,9 +81,6 @@ class Endpoint:
         self._servers.clear()
         self._entrances.clear()
         self._runners.clear()
-
-    def _family(self, *, unix: bool) -> list[socket.socket]:
-        return [sock for sock in self._sockets if (sock.family == socket.AF_UNIX) == unix]
 
     async def _serve(
         self,
@@ -145,20 +110,6 @@ class Endpoint:
             else:
                 accept = functools.partial(_Turnstile, entrance)
                 self._servers.append(await loop.create_server(accept, sock=sock))
-            if sock.family != socket.AF_UNIX:
-                self._announce(sock, "https" if tls else "http")
-
-    def _announce(self, sock: socket.socket, scheme: str) -> None:
-        """Add the address of a TCP socket; warn if it shows tokens to a network."""
-        host, port = sock.getsockname()[:2]
-        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-        self.addresses.append(url)
-        if scheme == "http" and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-            log.warning(
-                "tokens cross the network in the clear at %s, for all to see who are on the way: "
-                "give --control-tls-cert and --control-tls-key",
-                url,
-            )
 
 
 class _Entrance:
@@ -274,21 +225,3 @@ class _Turnstile(asyncio.Protocol):
     def _leave(self) -> None:
         self._deadline.cancel()
         self._entrance.waiting.discard(self._stream)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address[:2], family=family)
-    except UnicodeError:  # of the encoding of host names, IDNA
-        raise InvalidArgument(
-            f"{host!r} is neither a host name nor an IP address: give another for --control"
-        ) from None
-    except OSError as error:
-        reason = error.strerror or os.strerror(error.errno or 0)
-        raise InvalidArgument(
-            f"the control API cannot listen on {host}:{port}: {reason.lower()}: "
-            "choose another address for --control"
-        ) from error

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from nbdstore.cli import cli
 from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
+from nbdstore.control.listeners import Listeners
 from nbdstore.control.operations import Operations
 from nbdstore.store import Pool
 from tests.control.conftest import answering
@@ -75,7 +76,7 @@ class HeldPool:
     async def _open(self, directory: Path, server: MemoryServer) -> None:
         self.pool = await Pool.open(directory)
         self.operations = Operations(self.pool, server)
-        self.endpoint = Endpoint(self.operations, directory)
+        self.endpoint = Endpoint(self.operations, Listeners(directory))
         await self.endpoint.start()
 
     def close(self) -> None:

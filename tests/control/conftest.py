@@ -13,6 +13,7 @@ import uvloop
 
 from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
+from nbdstore.control.listeners import Listeners
 from nbdstore.control.routing import Access, Caller
 from nbdstore.control.tokens import Token, Tokens
 from tests.control.backup_pools import Site, site
@@ -38,9 +39,8 @@ class Answering:
         self.loop = uvloop.new_event_loop()  # as the daemon
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.endpoint = Endpoint(
-            self.bench.operations, directory, tcp=("127.0.0.1", 0), tokens=TOKENS
-        )
+        self.listeners = Listeners(directory, tcp=("127.0.0.1", 0), tokens=TOKENS)
+        self.endpoint = Endpoint(self.bench.operations, self.listeners)
         self.run(self.endpoint.start)
         self.unix_url, self.http_url = self.endpoint.addresses
         self.client = ControlClient(self.unix_url)

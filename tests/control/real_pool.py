@@ -16,6 +16,7 @@ import uvloop
 from nbdstore import unix_socket
 from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import Endpoint
+from nbdstore.control.listeners import Listeners
 from nbdstore.control.operations import Operations
 from nbdstore.server import Server, ServerOptions
 from nbdstore.store import Pool
@@ -59,7 +60,7 @@ class Served:
         await self.operations.begin()
         await self.server.start()
         self.server.observer.tell = self.operations.events.tell
-        self.endpoint = Endpoint(self.operations, self.directory)
+        self.endpoint = Endpoint(self.operations, Listeners(self.directory))
         await self.endpoint.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

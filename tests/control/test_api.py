@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from nbdstore import unix_socket
-from nbdstore.control import SOCKET_NAME, bodies, endpoint
-from nbdstore.control.endpoint import MAX_CONNECTIONS, Endpoint
+from nbdstore.control import bodies, endpoint
+from nbdstore.control.endpoint import MAX_CONNECTIONS
 from nbdstore.control.stream import Piece, StreamWriter
-from nbdstore.errors import InvalidArgument
-from tests.control.conftest import READ_TOKEN, TOKEN, TOKENS, Answering
+from tests.control.conftest import READ_TOKEN, TOKEN, Answering
 from tests.control.documented import DOCUMENTED
-from tests.control.memory_pool import BLOCK, Bench, MemoryConnection
+from tests.control.memory_pool import BLOCK, MemoryConnection
 
 VOLUME = {"name": "db", "size": 64 * BLOCK}
 
@@ -39,7 +38,7 @@ def call(
         connection = http.client.HTTPConnection(answering.http_url.removeprefix("http://"))
     else:
         connection = http.client.HTTPConnection("localhost")
-        connection.sock = unix_socket.connect(answering.endpoint._path, 30)
+        connection.sock = unix_socket.connect(answering.listeners.path, 30)
     payload = json.dumps(body).encode() if isinstance(body, dict) else body
     connection.request(method, path, payload, headers or {})
     response = connection.getresponse()
@@ -232,18 +231,6 @@ class TestTcp:
         assert found[0] == 400
         assert "not JSON" in found[1]["detail"]
 
-    def test_is_not_offered_without_a_token(self, tmp_path: Any) -> None:
-        with pytest.raises(InvalidArgument, match="--control-token-file"):
-            Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", 0))
-
-    async def test_a_port_in_use(self, tmp_path: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            second = Endpoint(Bench().operations, tmp_path, tcp=("127.0.0.1", port), tokens=TOKENS)
-            with pytest.raises(InvalidArgument, match=f"127.0.0.1:{port}: address already in use"):
-                await second.start()
-        assert not (tmp_path / SOCKET_NAME).exists()
-
 
 class TestImports:
     def stream(self, *, end: bool) -> bytes:
@@ -262,7 +249,7 @@ class TestImports:
 
     def test_a_client_that_leaves_leaves_no_volume(self, answering: Answering) -> None:
         body = self.stream(end=False)
-        with unix_socket.connect(answering.endpoint._path, 30) as sock:
+        with unix_socket.connect(answering.listeners.path, 30) as sock:
             sock.sendall(
                 b"PUT /v1/volumes/db/data HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
             )

@@ -15,13 +15,13 @@ import pytest
 from nbdstore.control import endpoint
 from nbdstore.control.client import ControlClient
 from nbdstore.control.endpoint import MAX_CONNECTIONS, Endpoint
+from nbdstore.control.listeners import Listeners
 from nbdstore.errors import ControlError, InvalidArgument, Unauthorized
 from nbdstore.protocol.agreement import TlsMode
 from nbdstore.server import TlsOptions
 from nbdstore.server.tls import TlsFiles
 from tests.clients.certificates import Authority
 from tests.control.conftest import READ_TOKEN, TOKEN, TOKENS, Answering
-from tests.control.memory_pool import Bench
 
 
 @pytest.fixture
@@ -36,9 +36,8 @@ def url(answering: Answering, authority: Authority, tmp_path: Path) -> Iterator[
     tls = TlsFiles(TlsOptions(TlsMode.REQUIRED, issued.certificate, issued.key)).context
     directory = tmp_path / "second"
     directory.mkdir()
-    second = Endpoint(
-        answering.bench.operations, directory, tcp=("127.0.0.1", 0), tokens=TOKENS, tls=tls
-    )
+    listeners = Listeners(directory, tcp=("127.0.0.1", 0), tokens=TOKENS, tls=tls)
+    second = Endpoint(answering.bench.operations, listeners)
     answering.run(second.start)
     yield second.addresses[1]
     answering.run(second.stop)
@@ -131,14 +130,12 @@ def test_who_says_nothing_does_not_stay(
         assert silent.recv(1) == b""
 
 
-async def test_tokens_in_the_clear_are_warned_of(
+def test_tokens_in_the_clear_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for host, expected in (("127.0.0.1", 0), ("0.0.0.0", 1)):
         caplog.clear()
-        offered = Endpoint(Bench().operations, tmp_path, tcp=(host, 0), tokens=TOKENS)
-        await offered.start()
-        await offered.stop()
+        Listeners(tmp_path, tcp=(host, 0), tokens=TOKENS).close()
         warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert ["in the clear" in r.getMessage() for r in warnings] == [True] * expected
 
