@@ -55,7 +55,8 @@ class Progress:
             found = result.summary(peer)
             if found:
                 figures.append(f"{peer} {format_value(found.median)}")
-        self.say(f"  {result.name} [{result.unit.label}]  {'  '.join(figures) or 'left out'}")
+        nothing = "failed" if result.failed else "left out"
+        self.say(f"  {result.name} [{result.unit.label}]  {'  '.join(figures) or nothing}")
 
     def say(self, line: str) -> None:
         self._out.write(f"{_CLEAR_LINE if self._is_terminal else ''}{line}\n")

@@ -73,8 +73,8 @@ class Plan:
 
 
 def rotated(items: Sequence[Item], n: int) -> list[Item]:
-    """The items, from the n-th on and round."""
-    start = n % len(items)
+    """The items, from the n-th on and round; none of none."""
+    start = n % len(items) if items else 0
     return [*items[start:], *items[:start]]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import results
+from benchmarks import cli, results
 from benchmarks.cli import main
 from benchmarks.rows import rows
 from benchmarks.scale import NORMAL
 from tests.benchmarks import made_up
+from tests.benchmarks.test_rounds import peer
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,17 @@ def test_a_report_is_rendered_again_from_the_results_alone(tmp_path: Path) -> No
     assert (tmp_path / "random.svg").exists()
     as_json = CliRunner().invoke(main, ["report", str(tmp_path), "--json"])
     assert json.loads(as_json.output)["rows"][0]["ratio"] == 2.0
+
+
+@pytest.mark.requires("fio", "setpriv")
+def test_a_run_in_which_all_have_failed_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfit = dataclasses.replace(peer("unfit"), version=("fio", "--version"))
+    monkeypatch.setattr(cli, "NBDSTORE", unfit)
+    arguments = f"run fsync-each-write --smoke --peers= --disk {tmp_path} --output {tmp_path}/out"
+    done = CliRunner().invoke(main, arguments.split())
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == 1
+    assert "- all: cannot make its disk (`fsync-each-write`)" in done.output
+    assert "Left out" not in done.output

@@ -145,6 +145,15 @@ def test_who_cannot_be_prepared_fails_in_all_rows_of_the_stage(
     assert turns.names() == "fit fit"
 
 
+def test_a_stage_of_which_all_have_failed_is_gone_through(
+    children: Children, results: Results
+) -> None:
+    told = run(children, results, [row(Turns())], [peer("unfit")], 2)
+    assert results.n_failed() == 1
+    assert "unfit failed: cannot make its disk" in told
+    assert "row [op/s]  failed" in told
+
+
 def test_who_lacks_something_is_left_out_of_that_row_alone(
     children: Children, results: Results
 ) -> None:
