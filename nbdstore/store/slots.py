@@ -302,14 +302,18 @@ class Slots:
     def begin_anew(self, held: Callable[[int, int], list[tuple[int, int]]]) -> None:
         """Allocate next, if there are any, free slots that the host has space for already.
 
+        As many as a region has are enough: when they are used up, it will be asked again.
+
         Arguments:
             held: tells for which parts of `[offset, offset + length)` of the file it has space, in
                 bytes, as ranges `[start, stop)`.
         """
         self.forget_window()
-        size, found, n_parts = self._block_size, [_EMPTY], 0
+        size, found, n_found, n_parts = self._block_size, [_EMPTY], 0, 0
         for region in np.argsort(-self._free_in_region[: self.n_used_regions]).tolist():
             if not self._free_in_region[region] or n_parts >= _HELD_PARTS:
+                break
+            if n_found >= self.region_slots:
                 break
             base = region << self._region_shift
             parts = held(base * size, self.region_slots * size)
@@ -321,6 +325,7 @@ class Slots:
                 is_held[-(-start // size) - base : stop // size - base] = True
             free = self._free_slots(region)
             found.append(free[is_held[free - base]])
+            n_found += len(found[-1])
         self._window = np.sort(np.concatenate(found))
 
     def give_back(self, slots: I64) -> None:

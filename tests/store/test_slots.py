@@ -131,6 +131,21 @@ def test_slots_that_the_host_has_space_for_come_next_when_it_has_no_more() -> No
     assert slots.allocate(1, 0) is None
 
 
+def test_a_host_with_space_for_much_is_asked_for_no_more_than_a_region() -> None:
+    slots = Slots(5 * REGION, BLOCK)
+    take(slots, 5 * REGION - 1)
+    slots.give_back(np.arange(1, 5 * REGION))
+    asked: list[int] = []
+
+    def held(offset: int, length: int) -> list[tuple[int, int]]:
+        asked.append(offset)
+        return [(offset, offset + length // 2)]
+
+    slots.begin_anew(held)
+    assert len(asked) == 2
+    assert len(take(slots, 3 * REGION)) == 3 * REGION
+
+
 def test_what_was_left_out_is_forgotten_with_the_window() -> None:
     slots = Slots(1000, BLOCK)
     take(slots, 32)
