@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from unittest import mock
@@ -24,6 +24,7 @@ from nbdstore.server.exports import Exports
 from nbdstore.server.session import Session
 from nbdstore.store import Image, Pool, Snapshot, Volume
 from nbdstore.store.administration import Administration
+from nbdstore.store.core import Core
 from nbdstore.store.durability import Committer, OnDurable
 from nbdstore.store.slots import Slots
 from nbdstore.store.trash import Trash
@@ -347,7 +348,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "what a scrub reads may be used again meanwhile",
-        lambda: mock.patch.object(Slots, "pinned", lambda *_: nullcontext()),
+        lambda: mock.patch.object(
+            Core, "read_in_thread", lambda core, call: core.disk.offload(call)
+        ),
         "a scrub takes what is intact for damaged",
         replace(SCRUBS, share_uncached=0.0),
     ),
