@@ -103,6 +103,10 @@ class Channel:
             outbox.sent(n_bytes)
         return True
 
+    def n_unsent(self, outbox: Outbox) -> int:
+        """How many bytes of what was flushed, or is to be, the socket has not taken."""
+        return outbox.n_bytes
+
     def has_hung_up(self) -> bool:
         """Whether the peer sends no more, though some of what it has sent may be unread."""
         watch = select.poll()

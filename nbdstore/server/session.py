@@ -335,8 +335,8 @@ class Session:
         asked every few seconds.
         """
         if self._blocked:
-            what = f"it does not read its replies, of which {self._outbox.n_bytes} bytes wait"
-            n_bytes = self._n_taken
+            n_unsent, n_bytes = self._channel.n_unsent(self._outbox), self._n_taken
+            what = f"it does not read its replies, of which {n_unsent} bytes wait"
         elif self._reading and not self._parser.is_between_requests:
             what, n_bytes = "it stopped in the middle of a request", self._n_partial
         else:
@@ -545,12 +545,12 @@ class Session:
         self._guard(self._send_more)
 
     def _send_more(self) -> None:
-        n_before = self._outbox.n_bytes
+        n_before = self._channel.n_unsent(self._outbox)
         if self._channel.flush(self._outbox):
             self._blocked = False
             self._stall = None
             self._channel.unwatch_writable()
-        self._n_taken += n_before - self._outbox.n_bytes
+        self._n_taken += n_before - self._channel.n_unsent(self._outbox)
         self._settle()
 
     # --- Tasks -------------------------------------------------------------------------------

@@ -140,6 +140,10 @@ class TlsChannel(Channel):
             self._take_encrypted()
         return False
 
+    def n_unsent(self, outbox: Outbox) -> int:
+        """As above; what is encrypted counts as it is."""
+        return outbox.n_bytes + self._encrypted.n_bytes
+
     def _take_encrypted(self) -> None:
         """Take from OpenSSL what it wants to be sent."""
         if data := self._outgoing.read():

@@ -195,6 +195,19 @@ async def test_replies_leave_whole_however_much_the_socket_takes(connected):
     assert (outbox.n_bytes, outbox.buffers) == (0, [])
 
 
+async def test_what_is_encrypted_counts_as_unsent_until_the_socket_takes_it(connected):
+    """Else a client that reads its replies slowly would look like one that has stopped."""
+    channel, peer = connected
+    channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    outbox = outbox_of([bytes(ENCRYPT_BYTES // 2)])
+    assert not channel.flush(outbox)
+    before = channel.n_unsent(outbox)
+    assert outbox.n_bytes == 0 < before
+    peer.sock.recv(1 << 16)
+    assert not channel.flush(outbox)
+    assert 0 < channel.n_unsent(outbox) < before
+
+
 async def test_small_replies_share_records(connected):
     channel, peer = connected
     peer.n_received = 0
