@@ -56,6 +56,17 @@ def begun(pool: Served, kind: str) -> OperationInfo:
     return pool.run(look())
 
 
+def assert_cut_off_and_free(
+    served: Served, operation_id: str, response: http.client.HTTPResponse
+) -> None:
+    """Cancel what a stopped reader has asked for: it is cut off, and its snapshot is free."""
+    with mock.patch.object(streaming, "GOODBYE_S", 0.01):
+        assert served.client.cancel_operation(operation_id).state == "cancelled"
+    served.client.delete_snapshot("db@a")  # nobody holds it any more
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        response.read()
+
+
 def content(pool: Served, name: str) -> bytes:
     return joined(pool.run(pool.pool.snapshots[name].read(0, SIZE)))
 
@@ -139,11 +150,7 @@ def test_a_cancelled_send_hangs_up_on_a_reader_that_has_stopped(filled: Served) 
     connection.request("GET", "/v1/snapshots/db@a/stream")
     response = connection.getresponse()
     info = begun(filled, "send")
-    with mock.patch.object(streaming, "GOODBYE_S", 0.01):
-        assert filled.client.cancel_operation(info.id).state == "cancelled"
-    filled.client.delete_snapshot("db@a")  # nobody holds it any more
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-        response.read()
+    assert_cut_off_and_free(filled, info.id, response)
     connection.close()
 
 
@@ -267,11 +274,7 @@ def test_a_cancelled_diff_hangs_up_on_a_reader_that_has_stopped(scattered: Serve
         info = begun(scattered, "diff")
     with pytest.raises(Busy, match="is being read"):
         scattered.client.delete_snapshot("db@a")
-    with mock.patch.object(streaming, "GOODBYE_S", 0.01):
-        assert scattered.client.cancel_operation(info.id).state == "cancelled"
-    scattered.client.delete_snapshot("db@a")  # nobody holds it any more
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-        response.read()
+    assert_cut_off_and_free(scattered, info.id, response)
     connection.close()
 
 
