@@ -30,6 +30,7 @@ from tests.guest.guest import GuestError
 
 # Not /tmp, which often is memory.
 DEFAULT_DISK = Path("/var/tmp")
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.group()
@@ -113,8 +114,8 @@ def run(
 ) -> None:
     """Measure all rows, or those whose name or group fits ROW (which may have * and ?).
 
-    Results are saved after each row; Ctrl-C stops all servers and keeps what there is. The exit
-    status is 1 if something could not be measured that should have been.
+    Results and their table are saved after each row; Ctrl-C stops all servers and keeps what there
+    is. The exit status is 1 if something could not be measured that should have been.
 
     \b
     Examples:
@@ -132,9 +133,11 @@ def run(
             raise click.ClickException(f"{reason}, and nothing can be measured without it")
     output = output or Path(__file__).parent / "results" / _now().replace(":", "")
     output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in _INTERRUPTS:
+        signal.signal(number, _interrupt)
     measured = _measure(scale, found, _peers(peers, against), disk, output)
-    _render(measured, output, with_plots=with_plots)
+    if with_plots:
+        _draw(measured, output)
     click.echo(
         json.dumps(results.to_json(measured), indent=1) if as_json else report.markdown(measured)
     )
@@ -169,7 +172,8 @@ def report_(directory: Path, as_json: bool) -> None:
         loaded = results.load(directory)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"no results in {directory}: {error}") from error
-    _render(loaded, directory, with_plots=True)
+    report.save(loaded, directory)
+    _draw(loaded, directory)
     click.echo(
         json.dumps(results.to_json(loaded), indent=1) if as_json else report.markdown(loaded)
     )
@@ -211,7 +215,9 @@ def _peers(names: str | None, against: Sequence[Path]) -> list[Peer]:
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """End a run, by SIGTERM as by Ctrl-C; once, since stopping servers and saving must go on."""
+    for each in _INTERRUPTS:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -235,24 +241,25 @@ def _measure(
         versions=machine.versions(peers),
         peers={peer.name: peer.about for peer in peers},
     )
-    with _work_directory(disk) as directory, Children(directory) as children:
-        authority = directory / "authority"
-        uses_tls = any(row.stage.transport is Transport.TLS for row in found)
-        if uses_tls and credentials.why_missing() is None:
-            credentials.issue(authority)
-        with credentials.pki_home(authority) as home:
-            tools = Tools(children, directory, scale, scale.runtime_s, home)
-            plan = Plan(found, peers, scale.rounds, directory)
-            runner = Runner(
-                plan, measured, tools, authority, progress, lambda: _save(measured, output)
-            )
-            try:
+    try:
+        with _work_directory(disk) as directory, Children(directory) as children:
+            authority = directory / "authority"
+            uses_tls = any(row.stage.transport is Transport.TLS for row in found)
+            if uses_tls and credentials.why_missing() is None:
+                credentials.issue(authority)
+            with credentials.pki_home(authority) as home:
+                tools = Tools(children, directory, scale, scale.runtime_s, home)
+                plan = Plan(found, peers, scale.rounds, directory)
+                runner = Runner(
+                    plan, measured, tools, authority, progress, lambda: _save(measured, output)
+                )
                 runner.run()
                 measured.finished = _now()
-            except KeyboardInterrupt:
-                progress.say("interrupted: all servers are being stopped")
-    measured.machine["load after"] = machine.load()
-    _save(measured, output)
+    except KeyboardInterrupt:
+        progress.say("interrupted: all servers were stopped")
+    finally:
+        measured.machine["load after"] = machine.load()
+        _save(measured, output)
     return measured
 
 
@@ -262,18 +269,19 @@ def _work_directory(disk: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory)
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            click.echo(f"{directory} could not be removed: {error}", err=True)
 
 
 def _save(measured: Results, output: Path) -> None:
     results.save(measured, output)
+    report.save(measured, output)
 
 
-def _render(measured: Results, output: Path, *, with_plots: bool) -> None:
-    """Write the table and the plots."""
-    (output / "results.md").write_text(report.markdown(measured))
-    if not with_plots:
-        return
+def _draw(measured: Results, output: Path) -> None:
+    """Write the plots, if there is what draws them."""
     try:
         from benchmarks import plots
     except ImportError:

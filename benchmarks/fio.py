@@ -78,7 +78,10 @@ def parse(output: str) -> Result:
         BenchmarkFailed: fio met errors, or there is no JSON.
     """
     figures, words = split(output)
-    jobs: list[Any] = json.loads(figures)["jobs"] if figures else []
+    try:
+        jobs: list[Any] = json.loads(figures)["jobs"] if figures else []
+    except ValueError as error:
+        raise BenchmarkFailed(f"fio's JSON cannot be read: {error}; {words}") from error
     if not jobs or any(job["error"] for job in jobs):
         raise BenchmarkFailed(words)
     sides = [job[direction] for job in jobs for direction in _DIRECTIONS]

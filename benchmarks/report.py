@@ -1,14 +1,18 @@
-"""A run as Markdown: a table for each group, then who was left out, what failed, where it ran."""
+"""A run as Markdown: a table for each group, which rows are below their goal, who was left out,
+what failed, and where it ran.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
-from benchmarks.figures import format_value
+from benchmarks.figures import format_ratio, format_value
 from benchmarks.model import Goal
 from benchmarks.results import Results, RowResult, Summary
 
+FILE_NAME: Final = "results.md"
 _LEGEND: Final = """\
 Each figure is the median of {rounds} of {runtime_s:g} s, the smallest and the largest in
 brackets. *Ratio* is how many times as good nbdstore is as the best peer of that row: 2.0 is twice
@@ -24,8 +28,15 @@ def markdown(results: Results) -> str:
     for group in groups:
         rows = [row for row in results.rows if row.group == group]
         parts += [f"## {group}\n", _figures(results, rows), _cpu(results, rows), _questions(rows)]
-    parts += [_reasons(results), _machine(results)]
+    parts += [_below(results), _reasons(results), _machine(results)]
     return "\n".join(part for part in parts if part)
+
+
+def save(results: Results, directory: Path) -> Path:
+    """Write ``results.md``."""
+    path = directory / FILE_NAME
+    path.write_text(markdown(results))
+    return path
 
 
 def format_goal(goal: Goal | None) -> str:
@@ -64,8 +75,10 @@ def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def _head(results: Results) -> str:
     unfinished = "" if results.finished else "\n**This run was interrupted: rows are missing.**\n"
-    met = [results.is_goal_met(row) for row in results.rows]
+    met = [results.is_goal_met(row) for row in results.rows if row.goal]
     goals = f"Goals met: {met.count(True)} of {met.count(True) + met.count(False)}.\n"
+    if None in met:
+        goals += f"Not measured in full, so that nobody knows: {met.count(None)} more.\n"
     rounds = "1 round" if results.rounds == 1 else f"{results.rounds} rounds"
     legend = _LEGEND.format(rounds=rounds, runtime_s=results.runtime_s)
     return f"# nbdstore and its peers\n\n{legend}{unfinished}\n{goals}"
@@ -82,7 +95,7 @@ def _figures(results: Results, rows: Sequence[RowResult]) -> str:
                 row.name,
                 row.unit.label,
                 *(format_summary(row.summary(peer)) for peer in peers),
-                "-" if ratio is None else f"{ratio:.2f}",
+                "-" if ratio is None else format_ratio(ratio),
                 format_goal(row.goal) if row.goal else "-",
                 {True: "yes", False: "**no**", None: "-"}[met],
             ]
@@ -116,6 +129,18 @@ def _questions(rows: Sequence[RowResult]) -> str:
 
 def _measured(results: Results, rows: Sequence[RowResult]) -> list[str]:
     return [peer for peer in results.peers if any(peer in row.samples for row in rows)]
+
+
+def _below(results: Results) -> str:
+    """Each row that is below its goal, and by how much; benchmarks/README.md says why."""
+    lines = []
+    for row in results.rows:
+        reached = results.reached(row)
+        if row.goal is None or reached is None or results.is_goal_met(row) is not False:
+            continue
+        other = row.goal.baseline or row.fastest_peer()
+        lines.append(f"- `{row.name}`: {format_ratio(reached)} of {row.goal.ratio:.3g} x {other}\n")
+    return "".join(["## Below their goal\n\n", *lines]) if lines else ""
 
 
 def _reasons(results: Results) -> str:

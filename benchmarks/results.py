@@ -125,9 +125,22 @@ class Results:
         return _times_as_good(row.unit, ours, before) if ours and before else None
 
     def is_goal_met(self, row: RowResult) -> bool | None:
-        """Whether the row's goal is met; None if there is none, or nothing to compare."""
+        """Whether the row's goal is met; None if there is none, or not all was measured for it."""
         reached = self.reached(row)
-        return None if row.goal is None or reached is None else reached >= row.goal.ratio
+        if row.goal is None or reached is None or not self.is_whole(row):
+            return None
+        baseline = self.row(row.goal.baseline) if row.goal.baseline else None
+        if baseline and not self.is_whole(baseline):
+            return None
+        return reached >= row.goal.ratio
+
+    def is_whole(self, row: RowResult) -> bool:
+        """Whether all were measured in all rounds who were to be: none failed, none is missing."""
+        return all(
+            len(row.samples.get(peer, [])) == self.rounds
+            for peer in self.peers
+            if peer not in row.left_out
+        )
 
     def n_failed(self) -> int:
         return sum(len(row.failed) for row in self.rows)

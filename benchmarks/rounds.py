@@ -156,6 +156,13 @@ class Runner:
             self._progress.say(f"left out: {reason}")
             for result in results:
                 result.left_out |= {peer.name: str(reason) for peer in peers}
+        except FAULTS as error:
+            # Not one peer's part: what all servers need, or to stop and remove one of them.
+            self._progress.say(f"failed: {told(error)}")
+            for result in results:
+                for peer in peers:
+                    if peer.name not in {**result.left_out, **result.samples, **result.failed}:
+                        result.failed[peer.name] = told(error)
         self._results.rows += [result for result in results if result not in self._results.rows]
         self._save()
 

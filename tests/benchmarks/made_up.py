@@ -24,16 +24,20 @@ def row(
 
 
 def run(*rows: RowResult) -> Results:
-    """A finished run of nbdstore and two peers."""
+    """A finished run of nbdstore and two peers; who has no figures in a row was left out of it."""
+    peers = {"nbdstore": "checksums", "nbdkit": "file", "nbd-server": "in place"}
+    for row in rows:
+        absent = peers.keys() - row.samples.keys() - row.left_out.keys()
+        row.left_out |= dict.fromkeys(absent, "not asked for")
     return Results(
         started="2026-01-02T03:04:05Z",
         scale="quick",
-        rounds=3,
+        rounds=max((len(found) for row in rows for found in row.samples.values()), default=3),
         runtime_s=0.5,
         commit="0123abc",
         machine={"kernel": "Linux 6.1"},
         versions={"fio": "fio-3.33"},
-        peers={"nbdstore": "checksums", "nbdkit": "file", "nbd-server": "in place"},
+        peers=peers,
         rows=list(rows),
         finished="2026-01-02T03:05:05Z",
     )

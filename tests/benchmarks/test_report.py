@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.figures import format_value
-from benchmarks.model import Goal
+from benchmarks.model import Goal, Unit
 from benchmarks.progress import format_time
 from tests.benchmarks import made_up
 
@@ -53,6 +53,37 @@ def test_a_goal_that_is_missed_is_seen() -> None:
     text = report.markdown(made_up.run(row))
     assert cells(text, "reads")[-1] == "**no**"
     assert "Goals met: 0 of 1." in text
+
+
+def test_each_row_below_its_goal_is_named_with_its_ratio() -> None:
+    met = made_up.row("met", goal=Goal(1.5), nbdstore=[150.0], nbdkit=[100.0])
+    slow = made_up.row("slow", goal=Goal(1), nbdstore=[99.7], nbdkit=[100.0], nbd_server=[5.0])
+    large = made_up.row("large", goal=Goal(1 / 1.2, "met"), nbdstore=[100.0], nbdkit=[1.0])
+    late = made_up.row("late", Unit.SECONDS, goal=Goal(1), nbdstore=[0.7], nbdkit=[0.004])
+    free = made_up.row("free", nbdstore=[1.0], nbdkit=[2.0])
+    text = report.markdown(made_up.run(met, slow, large, late, free))
+    assert text.split("## Below their goal\n\n")[1].split("\n\n")[0].splitlines() == [
+        "- `slow`: 0.997 of 1 x nbdkit",
+        "- `large`: 0.667 of 0.833 x met",
+        "- `late`: 0.00571 of 1 x nbdkit",
+    ]
+    assert "Goals met: 1 of 4." in text
+    assert cells(text, "slow")[-3:] == ["0.997", ">= 1 x the best peer", "**no**"]
+
+
+def test_a_run_that_meets_all_goals_has_no_list_of_others() -> None:
+    row = made_up.row(goal=Goal(1), nbdstore=[1.0], nbdkit=[1.0])
+    assert "Below" not in report.markdown(made_up.run(row))
+
+
+def test_goals_of_which_nobody_knows_are_counted_apart() -> None:
+    row = made_up.row(goal=Goal(1), nbdstore=[1.0], nbdkit=[2.0])
+    run = made_up.run(row, made_up.row("other", goal=Goal(1), nbdstore=[2.0], nbdkit=[1.0]))
+    row.failed["nbd-server"] = "died"
+    del row.left_out["nbd-server"]
+    text = report.markdown(run)
+    assert "Goals met: 1 of 1.\nNot measured in full, so that nobody knows: 1 more." in text
+    assert "Below" not in text
 
 
 def test_who_is_missing_is_told_with_the_reason() -> None:

@@ -52,6 +52,23 @@ def test_a_goal_is_met_from_its_ratio_on(goal: float, is_met: bool) -> None:
     assert made_up.run(row).is_goal_met(row) is is_met
 
 
+def test_nobody_knows_of_a_goal_if_one_who_was_to_be_measured_is_missing() -> None:
+    row = made_up.row(goal=Goal(1.5), nbdstore=[40.0, 40.0], nbdkit=[20.0, 20.0])
+    run = made_up.run(row)
+    assert run.is_goal_met(row) is True
+    del row.left_out["nbd-server"]
+    assert run.is_goal_met(row) is None
+
+
+def test_nobody_knows_of_a_goal_before_the_last_round() -> None:
+    small = made_up.row("small", nbdstore=[100.0, 100.0])
+    large = made_up.row("large", goal=Goal(0.8, "small"), nbdstore=[90.0, 90.0])
+    run = made_up.run(small, large)
+    assert run.is_goal_met(large) is True
+    small.samples["nbdstore"].pop()
+    assert run.is_goal_met(large) is None
+
+
 def test_a_goal_may_be_a_row_of_our_own() -> None:
     small = made_up.row("small", nbdstore=[100.0], nbdkit=[1.0])
     large = made_up.row("large", goal=Goal(0.8, "small"), nbdstore=[79.0], nbdkit=[1.0])

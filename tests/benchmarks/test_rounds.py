@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,11 @@ class Idle(Server):
     def start(self, transport: Transport) -> float:
         return 0.0
 
+    def close(self) -> None:
+        super().close()
+        if self.directory.name == "stuck":
+            raise BenchmarkFailed("does not end")
+
     def command(self, transport: Transport) -> Sequence[str]:
         return []
 
@@ -73,14 +79,19 @@ class Turns:
 
 
 def row(
-    turns: Turns, name: str = "row", *, warms_up: bool = False, needs: Sequence[Need] = ()
+    turns: Turns,
+    name: str = "row",
+    *,
+    warms_up: bool = False,
+    needs: Sequence[Need] = (),
+    size: int = STAGE.size,
 ) -> Row:
     return Row(
         name=name,
         group="test",
         question="Who?",
         unit=Unit.IOPS,
-        stage=STAGE,
+        stage=dataclasses.replace(STAGE, size=size),
         measure=turns,
         warms_up=warms_up,
         needs=frozenset(needs),
@@ -152,6 +163,17 @@ def test_a_stage_of_which_all_have_failed_is_gone_through(
     assert results.n_failed() == 1
     assert "unfit failed: cannot make its disk" in told
     assert "row [op/s]  failed" in told
+
+
+def test_a_server_that_does_not_end_ends_its_stage_but_not_the_run(
+    children: Children, results: Results
+) -> None:
+    turns = Turns()
+    rows = [row(turns, "first"), row(turns, "second", size=2 << 20)]
+    told = run(children, results, rows, [peer("stuck"), peer("other")], 1)
+    assert turns.names() == "stuck other stuck other"
+    assert told.count("failed: does not end") == 2
+    assert [set(result.samples) for result in results.rows] == [{"stuck", "other"}] * 2
 
 
 def test_who_lacks_something_is_left_out_of_that_row_alone(
