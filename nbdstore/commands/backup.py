@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -142,6 +143,7 @@ def receive(session: Session, name: str, resume_token: bool, abort: bool, as_jso
     """
     if resume_token and abort:
         raise click.UsageError("give --resume-token or --abort, not both")
+    stream = iter(()) if resume_token or abort else _begun(_stdin())
     with session.service() as service:
         if abort:
             service.backups.abort_receive(name)
@@ -153,13 +155,23 @@ def receive(session: Session, name: str, resume_token: bool, abort: bool, as_jso
             else:
                 click.echo(info.token)
         else:
-            _tell_received(_receive(service, name), as_json)
+            _tell_received(_receive(service, name, stream), as_json)
 
 
-def _receive(service: VolumeService, name: str) -> ReceivedInfo:
+def _begun(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Wait until a stream begins, or ends, and return all of it.
+
+    Until then the sender may ask the pool that receives for its token, as in `send --resume $(...
+    receive --resume-token NAME) | ... receive NAME`, whose three commands start at once.  So a pool
+    that nobody serves is not opened before.
+    """
+    return itertools.chain(list(itertools.islice(chunks, 1)), chunks)
+
+
+def _receive(service: VolumeService, name: str, stream: Iterable[bytes]) -> ReceivedInfo:
     try:
         with Progress(f"receive {name}", None) as progress:
-            return service.backups.receive(name, _watched(_stdin(), progress))
+            return service.backups.receive(name, _watched(stream, progress))
     except (BadStream, Cancelled, StoreError, ControlError) as error:
         kept = f"'nbdstore receive --resume-token {name}'"
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from nbdstore.cli import cli
+from nbdstore.commands.local import LocalService
 from nbdstore.store import Pool
 from tests.cli.conftest import CommandLine, HeldPool
 
@@ -28,10 +31,28 @@ class Result:
         self.stderr: str = result.stderr
 
 
-def run(commands: CommandLine, *args: object, stdin: bytes | None = None) -> Result:
+def run(
+    commands: CommandLine, *args: object, stdin: bytes | io.BufferedReader | None = None
+) -> Result:
     """Run a command whose output is not text."""
     words = ["--pool", str(commands.directory), *map(str, args)]
     return Result(CliRunner().invoke(cli, words, input=stdin))
+
+
+class LateStream(io.RawIOBase):
+    """A stream whose sender does something else before the first byte of it."""
+
+    def __init__(self, before: Callable[[], bytes]) -> None:
+        self._before = before
+        self._stream: io.BytesIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._stream is None:
+            self._stream = io.BytesIO(self._before())
+        return self._stream.readinto(buffer)
 
 
 @pytest.fixture
@@ -127,6 +148,23 @@ class TestSendAndReceive:
         assert text == "received copy@a: 1 MiB of data, from 1 MiB on\n"
         db.run("snapshot", "rollback", "db@a")
         assert exported(other, "copy", tmp_path) == exported(db, "db", tmp_path)
+
+    def test_the_sender_may_ask_for_its_token_while_the_receiver_waits(
+        self, db: CommandLine, other: CommandLine
+    ) -> None:
+        """As the shell does that starts all commands of a pipe at once."""
+        stream = run(db, "send", "db@a").stdout
+        other.fail("receive", "copy", stdin=stream[: MIB + MIB // 2])
+        token = other.run("receive", "--resume-token", "copy").strip()
+        rest = run(db, "send", "--resume", token).stdout
+
+        def ask() -> bytes:
+            with closing(LocalService(other.directory)) as service:
+                assert service.backups.receiving("copy").token == token
+            return rest
+
+        received = run(other, "receive", "copy", stdin=io.BufferedReader(LateStream(ask)))
+        assert received.stdout == b"received copy@a: 1 MiB of data, from 1 MiB on\n"
 
     def test_giving_up(self, db: CommandLine, other: CommandLine) -> None:
         stream = run(db, "send", "db@a").stdout
