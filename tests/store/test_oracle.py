@@ -1,6 +1,6 @@
 """The power-loss tests can fail: a store or a disk that breaks a rule is found out.
 
-Each case takes one rule away that durability hangs on; some seed must notice.
+Each case takes one rule away that durability hangs on; some seed must notice, or one moment.
 """
 
 from __future__ import annotations
@@ -256,6 +256,13 @@ BROKEN: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+FOUND_BY_A_MOMENT: dict[str, Callable[[], None]] = {
+    numbers_of_lost_records_are_given_again.__name__: (
+        test_power_loss.test_records_beyond_one_that_was_lost_never_follow_a_new_one
+    ),
+}
+"""Where seeds that notice are rare, so that any change of the store might leave none of them."""
+
 NEEDS_A_FAILED_SYNC = {"a_failed_sync_is_tried_again"}
 
 
@@ -275,8 +282,11 @@ def course(seed: int, rule: str) -> Course:
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_rule_is_found_out(tell: Tell, rule: str) -> None:
     with BROKEN[rule](), pytest.raises((AssertionError, StoreError)):
-        for seed in range(N_SEEDS):
-            run_seed(seed, course(seed, rule))
+        if rule in FOUND_BY_A_MOMENT:
+            FOUND_BY_A_MOMENT[rule]()
+        else:
+            for seed in range(N_SEEDS):
+                run_seed(seed, course(seed, rule))
     tell("power-loss", {"broken rules found out": 1})
 
 

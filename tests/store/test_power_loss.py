@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+from bisect import bisect_left
 
 import pytest
 
 from nbdstore.errors import NoSpace, PoolFailed, StoreError, WriteFailed
 from nbdstore.store import Pool, Volume
-from nbdstore.store.layout import slots_of
+from nbdstore.store.journal import align
+from nbdstore.store.layout import JOURNAL_PAGE, slots_of
 from tests.figures import Tell
-from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at
+from tests.store.crashes import KILLED, LAZY, Crash, crash_images, killed_at, platter
 from tests.store.power_loss import Course, Opened, assert_clean, recover, run_seed
 from tests.store.scene import Scene
-from tests.store.simulated_disk import NAMES, Images, Mark, SimulatedDisk
+from tests.store.simulated_disk import NAMES, Images, Mark, SimulatedDisk, Write
 from tests.store.workload import Settings, Spread, joined
 
 BLOCK = 4096
@@ -457,6 +459,57 @@ def test_a_superblock_that_a_killed_process_left_unsynced_is_made_durable_first(
         for at in range(disk.events.index(Mark(Opened()))):
             images = crash_images(disk, at, others, random.Random(1))
             assert recover(SimulatedDisk(images), Spread()) == found
+
+
+def with_an_empty_volume() -> Scene:
+    scene = Scene(greedy=False)  # so that no slot of before the crash is written again soon
+
+    async def act(pool: Pool) -> None:
+        await pool.create_volume("v", 4 << 20)
+
+    scene.play(act, close=True)
+    scene.begin_again()
+    return scene
+
+
+def records_written(scene: Scene, *n_blocks: int, at: int = 0) -> list[Write]:
+    """Open the pool and write so many blocks each time, from block `at` on; return the records."""
+    begun: list[int] = []
+
+    async def act(pool: Pool) -> None:
+        begun.append(len(scene.disk.events))
+        volume, block = pool.volumes["v"], at
+        for n in n_blocks:
+            await volume.write(block * BLOCK, b"x" * (n * BLOCK))
+            block += n
+
+    scene.play(act)
+    written = [event for event in scene.disk.events[begun[0] :] if isinstance(event, Write)]
+    return [event for event in written if event.file == "journal"]
+
+
+def test_records_beyond_one_that_was_lost_never_follow_a_new_one() -> None:
+    """Where a new record ends lies one of before the crash, whose number would be the next.
+
+    Of three records the first is lost.  The next process ends its recovery with an empty record,
+    which gets a page of its own, and writes one more, as the third of before begins a page later.
+    """
+
+    def record_bytes(n_blocks: int) -> int:
+        return len(records_written(with_an_empty_volume(), n_blocks)[0].data)
+
+    n = bisect_left(range(1000), 2 * JOURNAL_PAGE - record_bytes(1), lo=1, key=record_bytes)
+    scene = with_an_empty_volume()
+    lost, _, beyond = records_written(scene, n, 1, 1)
+    events = scene.disk.events
+    left = platter(scene.disk, len(events), lambda _, event: () if event is lost else (event,))
+    scene.begin_again(left)
+    (new,) = records_written(scene, 1, at=1000)
+    if align(new.offset + len(new.data), JOURNAL_PAGE) != beyond.offset:
+        pytest.fail("the old record does not lie behind the new one: write other ones before")
+    kept = scene.after(KILLED)
+    assert kept[1000 * BLOCK : 1001 * BLOCK] == b"x" * BLOCK
+    assert kept.count(b"x") == BLOCK
 
 
 def with_a_short_data_file() -> Images:
