@@ -8,15 +8,23 @@ for what a fair comparison wants, which ``about`` names.
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from benchmarks import history
-from benchmarks.model import BenchmarkFailed, Filling, Need, Stage, Transport
+from benchmarks.model import (
+    SCATTERED_BLOCK_BYTES,
+    BenchmarkFailed,
+    Filling,
+    Need,
+    Stage,
+    Transport,
+)
 from benchmarks.scale import GIB
 from benchmarks.server import START_TIMEOUT_S, Server
 from nbdstore.control.client import ControlClient
@@ -54,20 +62,12 @@ class Nbdstore(Server):
             self.stop()
 
     def map_whole(self) -> None:
-        with self._paused():
+        with self.paused():
             history.map_whole(self.pool, self.export())
 
     def keep_snapshots(self, n_snapshots: int) -> None:
-        with self._paused():
+        with self.paused():
             history.keep_snapshots(self.pool, self.export(), n_snapshots)
-
-    @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Stop, and start again as it was."""
-        transport = self.transport
-        self.stop()
-        yield
-        self.start(transport)
 
     def control(self) -> ControlClient:
         return ControlClient(f"unix:{self.pool}/control.sock")
@@ -154,6 +154,19 @@ class QemuNbdQcow2(QemuNbd):
             command += ["-o", "preallocation=metadata"]
         for disk in self.disks:
             self.children.run(*command, disk, str(stage.size))
+        self.n_blocks = stage.size // SCATTERED_BLOCK_BYTES
+
+    def keep_snapshots(self, n_snapshots: int) -> None:
+        chance = random.Random(n_snapshots)
+        with self.paused():
+            for number in range(n_snapshots):
+                self.children.run("qemu-img", "snapshot", "-c", f"s{number}", self.disks[0])
+                writes = [
+                    f"write -q {chance.randrange(self.n_blocks) * SCATTERED_BLOCK_BYTES} 4k"
+                    for _ in range(history.WRITES_BETWEEN)
+                ]
+                commands = [word for write in writes for word in ("-c", write)]
+                self.children.run("qemu-io", "-f", "qcow2", *commands, self.disks[0])
 
 
 class NbdServer(FileServer):
@@ -223,10 +236,8 @@ class Peer:
     checkout: Path | None = None
 
 
-NO_JOURNAL: Final = {
-    Need.JOURNAL: "keeps no journal",
-    Need.SNAPSHOTS: "has no snapshots, or none of a volume that it serves",
-}
+NO_JOURNAL: Final = {Need.JOURNAL: "keeps no journal"}
+NO_SNAPSHOTS: Final = {Need.SNAPSHOTS: "has no snapshots"}
 ONE_EXPORT: Final = {Need.MANY_VOLUMES: "serves one export per process"}
 # Seen with nbd-server 3.24 of Debian 12 and libnbd 1.14: the connection ends after STARTTLS.
 BROKEN_TLS: Final = {Need.TLS: "drops clients that use libnbd when they ask for TLS"}
@@ -249,7 +260,7 @@ PEERS: Final = {
             ("nbdkit",),
             "file plugin, a sparse file, overwritten in place",
             ("nbdkit", "--version"),
-            lacks=NO_JOURNAL,
+            lacks=NO_JOURNAL | NO_SNAPSHOTS,
         ),
         Peer(
             "qemu-raw",
@@ -257,12 +268,12 @@ PEERS: Final = {
             ("qemu-nbd",),
             "qemu-nbd --cache=writeback --discard=unmap, a sparse raw file",
             ("qemu-nbd", "--version"),
-            lacks=NO_JOURNAL | ONE_EXPORT,
+            lacks=NO_JOURNAL | NO_SNAPSHOTS | ONE_EXPORT,
         ),
         Peer(
             "qemu-qcow2",
             QemuNbdQcow2,
-            ("qemu-nbd", "qemu-img"),
+            ("qemu-nbd", "qemu-img", "qemu-io"),
             "qemu-nbd --cache=writeback --discard=unmap, a qcow2 image with clusters of 64 KiB",
             ("qemu-nbd", "--version"),
             lacks=NO_JOURNAL | ONE_EXPORT,
@@ -273,7 +284,7 @@ PEERS: Final = {
             ("nbd-server",),
             "a sparse file; flush, fua and trim switched on",
             ("nbd-server", "-V"),
-            lacks=NO_JOURNAL | BROKEN_TLS,
+            lacks=NO_JOURNAL | NO_SNAPSHOTS | BROKEN_TLS,
         ),
     )
 }

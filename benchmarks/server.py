@@ -5,6 +5,7 @@ Owns what all peers have in common. How each of them is told what to serve is pe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -136,6 +137,14 @@ class Server(ABC):
     def kill(self) -> None:
         """End the server as a crash does."""
         self._end(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop, and start again as it was."""
+        transport = self.transport
+        self.stop()
+        yield
+        self.start(transport)
 
     def _end(self, number: signal.Signals) -> None:
         pid, self.pid = self.pid, None

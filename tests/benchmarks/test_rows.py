@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import fio
+from benchmarks.cold import ColdJob
+from benchmarks.kernel import KernelJob
 from benchmarks.model import Need, Stage
 from benchmarks.peers import PEERS
 from benchmarks.rounds import Plan, describe, rotated
 from benchmarks.rows import chosen, rows
 from benchmarks.scale import NORMAL, SCALES, SMOKE, Scale
 
+JOBS = (fio.FioJob, ColdJob, KernelJob)
 each_scale = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
 
 
@@ -36,6 +39,33 @@ def test_on_each_stage_reads_come_before_writes(scale: Scale) -> None:
             assert row.stage not in writes or row.name.startswith("random-mixed"), row.name
         if "write" in row.name:
             writes.add(row.stage)
+
+
+def test_a_job_of_fio_has_the_goal_of_its_kind_wherever_it_is_measured() -> None:
+    kinds = set()
+    for row in rows(NORMAL):
+        if row.goal is None or row.goal.baseline or not isinstance(row.measure, JOBS):
+            continue
+        kind = goal_of_its_kind(row.measure.job)
+        assert row.goal.ratio == kind, row.name
+        kinds.add(kind)
+    assert kinds == {1, 1.5, 2, 3}
+
+
+def goal_of_its_kind(job: str) -> float:
+    """What the options of a job want: one client or several, how many requests in flight."""
+    lines = fio.job_text(job, {}).splitlines()
+    options = dict(line.split("=", 1) for line in lines if "=" in line)
+    if "fsync" in options:
+        return 2 if "numjobs" in options else 1
+    is_deep = int(options["iodepth"]) >= 32
+    return {"randread": 1.5, "randwrite": 3}.get(options["rw"], 1) if is_deep else 1
+
+
+def test_only_rows_without_peers_have_no_goal() -> None:
+    for row in rows(NORMAL):
+        alone = all(row.needs & peer.lacks.keys() for peer in PEERS.values() if peer.lacks)
+        assert (row.goal is None) is alone, row.name
 
 
 def test_every_job_is_used() -> None:
