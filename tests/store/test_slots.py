@@ -109,43 +109,6 @@ def test_a_large_request_takes_scattered_slots_as_they_come() -> None:
     assert take(slots, 32) == free[64:96]
 
 
-def test_slots_that_the_host_has_space_for_come_next_when_it_has_no_more() -> None:
-    slots = Slots(3 * REGION, BLOCK)
-    take(slots, 3 * REGION - 1)
-    free = [*range(5, 9), *range(REGION + 10, REGION + 90), *range(2 * REGION + 3, 2 * REGION + 5)]
-    slots.give_back(array(*free))
-    asked: list[tuple[int, int]] = []
-
-    def held(offset: int, length: int) -> list[tuple[int, int]]:
-        asked.append((offset, length))
-        known = ((6, 8), (REGION + 50, REGION + 52), (REGION + 60, REGION + 61))
-        inside = [(a * BLOCK, b * BLOCK) for a, b in known if offset <= a * BLOCK < offset + length]
-        return [(a + 1, b) if a == (REGION + 50) * BLOCK else (a, b) for a, b in inside]
-
-    slots.begin_anew(held)
-    assert sorted(asked) == [(n * REGION * BLOCK, REGION * BLOCK) for n in range(3)]
-    first = [6, 7, REGION + 51, REGION + 60]  # half of a block is none
-    assert take(slots, 4) == first
-    assert sorted(take(slots, len(free) - 4)) == sorted({*free} - {*first})
-    slots.begin_anew(held)
-    assert slots.allocate(1, 0) is None
-
-
-def test_a_host_with_space_for_much_is_asked_for_no_more_than_a_region() -> None:
-    slots = Slots(5 * REGION, BLOCK)
-    take(slots, 5 * REGION - 1)
-    slots.give_back(np.arange(1, 5 * REGION))
-    asked: list[int] = []
-
-    def held(offset: int, length: int) -> list[tuple[int, int]]:
-        asked.append(offset)
-        return [(offset, offset + length // 2)]
-
-    slots.begin_anew(held)
-    assert len(asked) == 2
-    assert len(take(slots, 3 * REGION)) == 3 * REGION
-
-
 def test_what_was_left_out_is_forgotten_with_the_window() -> None:
     slots = Slots(1000, BLOCK)
     take(slots, 32)
