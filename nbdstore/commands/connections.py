@@ -6,9 +6,10 @@ import click
 
 from nbdstore.commands.capacity import format_duration
 from nbdstore.commands.output import counted, json_option, print_json, print_table
-from nbdstore.commands.session import Session, complete_volume, pass_session
+from nbdstore.commands.session import Session, complete_image, pass_session
 from nbdstore.control.model import AttachmentInfo
 from nbdstore.control.service import VolumeService
+from nbdstore.errors import NotFound
 from nbdstore.sizes import format_size
 
 
@@ -49,10 +50,10 @@ def _row(item: AttachmentInfo) -> tuple[str, ...]:
 
 
 @click.command()
-@click.argument("which", metavar="ID|VOLUME", shell_complete=complete_volume)
+@click.argument("which", metavar="ID|VOLUME|VOLUME@SNAPSHOT", shell_complete=complete_image)
 @pass_session
 def disconnect(session: Session, which: str) -> None:
-    """End one connection, or all of a volume.
+    """End one connection, or all of a volume or snapshot.
 
     A number is the ID of a connection, as 'nbdstore ps' shows it. What its client had not been told
     was done may be done or not; nothing that it sent is done after this command. Most clients
@@ -65,16 +66,32 @@ def disconnect(session: Session, which: str) -> None:
       nbdstore disconnect db
     """
     with session.service() as service:
-        ids = [int(which)] if which.isdecimal() else _ids(service, which)
+        if which.isdecimal():
+            click.echo(_disconnect_one(service, int(which)))
+            return
+        ids = _ids(service, which)
         for connection_id in ids:
             service.disconnect(connection_id)
-    if which.isdecimal():
-        click.echo(f"connection {int(which)} is closed")
-    else:
-        click.echo(f"closed {counted(len(ids), 'connection')} of volume {which}")
+    kind = "snapshot" if "@" in which else "volume"
+    click.echo(f"closed {counted(len(ids), 'connection')} of {kind} {which}")
+
+
+def _disconnect_one(service: VolumeService, connection_id: int) -> str:
+    """End a connection, and return what to say of it."""
+    is_listed = any(item.id == connection_id for item in service.attachments())
+    service.disconnect(connection_id)  # if it is not: one that is still in its handshake
+    if is_listed:
+        return f"connection {connection_id} is closed"
+    return f"nobody is connected as {connection_id}: 'nbdstore ps' lists who is"
 
 
 def _ids(service: VolumeService, name: str) -> list[int]:
-    """Return the ids of a volume's connections; NotFound if there is no such volume."""
-    service.volume(name)
+    """Return the ids of the connections of a volume or snapshot; NotFound if there is none such."""
+    volume, at, _ = name.partition("@")
+    if not at:
+        service.volume(volume)
+    elif name not in (info.snapshot for info in service.snapshots(volume)):
+        raise NotFound(
+            f"there is no snapshot '{name}': 'nbdstore snapshot list {volume}' shows what is"
+        )
     return [item.id for item in service.attachments() if item.export == name]

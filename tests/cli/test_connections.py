@@ -46,15 +46,37 @@ def test_exact_figures(served: CommandLine) -> None:
 
 
 def test_ending_one(served: CommandLine) -> None:
-    for _ in range(2):
-        assert served.run("disconnect", 7) == "connection 7 is closed\n"
+    assert served.run("disconnect", 7) == "connection 7 is closed\n"
     assert [item["id"] for item in served.json("ps")] == [8]
+
+
+def test_ending_one_that_is_not_there(served: CommandLine) -> None:
+    served.run("disconnect", 7)
+    for number in (7, 99999):
+        said = served.run("disconnect", number)
+        assert said == f"nobody is connected as {number}: 'nbdstore ps' lists who is\n"
+    assert [item["id"] for item in served.json("ps")] == [8]
+
+
+def test_ending_one_in_its_handshake(served: CommandLine) -> None:
+    """It has no export yet, so it is not listed."""
+    assert "nobody is connected as 9" in served.run("disconnect", 9)
+    assert [item.id for item in served.server.connections] == [7, 8]
 
 
 def test_ending_those_of_a_volume(served: CommandLine) -> None:
     assert served.run("disconnect", "db") == "closed 2 connections of volume db\n"
     assert served.run("disconnect", "db") == "closed 0 connections of volume db\n"
     assert [item.id for item in served.server.connections] == [9]
+
+
+def test_ending_those_of_a_snapshot(served: CommandLine) -> None:
+    served.run("snapshot", "create", "db@monday")
+    served.server.connections.append(MemoryConnection("db@monday", id=10))
+    assert served.run("disconnect", "db@monday") == "closed 1 connection of snapshot db@monday\n"
+    assert [item["id"] for item in served.json("ps")] == [7, 8]
+    assert "no snapshot 'db@tuesday'" in served.fail("disconnect", "db@tuesday")
+    assert "no volume 'web'" in served.fail("disconnect", "web@monday")
 
 
 def test_those_of_a_volume_that_is_not_there(either: CommandLine) -> None:
