@@ -71,7 +71,7 @@ class Leases:
         self._usage.require_no_import(volume, leasing)
         with self._usage.barred(volume):
             if not force:
-                self._usage.require_free(volume, f"{leasing}, or take it with force")
+                self._usage.require_free(volume, leasing, ", or take it with force")
             await self._usage.fence(volume, f"the volume was leased to '{holder}'")
             since = datetime.now(UTC).isoformat(timespec="seconds")
             granted, properties = lease.grant(volume.properties, holder, since)

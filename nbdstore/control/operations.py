@@ -259,7 +259,7 @@ class Operations:
         if fence:
             self._usage.require_no_import(volume, "deleting it")
             await self.leases.end(volume, "the volume is deleted")
-        self._usage.require_free(volume, "deleting it")
+        self._usage.require_free(volume, "deleting it", ", or end that with --fence")
         name = volume.name
         rest = await self.snapshots.discard(volume, snapshots=snapshots, now=now)
         self.events.tell("volume.deleted", name)

@@ -161,7 +161,8 @@ class Snapshots:
                 snapshot = self.find(name)
                 # What it is to be received over must stay, or that could not be given up.
                 self._usage.require_no_import(snapshot.volume, f"deleting '{name}'")
-                self._usage.require_detached(snapshot, "deleting it")
+                before = f"deleting it, or close its connections with 'nbdstore disconnect {name}'"
+                self._usage.require_detached(snapshot, before)
                 going.enter_context(snapshot.going())
             # This may take long; nobody begins to use it any more, so others may have their turns.
             try:
@@ -189,7 +190,7 @@ class Snapshots:
             if fence:
                 await self._leases.end(volume, f"the volume is rolled back to '{name}'")
             with self._usage.barred(volume):
-                self._usage.require_free(volume, before)
+                self._usage.require_free(volume, before, ", or end that with --fence")
                 await self._pool.rollback(volume, snapshot)
         return volume
 

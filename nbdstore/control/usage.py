@@ -44,7 +44,13 @@ class Usage:
             return volume
         if any(trashed.name == name for trashed in self._pool.trash):
             raise NotFound(
-                f"volume '{name}' was deleted: 'nbdstore trash restore {name}' brings it back"
+                f"volume '{name}' was deleted: 'nbdstore trash restore {name}' brings it back, "
+                f"'nbdstore trash empty {name}' deletes it for good"
+            )
+        if name in self._pool.snapshots:
+            raise NotFound(
+                f"'{name}' is a snapshot, where a volume is wanted: clients can attach it, "
+                "'nbdstore send' copies it, and 'nbdstore clone' makes a volume of it"
             )
         raise NotFound(f"there is no volume '{name:.300}': 'nbdstore volume list' shows what is")
 
@@ -95,11 +101,15 @@ class Usage:
 
     # Refusals
 
-    def require_free(self, volume: VolumeLike, before: str) -> None:
-        """Raise Busy, saying who, while a volume is leased, attached or imported into."""
+    def require_free(self, volume: VolumeLike, before: str, or_else: str = "") -> None:
+        """Raise Busy, saying who, while a volume is leased, attached or imported into.
+
+        Arguments:
+            or_else: what else than detaching it would do, if anything.
+        """
         self.require_no_import(volume, before)
-        self.require_unleased(volume, before)
-        self.require_detached(volume, before)
+        self.require_unleased(volume, before + or_else)
+        self.require_detached(volume, before + or_else)
 
     def require_no_import(self, volume: VolumeLike, before: str) -> None:
         """Raise Busy while an import into a volume runs, or as long as it is half received.
@@ -132,13 +142,14 @@ class Usage:
             )
 
     def require_detached(self, volume: VolumeLike, before: str) -> None:
-        """Raise Busy, saying by whom, while a volume is attached."""
+        """Raise Busy, saying by whom, while a volume or snapshot is attached."""
         if not self.attached(volume):
             return
         peers = sorted({item.peer for item in self.attachments() if item.export == volume.name})
         who = f" by {', '.join(peers[:SHOWN_PEERS])}" if peers else ""
+        kind = "snapshot" if "@" in volume.name else "volume"
         raise Busy(
-            f"volume '{volume.name}' is attached{who} ({self._connections(volume)}): "
+            f"{kind} '{volume.name}' is attached{who} ({self._connections(volume)}): "
             f"detach it before {before}"
         )
 

@@ -312,7 +312,7 @@ async def _clear_tail(volume: Volume, size: int, force: bool) -> None:
     if used:
         raise InvalidArgument(
             f"volume {volume.name}: {exact_size(used)} of data, or space set aside, lie beyond "
-            f"the new size {exact_size(size)}: trim them, or use force to lose them"
+            f"the new size {exact_size(size)}: trim them, or lose them with --force"
         )
     if size < volume.size:  # else another change has made it as small meanwhile
         await volume.write_zeroes(size, volume.size - size)
