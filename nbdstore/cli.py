@@ -113,6 +113,11 @@ class CommandLine(LazyGroup):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
+            if isinstance(error, ImportError) and not (error.name or "").startswith("nbdstore"):
+                raise NbdstoreError(
+                    f"a package that nbdstore needs cannot be loaded: {error}: install nbdstore "
+                    "again, with what it requires"
+                ) from error
             raise _Bug(f"{type(error).__name__}: {error}") from error
 
 

@@ -124,6 +124,36 @@ class TestBugs:
         assert isinstance(result.exception, KeyError)
 
 
+@pytest.mark.parametrize("package", ["aiohttp", "numpy", "uvloop"])
+def test_a_package_that_cannot_be_loaded(tmp_path: Path, package: str) -> None:
+    """Whenever that is: the HTTP server comes last, when NBD is served already."""
+    (tmp_path / f"{package}.py").write_text("raise ImportError('libx.so: no such file')\n")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "nbdstore",
+            "--pool",
+            "pool",
+            "serve",
+            "--create",
+            "--log-level",
+            "warning",
+            "--listen",
+            f"unix:{tmp_path}/nbd.sock",
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    said = "a package that nbdstore needs cannot be loaded: libx.so: no such file: install nbdstore"
+    assert done.stderr == f"nbdstore: {said} again, with what it requires\n"
+
+
 class TestSignals:
     """The ends that shells look at; in processes of their own, since they are the end."""
 
