@@ -16,10 +16,12 @@ any export that is deleted under its client; an import looks again once nobody n
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
+from uuid import UUID
 
 from nbdstore import __version__, lease, qos
 from nbdstore.control import capacity, content, metrics, space
@@ -155,8 +157,8 @@ class Operations:
         self, name: str, size: int, allow: Sequence[str] = (), *, uuid: str | None = None
     ) -> tuple[VolumeInfo, bool]:
         """Create a volume as `create_volume`; tell whether it is new."""
-        properties = {"allow": checked_names(allow)} if allow else {}
         wanted = None if uuid is None else checked_uuid(uuid)
+        properties = self._allowing(allow, name, wanted)
         async with self._usage.turn:
             there = self._pool.volumes.get(name)
             if (
@@ -170,6 +172,13 @@ class Operations:
             self.events.tell("volume.created", name, size=size)
             return self._describe(volume), True
 
+    def _allowing(self, allow: Sequence[str], name: str, wanted: UUID | None) -> dict[str, Any]:
+        """The properties of a volume to be made, which a call before may have made already."""
+        there = self._pool.volumes.get(name)
+        is_made = there is not None and wanted is not None and uuid_of(there) == wanted
+        kept = there.properties.get("allow", ()) if there is not None and is_made else ()
+        return {"allow": checked_names(allow, kept)} if allow else {}
+
     async def update_volume(self, name: str, **changes: Unpack[VolumeChanges]) -> VolumeInfo:
         """Resize, rename, change who may attach or how fast.
 
@@ -177,10 +186,11 @@ class Operations:
         `VolumeChanges`, stay done.
         """
         size, new_name, allow = (changes.get("size"), changes.get("new_name"), changes.get("allow"))
-        names = None if allow is None else checked_names(allow)
         asked = (changes.get("iops"), changes.get("bandwidth"), changes.get("burst_s"))
         # What makes no sense is refused before anything is done.
-        qos.current(self._usage.find(name).properties).changed(*asked)
+        properties = self._usage.find(name).properties
+        qos.current(properties).changed(*asked)
+        names = None if allow is None else checked_names(allow, properties.get("allow", ()))
         resized = None
         if size is not None:
             shrink, force = changes.get("shrink", False), changes.get("force", False)
@@ -287,8 +297,8 @@ class Operations:
         self, name: str, new_name: str, allow: Sequence[str] = (), *, uuid: str | None = None
     ) -> tuple[VolumeInfo, bool]:
         """Clone as `clone`; tell whether it is new."""
-        properties = {"allow": checked_names(allow)} if allow else {}
         wanted = None if uuid is None else checked_uuid(uuid)
+        properties = self._allowing(allow, new_name, wanted)
         volume, is_new = await self.snapshots.clone(name, new_name, properties, wanted)
         info = self._describe(volume)
         if is_new:
@@ -400,15 +410,21 @@ class Operations:
         )
 
 
-def checked_names(names: Sequence[str]) -> list[str]:
-    """Return the names of certificates, or raise InvalidArgument for one that cannot be any."""
+def checked_names(names: Sequence[str], kept: Sequence[str] = ()) -> list[str]:
+    """Return the names of certificates, or raise InvalidArgument for one that cannot be any.
+
+    Arguments:
+        kept: names that the volume has; a list of some of these may be too long, since pools from
+            before there was a limit have such, which must get shorter somehow.
+    """
     for name in names:
         if not name or not name.isprintable():
             raise InvalidArgument(
                 f"{name!r} cannot be the name of a client certificate: give its subject CN or one "
                 "of its DNS names"
             )
-    if len(json.dumps(list(names))) > MAX_NAMES_BYTES:
+    is_part = Counter(names) <= Counter(kept)
+    if not is_part and len(json.dumps(list(names))) > MAX_NAMES_BYTES:
         raise InvalidArgument(
             f"{len(names)} names of client certificates are more than "
             f"{exact_size(MAX_NAMES_BYTES)} together: give clients certificates with a name in "

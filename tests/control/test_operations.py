@@ -156,6 +156,23 @@ class TestChanges:
             await bench.operations.update_volume("db", allow=[*names, "n" * 60])
         assert len(bench.operations.volume("db").allow) == 128
 
+    async def test_a_list_from_before_there_was_a_limit_gets_shorter(self, bench: Bench) -> None:
+        """Name by name, and a create that made it may be repeated."""
+        names = [f"{number:060}" for number in range(140)]
+        uuid = (await bench.operations.create_volume("db", SIZE)).uuid
+        volume = bench.pool.volumes["db"]
+        await bench.pool.set_properties(volume, {**volume.properties, "allow": names})
+        again = await bench.operations.create_volume("db", SIZE, names, uuid=uuid)
+        assert again.allow == names
+        for wrong in ([*names, "bob"], [*names[:139], "bob"], [*names[:139], names[0]]):
+            with pytest.raises(InvalidArgument, match=r"names .* more than 8 KiB together"):
+                await bench.operations.update_volume("db", allow=wrong)
+        with pytest.raises(InvalidArgument, match="140 names"):
+            await bench.operations.create_volume("db2", SIZE, names, uuid=uuid)
+        for n_left in (139, 138, 1):
+            info = await bench.operations.update_volume("db", allow=names[-n_left:])
+            assert info.allow == names[-n_left:]
+
     async def test_changes_of_properties_do_not_undo_each_other(self, bench: Bench) -> None:
         set_properties = bench.pool.set_properties
 
