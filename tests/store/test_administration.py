@@ -22,6 +22,7 @@ from nbdstore.sizes import exact_size
 from nbdstore.store import Extent, ExtentKind, Pool, Volume, layout
 from nbdstore.store.administration import Administration
 from nbdstore.store.checkpoint import Checkpointer
+from tests.store.callers import cancelled_after
 from tests.store.pools import (
     MIB,
     assert_clean,
@@ -384,11 +385,7 @@ async def test_a_caller_that_goes_away_leaves_no_change_half_way(
         pool.rename_volume(volume, "x"),
     ]
     for change in changes:
-        task = asyncio.create_task(change)
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await cancelled_after(turns, change)
         await volume.write(0, b"x" * BLOCK)
         await assert_clean(killed(directory, tmp_path / "k"))
         async with opened(tmp_path / "k") as again:
@@ -406,13 +403,7 @@ async def test_who_cancels_a_change_waits_until_it_is_made(pool: Pool, turns: in
         pool.rename_volume(volume, "w"),
     ]
     for change in changes:
-        task = asyncio.create_task(change)
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-            raise asyncio.CancelledError  # it was over before
+        await cancelled_after(turns, change)
         assert not pool._administration._changes
     assert (volume.properties, volume.size, volume.name) == ({"a": 1}, 2 * MIB, "w")
 

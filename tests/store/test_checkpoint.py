@@ -14,6 +14,7 @@ from nbdstore.errors import NoSpace, PoolFailed, WriteFailed
 from nbdstore.store import Pool, Volume, superblock
 from nbdstore.store.host import Failpoint
 from nbdstore.store.layout import I64
+from tests.store.callers import cancelled_after
 from tests.store.crashes import KILLED, LAZY, crash_images
 from tests.store.power_loss import assert_clean, recover
 from tests.store.scene import Scene
@@ -169,13 +170,7 @@ def test_who_cancels_it_waits_for_its_end(scene: Scene) -> None:
         for turns in range(1, 40, 3):
             await add(volume)
             n_before = checkpointer.n_checkpoints
-            task = asyncio.create_task(checkpointer.run())
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-                raise asyncio.CancelledError  # it was over before
+            await cancelled_after(turns, checkpointer.run())
             assert checkpointer.n_checkpoints == n_before + 1
             assert not checkpointer.lock.locked()
 
