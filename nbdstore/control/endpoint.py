@@ -33,7 +33,11 @@ MAX_HEAD_BYTES = 32 << 10
 """aiohttp's own bounds on a request's head are narrower; it answers what is beyond them."""
 ACCEPT_AGAIN_S = 1.0
 STOP_TIMEOUT_S = 5.0
-"""Seconds that calls under way get to finish when the server stops."""
+"""Seconds that calls under way get to finish when the server stops, and as many again to end when
+they are cancelled: what is being changed in the store is waited for."""
+UNREAD_TIMEOUT_S = 5.0
+"""Seconds after which a stop cuts off callers who do not read what is written to them: cancelling
+does nothing about these, so each would take twice the other."""
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +80,22 @@ class Endpoint:
         self._listeners.close()
         for entrance in self._entrances:
             entrance.close()
-        for runner in self._runners:
-            await runner.cleanup()
+        cut_off = asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cut_off)
+        try:
+            await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+        finally:
+            cut_off.cancel()
         self._servers.clear()
         self._entrances.clear()
         self._runners.clear()
+
+    def _cut_off(self) -> None:
+        """Close the connections of those who have not read all that was written to them."""
+        for entrance in self._entrances:
+            for connection in entrance.server.connections:
+                stream = connection.transport
+                if stream is not None and stream.get_write_buffer_size():
+                    stream.abort()
 
     async def _serve(
         self,
