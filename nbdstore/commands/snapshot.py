@@ -69,7 +69,11 @@ def create(session: Session, snapshots: Sequence[str], uuids: Sequence[str], as_
 @json_option
 @pass_session
 def list_(session: Session, volume: str | None, as_json: bool) -> None:
-    """List snapshots, of VOLUME or of all, with what deleting each would free."""
+    """List snapshots, of VOLUME or of all, with what deleting each would free.
+
+    MAPPED is the data a snapshot holds, OWN what of it was written since the one before it, FREES
+    what only it holds: what deleting it gives back. 'nbdstore du' shows volumes, too.
+    """
     with session.service() as service:
         infos = service.snapshots(volume, unique=True)
     if as_json:
@@ -78,19 +82,20 @@ def list_(session: Session, volume: str | None, as_json: bool) -> None:
         click.echo(f"volume {volume} has no snapshots" if volume else "there are no snapshots")
     else:
         print_table(
-            ("SNAPSHOT", "SIZE", "MAPPED", "UNIQUE", "CREATED", "CLONES"),
+            ("SNAPSHOT", "SIZE", "MAPPED", "OWN", "FREES", "CREATED", "CLONES"),
             [
                 (
                     info.snapshot,
                     format_size(info.size),
                     format_size(info.mapped),
+                    format_size(info.own),
                     "?" if info.unique is None else format_size(info.unique),
                     info.created,
                     ", ".join(info.clones) or "-",
                 )
                 for info in infos
             ],
-            right="SIZE MAPPED UNIQUE",
+            right="SIZE MAPPED OWN FREES",
         )
 
 
