@@ -93,7 +93,7 @@ def _facts(info: PoolInfo) -> list[tuple[str, str]]:
     if info.held_writes:
         state += f"; {counted(info.held_writes, 'write')} waiting for space"
     if info.corruptions:
-        state += f", {counted(info.corruptions, 'damaged block')} found: run 'nbdstore check'"
+        state += f", damage met {counted(info.corruptions, 'time')}: run 'nbdstore check'"
     return [
         ("pool", info.directory),
         ("uuid", info.uuid),

@@ -35,7 +35,7 @@ _POOL_GAUGES = {
     "free_on_host": ("free_on_host_bytes", "What the filesystem under the pool has left."),
 }
 _POOL_COUNTERS = {
-    "corruptions": ("corruptions_total", "Damaged blocks that were met."),
+    "corruptions": ("corruptions_total", "How often a damaged block was met."),
     "checkpoints": ("checkpoints_total", "Checkpoints written."),
 }
 _JOURNAL_GAUGES = {

@@ -75,7 +75,7 @@ class PoolInfo(Record):
     fill: share of the capacity that is taken, 0..1. state: "ok", "warning", "full" or "failed", and
     why in failure. shortage: what a full pool has no space in, its own capacity ("pool") or the
     filesystem below ("host"). held_writes: writes that wait for space now. provisioned: sizes of
-    all volumes; mapped: what they hold. corruptions: damaged blocks found since it was opened.
+    all volumes; mapped: what they hold. corruptions: how often damage was met since it was opened.
     allocated_on_host, free_on_host: of the filesystem below. journal: {"size", "used", "syncs"}.
     server: who serves it; None when the pool was opened just for this look.
     """

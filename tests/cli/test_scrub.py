@@ -53,6 +53,9 @@ class TestScrub:
         assert "3 MiB read: 1 damaged block" in said
         assert commands.json("volume", "list")[0]["scrub_damaged"] == 1
         assert "1 damaged block" in commands.run("volume", "show", "a")
+        assert "damage met 1 time: run" in commands.run("pool", "show")
+        commands.run("scrub", status=1)  # the same block again
+        assert "damage met 2 times: run" in commands.run("pool", "show")
 
     def test_mistakes(self, either: CommandLine) -> None:
         assert "no volume 'x'" in either.fail("scrub", "x")
