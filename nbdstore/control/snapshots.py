@@ -161,8 +161,7 @@ class Snapshots:
                 snapshot = self.find(name)
                 # What it is to be received over must stay, or that could not be given up.
                 self._usage.require_no_import(snapshot.volume, f"deleting '{name}'")
-                before = f"deleting it, or close its connections with 'nbdstore disconnect {name}'"
-                self._usage.require_detached(snapshot, before)
+                self._require_detached(snapshot, "deleting it")
                 going.enter_context(snapshot.going())
             # This may take long; nobody begins to use it any more, so others may have their turns.
             try:
@@ -172,6 +171,10 @@ class Snapshots:
                     raise
                 return  # a call before this one, which still ran, has done it, and tells so
         self._events.tell("snapshot.deleted", name)
+
+    def _require_detached(self, snapshot: Any, before: str) -> None:
+        closing = f"close its connections with 'nbdstore disconnect {snapshot.name}'"
+        self._usage.require_detached(snapshot, f"{before}, or {closing}")
 
     def _is_gone(self, name: str, uuid: UUID) -> bool:
         volume, snapshot_name = self._wanted(name)
@@ -263,6 +266,11 @@ class Snapshots:
         """Take a volume out of the trash, under the name it had, or as `name`."""
         async with self._usage.turn:
             volume: VolumeLike = self.find_trashed(which)
+            if name is None and volume.name in self._pool.volumes:
+                raise AlreadyExists(
+                    f"there is another volume '{volume.name}' by now: give this one another name, "
+                    "with --as"
+                )
             await self._pool.restore_volume(volume, name or volume.name)
         return volume
 
@@ -279,11 +287,15 @@ class Snapshots:
         Arguments:
             snapshots: take its snapshots along; without it, having some is Busy.
         """
-        own = [name for name in self._pool.snapshots if name.startswith(f"{volume.name}@")]
+        own = [
+            snapshot
+            for name, snapshot in self._pool.snapshots.items()
+            if name.startswith(f"{volume.name}@")
+        ]
         if not snapshots:
             require_no_snapshots(volume)
-        if any(self._usage.attached(self._pool.snapshots[name]) for name in own):
-            raise Busy(f"a snapshot of volume '{volume.name}' is attached: detach it first")
+        for snapshot in own:
+            self._require_detached(snapshot, "deleting its volume")
         if now and not own:
             await self._pool.delete_volume(volume)
             return False

@@ -46,6 +46,23 @@ def test_deleting_an_attached_snapshot(attached: CommandLine) -> None:
     assert "'nbdstore disconnect db@monday'" in said
 
 
+def test_deleting_a_volume_whose_snapshot_is_attached(attached: CommandLine) -> None:
+    said = attached.fail("volume", "delete", "db", "--snapshots", "--fence")
+    assert said.startswith(f"nbdstore: snapshot 'db@monday' {WHO}detach it before deleting its vol")
+    attached.run("disconnect", "db@monday")
+    attached.run("volume", "delete", "db", "--snapshots", "--fence")
+
+
+def test_restoring_a_volume_whose_name_is_taken(either: CommandLine) -> None:
+    either.run("volume", "create", "db", "--size", "1G")
+    either.run("volume", "delete", "db")
+    either.run("volume", "create", "db", "--size", "2G")
+    said = either.fail("trash", "restore", "db")
+    assert said.endswith("another volume 'db' by now: give this one another name, with --as\n")
+    assert "exists already" in either.fail("trash", "restore", "db", "--as", "db")
+    assert either.run("trash", "restore", "db", "--as", "old") == "restored volume old, 1 GiB\n"
+
+
 @pytest.mark.parametrize(
     "command",
     [("export", "db@monday", "-"), ("volume", "show", "db@monday"), ("flatten", "db@monday")],
