@@ -250,7 +250,7 @@ def _measure(
                 credentials.issue(authority)
             with credentials.pki_home(authority) as home:
                 tools = Tools(children, directory, scale, scale.runtime_s, home)
-                plan = Plan(found, peers, scale.rounds, directory)
+                plan = Plan(found, peers, scale.rounds, directory, scale.warm_up_s)
                 runner = Runner(
                     plan, measured, tools, authority, progress, lambda: _save(measured, output)
                 )

@@ -176,7 +176,9 @@ class Row:
         cache: in which state the host's page cache is.
         is_quick: whether `--quick` measures it if no rows are named.
         warms_up: whether a run that does not count comes before the first sample.
-        cost_s: about how long one sample takes beyond its runtime.
+        is_timed: whether a sample lasts as long as the run's runtime says.
+        cost_s: about how long one sample takes beyond that: clients start (fio takes 0.3 s until
+            it has begun and told its figures), what is dirty is synced.
     """
 
     name: str
@@ -192,4 +194,5 @@ class Row:
     cache: str = "warm"
     is_quick: bool = False
     warms_up: bool = False
+    is_timed: bool = True
     cost_s: float = 0.4

@@ -165,5 +165,7 @@ def _machine(results: Results) -> str:
     lines = [f"- {name}: {text}\n" for name, text in results.machine.items()]
     peers = [f"- {name}: {about}\n" for name, about in results.peers.items()]
     versions = [f"- {name}: {text}\n" for name, text in results.versions.items()]
-    when = f"- commit: {results.commit}\n- started {results.started}, scale {results.scale}\n"
+    ended = f"finished {results.finished}" if results.finished else "not finished"
+    when = f"- commit: {results.commit}\n- scale {results.scale}\n"
+    when += f"- started {results.started}, {ended}\n"
     return "".join(["## Where and with what\n\n", when, *lines, "\n", *peers, "\n", *versions])

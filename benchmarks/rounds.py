@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from benchmarks import credentials, machine, page_cache
 from benchmarks.bed import bed
-from benchmarks.model import LeftOut, Need, Row, Stage, Transport
+from benchmarks.model import Filling, LeftOut, Need, Row, Stage, Transport
 from benchmarks.peers import Peer
 from benchmarks.progress import Progress
 from benchmarks.results import Results, RowResult, row_result
@@ -35,12 +35,14 @@ class Plan:
 
     Attributes:
         directory: on the disk to measure on; disks of a stage are made in it and removed.
+        warm_up_s: of the run before a row's first sample.
     """
 
     rows: Sequence[Row]
     peers: Sequence[Peer]
     rounds: int
     directory: Path
+    warm_up_s: float
 
     def stages(self) -> dict[Stage, list[Row]]:
         """Rows by stage, in order."""
@@ -51,12 +53,20 @@ class Plan:
 
     def row_s(self, row: Row, n_peers: int, runtime_s: float) -> float:
         """About how long a row takes."""
-        return self.rounds * n_peers * (runtime_s + row.cost_s)
+        samples_s = self.rounds * (row.cost_s + (runtime_s if row.is_timed else 0))
+        warm_up_s = row.cost_s + self.warm_up_s if row.warms_up and self.warm_up_s else 0
+        return n_peers * (samples_s + warm_up_s)
 
     def preparing_s(self, stage: Stage, n_peers: int) -> float:
-        """About how long it takes to prepare a stage: 500 MB/s, 30,000 overwrites a second."""
-        written_s = stage.written_bytes / 500e6 + stage.aging_writes / 30e3
-        return n_peers * (1 + written_s + 0.002 * stage.n_volumes)
+        """About how long it takes to prepare a stage, and to remove what was made for it.
+
+        500 MB/s; 30,000 overwrites a second; 10,000 blocks that lie alone, half of which is to
+        remove them: a filesystem that discards what it frees tells the disk of each of them.
+        """
+        is_scattered = stage.filling is Filling.SCATTERED
+        written_s = stage.n_scattered / 10e3 if is_scattered else stage.written_bytes / 500e6
+        aging_s = stage.aging_writes / 30e3 + stage.n_snapshots / 25
+        return n_peers * (1 + written_s + aging_s + 0.002 * stage.n_volumes)
 
     def takes_s(self, runtime_s: float) -> float:
         """About how long everything takes."""

@@ -145,7 +145,8 @@ def _copy_row(disk: Stage, name: str, question: str) -> Row:
         measure=copying.copy_out if name == "nbdcopy-out" else copying.copy_in,
         goal=AS_FAST,
         needs_host=("nbdcopy",),
-        cost_s=1.0,
+        is_timed=False,
+        cost_s=disk.size / 1e9,
     )
 
 
@@ -246,7 +247,8 @@ def size_rows(scale: Scale) -> list[Row]:
         measure=trimming.trim_all,
         goal=AS_FAST,
         needs=frozenset({Need.TRIM}),
-        cost_s=4.0,
+        is_timed=False,
+        cost_s=1.0 + large.n_scattered / 12e3,  # it is filled again before each
     )
     return [*found, trim]
 
@@ -272,7 +274,8 @@ def filesystem_rows(scale: Scale) -> list[Row]:
             measure=SourceTree(devices.loop),
             goal=AS_FAST,
             needs_host=(*_LOOP, *_EXT4),
-            cost_s=0.5 + scale.tree_files / 400,
+            is_timed=False,
+            cost_s=0.3 + scale.tree_files / 12e3,
         )
     ]
 
@@ -300,6 +303,7 @@ def kernel_rows(disk: Stage) -> list[Row]:
         measure=SourceTree(devices.kernel),
         goal=AS_FAST,
         needs_host=(*_KERNEL, *_EXT4),
+        is_timed=False,
         cost_s=10,
     )
     return [*jobs_rows, tree]
@@ -348,7 +352,8 @@ def _pair(
         goal=AS_FAST,
         needs=frozenset(needs),
         point=Point(f"open time, {what}", axis, x),
-        cost_s=1.0,
+        is_timed=False,
+        cost_s=0.2,
     )
     memory_row = Row(
         name=f"memory-{name}",
@@ -360,7 +365,7 @@ def _pair(
         goal=AS_FAST,
         needs=frozenset(needs),
         point=Point(f"memory, {what}", axis, x),
-        cost_s=2.0,
+        cost_s=0.6,
     )
     return time_row, memory_row
 
@@ -393,6 +398,7 @@ def recovery_rows(scale: Scale, stage: Stage) -> list[Row]:
             measure=Recovery(n_bytes),
             needs=frozenset({Need.JOURNAL}),
             point=Point("recovery", "length of the journal, MiB", n_bytes / MIB),
+            is_timed=False,
             cost_s=1.0 + n_bytes / (2 * MIB),
         )
         for n_bytes in scale.journal_bytes

@@ -111,7 +111,7 @@ def run(
     directory.mkdir()
     tools = Tools(children, directory, QUICK, QUICK.runtime_s, directory)
     out = io.StringIO()
-    plan = Plan(rows, peers, rounds, directory)
+    plan = Plan(rows, peers, rounds, directory, QUICK.warm_up_s)
     Runner(plan, results, tools, directory, Progress(out), lambda: None).run()
     assert list(directory.iterdir()) == []
     return out.getvalue()
