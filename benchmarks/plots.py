@@ -22,6 +22,7 @@ _COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999", "#D55E
 _DPI: Final = 120
 _LABEL_WIDTH: Final = 15  # characters
 _BAR_GROUP_WIDTH: Final = 0.8
+_FOOTER_WIDTH: Final = 110  # characters
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
@@ -31,12 +32,26 @@ def draw(results: Results, directory: Path) -> list[Path]:
     mpl.rcParams["svg.hashsalt"] = "nbdstore"
     written = []
     for name, figure in [*_bars(results), *_lines(results)]:
+        figure.text(0, 0, _where(results), fontsize=6, va="top", wrap=False)
         for kind in ("png", "svg"):
             path = directory / f"{name}.{kind}"
             metadata = {"Date": None} if kind == "svg" else {}
             figure.savefig(path, dpi=_DPI, metadata=metadata, bbox_inches="tight")
             written.append(path)
     return written
+
+
+def _where(results: Results) -> str:
+    """Where and with what: a picture may be seen without the report beside it."""
+    versions = [
+        f"{name} {text}" for name, text in results.versions.items() if name in results.peers
+    ]
+    lines = [
+        f"commit {results.commit}, {results.started}, {results.rounds} x {results.runtime_s:g} s",
+        ", ".join(results.machine.values()),
+        ", ".join(version for version in versions if results.commit not in version),
+    ]
+    return "\n".join(textwrap.fill(line, _FOOTER_WIDTH) for line in lines if line)
 
 
 def _colour(results: Results, peer: str) -> str:

@@ -25,7 +25,11 @@ def test_bars_for_each_group_and_lines_for_each_series(tmp_path: Path) -> None:
     assert {path.name for path in written} == {f"{n}.{k}" for n in names for k in ("png", "svg")}
     assert (tmp_path / "random.png").read_bytes().startswith(b"\x89PNG")
     # matplotlib draws letters as shapes, and names them in a comment.
-    assert "<!-- nbdkit -->" in (tmp_path / "random.svg").read_text()
+    for picture in ("random.svg", "line-random-read.svg"):
+        text = (tmp_path / picture).read_text()
+        assert "<!-- nbdkit -->" in text
+        assert "<!-- commit 0123abc, 2026-01-02T03:04:05Z, 2 x 0.5 s -->" in text
+        assert "<!-- Linux 6.1 -->" in text
 
 
 def test_nothing_measured_is_no_plot(tmp_path: Path) -> None:
