@@ -43,13 +43,12 @@ def draw(results: Results, directory: Path) -> list[Path]:
 
 def _where(results: Results) -> str:
     """Where and with what: a picture may be seen without the report beside it."""
-    versions = [
-        f"{name} {text}" for name, text in results.versions.items() if name in results.peers
-    ]
+    machine = [text for name, text in results.machine.items() if not name.startswith("load")]
+    versions = [results.versions.get(peer, "") for peer in results.peers if peer != OURS]
     lines = [
         f"commit {results.commit}, {results.started}, {results.rounds} x {results.runtime_s:g} s",
-        ", ".join(results.machine.values()),
-        ", ".join(version for version in versions if results.commit not in version),
+        ", ".join(machine),
+        ", ".join(dict.fromkeys(filter(None, versions))),
     ]
     return "\n".join(textwrap.fill(line, _FOOTER_WIDTH) for line in lines if line)
 
