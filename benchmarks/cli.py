@@ -133,9 +133,8 @@ def run(
             raise click.ClickException(f"{reason}, and nothing can be measured without it")
     output = output or Path(__file__).parent / "results" / _now().replace(":", "")
     output.mkdir(parents=True, exist_ok=True)
-    for number in _INTERRUPTS:
-        signal.signal(number, _interrupt)
-    measured = _measure(scale, found, _peers(peers, against), disk, output)
+    with _interrupted_once():
+        measured = _measure(scale, found, _peers(peers, against), disk, output)
     if with_plots:
         _draw(measured, output)
     click.echo(
@@ -215,8 +214,19 @@ def _peers(names: str | None, against: Sequence[Path]) -> list[Peer]:
     return [NBDSTORE, *others, *(PEERS[name] for name in wanted if name != NBDSTORE.name)]
 
 
+@contextlib.contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM break off what is done here, which keeps what there is."""
+    before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
-    """End a run, by SIGTERM as by Ctrl-C; once, since stopping servers and saving must go on."""
+    """End a run; once, since stopping servers and saving must go on."""
     for each in _INTERRUPTS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
