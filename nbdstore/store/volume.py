@@ -183,19 +183,24 @@ class Volume(Image):
 
     def release_few(self, old: list[int], seq: int) -> None:
         """Like :meth:`release` where each of the few blocks has a slot now."""
-        if self.kept_epoch:
-            return self.release(np.array(old, np.uint64), seq, n_mapped=len(old))
         freed: list[int] = []
+        given_up: list[int] = []
         n_promised = 0
+        first_own = layout.pack_location(0, self.kept_epoch + 1)
         for location in old:
             slot = location & layout.SLOT_MASK
             if slot == layout.PROVISIONED:
                 n_promised += 1
             elif 0 < slot < layout.LOST:
-                freed.append(slot)
+                if location >= first_own:
+                    freed.append(slot)
+                else:
+                    given_up.append(location)
         if freed:
             self.core.slots.free_few_later(freed, seq)
-        self.info.n_mapped += len(old) - len(freed)
+        if given_up and self.on_given_up is not None:
+            self.on_given_up(np.array(given_up, np.uint64))
+        self.info.n_mapped += len(old) - len(freed) - len(given_up)
         self.info.n_own += len(old) - len(freed)
         if n_promised:
             self.info.n_provisioned -= n_promised
@@ -224,6 +229,16 @@ class Volume(Image):
             return empty
         held = old[layout.holds_slot(old)] >> layout.NP_SLOT_BITS
         return empty + int(np.count_nonzero(held <= np.uint64(self.kept_epoch)))
+
+    def n_filling_few(self, old: list[int]) -> int:
+        """Like :meth:`n_filling`, of so few that arrays would cost more than they save."""
+        n_filling = old.count(layout.HOLE)
+        first_own = layout.pack_location(0, self.kept_epoch + 1)
+        if self.kept_epoch and min(old) < first_own:
+            for location in old:
+                if location < first_own and 0 < location & layout.SLOT_MASK < layout.LOST:
+                    n_filling += 1
+        return n_filling
 
     def status(self) -> dict[str, Any]:
         """What there is to know, JSON-able; sizes in bytes."""

@@ -306,10 +306,7 @@ class Writing:
         n = len(old)
         if not self._has_room(n):
             return Wait.JOURNAL
-        n_filling = old.count(layout.HOLE)
-        if volume.kept_epoch:
-            n_filling = volume.n_filling(np.array(old, np.uint64))
-        slots = core.take_few_slots(n, n_filling)
+        slots = core.take_few_slots(n, volume.n_filling_few(old))
         if slots is None:
             return Wait.SPACE
         views = [*pending.values()]

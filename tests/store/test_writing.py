@@ -208,24 +208,31 @@ async def test_a_write_to_a_hole_fills_the_rest_of_its_block_with_zeros(volume: 
     assert volume.status()["mapped"] == 4096
 
 
+@pytest.mark.parametrize("is_kept", [False, True], ids=["", "snapshots"])
 @pytest.mark.parametrize("few", [0, 6, 24])
 async def test_few_blocks_and_many_are_accounted_alike(
-    tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, few: int, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small batches go without arrays: over data, holes, space set aside, and frozen leaves."""
+    """Small batches go without arrays: over data, a snapshot's too, holes, space set aside."""
     monkeypatch.setattr("nbdstore.store.writing._FEW", few)
     rng = random.Random(3)
     async with opened(make_pool(tmp_path / "p")) as pool:
         volume = await pool.create_volume("v", 4 * MIB)
         content = bytearray(volume.size)
+        kept: list[bytes] = []
         await volume.write_zeroes(MIB, MIB, no_hole=True)
         checkpoint: asyncio.Task[None] | None = None
         for number in range(600):
             blocks = rng.sample(range(volume.size // 4096), rng.choice([1, 1, 2, 3, 6, 7, 9]))
             writes = [(block * 4096, rng.randbytes(4096)) for block in blocks]
+            old = volume.map.locations(0, volume.map.n_blocks)[blocks]
+            assert volume.n_filling_few(old.tolist()) == volume.n_filling(old)
             assert volume.write_now(writes)
             for offset, piece in writes:
                 content[offset : offset + len(piece)] = piece
+            if is_kept and number % 150 == 120:
+                await pool.create_snapshots([(volume, f"s{number}")])
+                kept.append(bytes(content))
             if number % 100 == 50:
                 checkpoint = asyncio.create_task(pool.checkpoint())
             if number % 7 == 0:
@@ -235,6 +242,7 @@ async def test_few_blocks_and_many_are_accounted_alike(
         assert checkpoint is not None
         await checkpoint
         assert await read(volume) == content
+        assert [await read(snapshot) for snapshot in pool.snapshots.values()] == kept
         n_mapped = sum(any(content[at : at + 4096]) for at in range(0, len(content), 4096))
         assert volume.status()["mapped"] == n_mapped * 4096
         n_written = sum(any(content[at : at + 4096]) for at in range(MIB, 2 * MIB, 4096))
