@@ -173,11 +173,10 @@ class Operations:
             return self._describe(volume), True
 
     def _allowing(self, allow: Sequence[str], name: str, wanted: UUID | None) -> dict[str, Any]:
-        """The properties of a volume to be made, which a call before may have made already."""
+        """The properties of a volume to be made; if a call before has made it, of any length."""
         there = self._pool.volumes.get(name)
         is_made = there is not None and wanted is not None and uuid_of(there) == wanted
-        kept = there.properties.get("allow", ()) if there is not None and is_made else ()
-        return {"allow": checked_names(allow, kept)} if allow else {}
+        return {"allow": checked_names(allow, allow if is_made else ())} if allow else {}
 
     async def update_volume(self, name: str, **changes: Unpack[VolumeChanges]) -> VolumeInfo:
         """Resize, rename, change who may attach or how fast.

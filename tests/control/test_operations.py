@@ -172,6 +172,8 @@ class TestChanges:
         for n_left in (139, 138, 1):
             info = await bench.operations.update_volume("db", allow=names[-n_left:])
             assert info.allow == names[-n_left:]
+        again = await bench.operations.create_volume("db", SIZE, names, uuid=uuid)
+        assert again.allow == names[-1:], "what was made then, as it is now"
 
     async def test_changes_of_properties_do_not_undo_each_other(self, bench: Bench) -> None:
         set_properties = bench.pool.set_properties
