@@ -268,8 +268,8 @@ class Snapshots:
             volume: VolumeLike = self.find_trashed(which)
             if name is None and volume.name in self._pool.volumes:
                 raise AlreadyExists(
-                    f"there is another volume '{volume.name}' by now: give this one another name, "
-                    "with --as"
+                    f"volume '{volume.name}' exists already: give the one in the trash another "
+                    "name, with --as"
                 )
             await self._pool.restore_volume(volume, name or volume.name)
         return volume

@@ -58,7 +58,7 @@ def test_restoring_a_volume_whose_name_is_taken(either: CommandLine) -> None:
     either.run("volume", "delete", "db")
     either.run("volume", "create", "db", "--size", "2G")
     said = either.fail("trash", "restore", "db")
-    assert said.endswith("another volume 'db' by now: give this one another name, with --as\n")
+    assert said.endswith("exists already: give the one in the trash another name, with --as\n")
     assert "exists already" in either.fail("trash", "restore", "db", "--as", "db")
     assert either.run("trash", "restore", "db", "--as", "old") == "restored volume old, 1 GiB\n"
 
