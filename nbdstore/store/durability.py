@@ -21,6 +21,11 @@ of clients that write and flush by turns, and rounds took less than 10 ms on ave
 begins in the loop's next turn, so that all who ask in this one share it; but at once where nobody
 else asked for the last one, or did anything since.
 
+Where clients write and flush by turns, those whose writes were answered since the last round are
+about to flush, too.  So a round that follows a shared one waits for them: while there are more
+such writes than flushes, but not through more than a few turns in which neither comes.  Of eight
+clients, seven share a round then instead of four, and each of theirs takes a fifth less CPU.
+
 ``journal.durable_seq`` is the seq up to which records *and the data they map* are durable, in
 every volume; it travels in the header of each record.  Slots freed by record f may be used again
 once a *durable* record carries a durable_seq >= f, so that recovery knows that it need not check
@@ -47,6 +52,7 @@ from nbdstore.store.layout import SlotSequence
 INLINE_BYTES: Final = 64 << 10
 _SMOOTHING: Final = 8  # rounds, of the average time of one
 _CALLS_PER_FLUSH: Final = 3  # a client that flushes each write makes one
+IDLE_TURNS: Final = 8  # of the loop, 2 us each: those who were answered need some to flush
 
 OnDurable = Callable[[PoolFailed | None], None]
 """Called when something is durable, or with why the pool failed."""
@@ -138,6 +144,8 @@ class Committer:
         self._waiters: list[OnDurable] = []
         self._sync_s = 2 * core.options.in_place_sync_s  # of small rounds, on average
         self._n_waiters = 0  # of the last round
+        self._n_come = 0  # calls and flushes since then, when last looked at
+        self._n_idle_turns = 0  # in which neither came
         self._is_busy = False  # a round runs, or will in the next turn
         self._task: asyncio.Task[None] | None = None  # of a round that waits for threads
         self._all_durable_seq = 0
@@ -274,10 +282,30 @@ class Committer:
             asyncio.get_running_loop().call_soon(self._next)
 
     def _next(self) -> None:
+        if self._others_are_about_to_join():
+            asyncio.get_running_loop().call_soon(self._next)
+            return
         round_ = _Round(self._waiters, [*self._waiting], self._everything)
         self._waiters, self._waiting, self._everything = [], {}, False
         if self._begin(round_):
             self._end(round_)
+
+    def _others_are_about_to_join(self) -> bool:
+        """Whether the next round should begin a turn later, for the sake of who flushes by then.
+
+        Bounded, since each call that comes brings it nearer to where there are too many of them.
+        """
+        n_waiters, n_calls = len(self._waiters), self._core.n_calls
+        n_likely = max(n_waiters, self._n_waiters)
+        if self._n_waiters <= 1 or self._everything:
+            return False
+        if not n_waiters < n_calls <= _CALLS_PER_FLUSH * n_likely:
+            return False
+        if n_waiters + n_calls != self._n_come:
+            self._n_come = n_waiters + n_calls
+            self._n_idle_turns = 0
+        self._n_idle_turns += 1
+        return self._n_idle_turns <= IDLE_TURNS
 
     def _begin(self, round_: _Round) -> bool:
         """Begin a round; True if it is done as well, False if it goes on in a task.
@@ -288,7 +316,7 @@ class Committer:
         self._is_busy = True
         self._n_waiters = len(round_.waiters)
         is_quiet = core.n_calls <= _CALLS_PER_FLUSH * self._n_waiters
-        core.n_calls = 0
+        core.n_calls = self._n_come = 0
         try:
             self._write(round_)
             in_place = round_.is_small and is_quiet and self._is_quick

@@ -11,7 +11,7 @@ import pytest
 
 from nbdstore.errors import PoolFailed, WriteFailed
 from nbdstore.store import Pool, Volume
-from nbdstore.store.durability import INLINE_BYTES
+from nbdstore.store.durability import IDLE_TURNS, INLINE_BYTES
 from nbdstore.store.journal import Journal
 from tests.store.pools import MIB, Calls, hooked, opened, read, until
 
@@ -313,6 +313,85 @@ async def test_a_lone_clients_flush_that_fails_is_said_to_at_once(volume: Volume
         await volume.flush()
     assert volume.durable_seq < volume.last_seq
     assert done == []
+
+
+# -- waiting for others -------------------------------------------------------------------------
+
+
+async def share_a_round(volume: Volume) -> None:
+    """Have two clients write, then flush, by one round."""
+    done: list[object] = []
+    for number in range(2):
+        assert volume.write_now([(number * BLOCK, b"1" * BLOCK)])
+    for _ in range(2):
+        assert volume.flush_soon(done.append)
+    await until(lambda: len(done) == 2)
+
+
+async def turns_until(done: list[object], n: int) -> int:
+    """How many turns of the loop it takes until `done` has `n` entries."""
+    n_turns = 0
+    while len(done) < n:
+        await asyncio.sleep(0)
+        n_turns += 1
+    return n_turns
+
+
+async def test_a_round_waits_for_who_has_written_and_is_about_to_flush(
+    volume: Volume, calls: Calls
+) -> None:
+    make_quick(volume)
+    await share_a_round(volume)
+    calls.clear()
+    done: list[object] = []
+    for number in range(3):
+        assert volume.write_now([(number * BLOCK, b"2" * BLOCK)])
+    for _ in range(3):
+        assert calls.syncs() == []
+        assert volume.flush_soon(done.append)
+        for _ in range(IDLE_TURNS - 1):
+            await asyncio.sleep(0)
+    await until(lambda: len(done) == 3)
+    assert calls.syncs() == ["journal"]
+
+
+async def test_a_round_waits_a_few_turns_for_who_does_not_flush(volume: Volume) -> None:
+    make_quick(volume)
+    await share_a_round(volume)
+    done: list[object] = []
+    for number in range(2):
+        assert volume.write_now([(number * BLOCK, b"2" * BLOCK)])
+    assert volume.flush_soon(done.append)
+    assert 1 < await turns_until(done, 1) <= IDLE_TURNS + 1
+
+
+async def test_a_round_does_not_wait_where_many_write_and_few_flush(volume: Volume) -> None:
+    make_quick(volume)
+    await share_a_round(volume)
+    done: list[object] = []
+    for _ in range(7):
+        assert volume.write_now([(0, b"2" * BLOCK)])
+    with mock.patch.object(Journal, "sync", autospec=True) as sync:
+        assert volume.flush_soon(done.append)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert sync.called
+
+
+async def test_a_round_for_all_waits_for_nobody(counted: Pool, volume: Volume) -> None:
+    make_quick(volume)
+    await share_a_round(volume)
+    for number in range(2):
+        assert volume.write_now([(number * BLOCK, b"2" * BLOCK)])
+    done: list[object] = []
+    assert volume.flush_soon(done.append)
+    settling = asyncio.create_task(counted._committer.commit_all())
+    with mock.patch.object(Journal, "sync", autospec=True) as sync:
+        await asyncio.sleep(0)  # it asks for all
+        for _ in range(2):  # the round begins, and a task of it
+            await asyncio.sleep(0)
+        assert sync.called
+    await settling
 
 
 # -- blocks in the records that map them ---------------------------------------------------------
