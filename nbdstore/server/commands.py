@@ -94,6 +94,12 @@ class Target:
         self._errors = errors
         self._reported: set[type[Exception]] = set()
 
+    def weigh(self, request: Request) -> int:
+        """Bytes that a request makes the server hold until its reply is sent."""
+        if request[0] in (Command.READ, Command.WRITE):
+            return request[4]
+        return self.max_status_bytes if request[0] == Command.BLOCK_STATUS else 0
+
     def settle(self, request: Request, out: list[Buffer]) -> int:
         """Answer a request that the rules have settled: an error, or nothing to do."""
         command, _, cookie, offset, _, _, verdict = request

@@ -24,8 +24,7 @@ part is stalled; whoever asks `stall` now and then cuts it off.
     ending         no               everything is answered and sent -> done
     lost           no               its tasks, which are cancelled, have ended -> done
 
-Concurrency: everything runs on the loop's thread. Callbacks do not await; a task may be cancelled
-wherever it waits.
+Everything runs on the loop's thread; a task may be cancelled wherever it waits.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ from nbdstore.server.exports import VolumeOffer
 from nbdstore.server.limiter import Gate, Limiter
 from nbdstore.server.options import Limits
 from nbdstore.server.stall import Stall
+from nbdstore.server.turns import OnceATurn
 from nbdstore.server.wakefulness import Wakefulness
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
 _FLUSH = int(Command.FLUSH)
-_BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _DF = int(CommandFlag.DF)
 _FUA = int(CommandFlag.FUA)
 
@@ -102,7 +101,7 @@ class Session:
         self._limits = limits
         self._budget = budget
         self._wakefulness = wakefulness
-        self._account = budget.open(self._wake)
+        self._account = budget.open(self._once_a_turn(self._settle))
         self._parser = RequestParser(Rules(agreement), spares=budget.spares)
         self.grow()  # it may have grown since its size was told
         self._replies = make_replies(agreement.mode)
@@ -133,9 +132,8 @@ class Session:
         self._lost = False
         self._reading = False
         self._blocked = False
-        self._run_scheduled = False
-        self._send_scheduled = False
-        self._wake_scheduled = False
+        self._send_soon = self._once_a_turn(self._send)
+        self._run_soon = self._once_a_turn(self._run_backlog)
 
     # --- Life --------------------------------------------------------------------------------
 
@@ -236,6 +234,9 @@ class Session:
             log.exception("bug: a session on %s broke", self.volume.name)
             self.lose(fault)
 
+    def _once_a_turn(self, step: Callable[[], None]) -> OnceATurn:
+        return OnceATurn(self._loop, partial(self._guard, step))
+
     def _settle(self) -> None:
         """Bring reading, the backlog and the end in line with the state; after every event."""
         held = self._bytes_in_flight + self._outbox.n_bytes
@@ -243,10 +244,8 @@ class Session:
             self._account.set(held + self._receiving)
         if self._backlog:
             self._watch(False)
-            if not self._run_scheduled and self._fits(self._backlog[0]):
-                # Not at once: other connections come first.
-                self._run_scheduled = True
-                self._loop.call_soon(self._guard, self._run_backlog)
+            if not self._run_soon.is_due and self._fits(self._backlog[0]):
+                self._run_soon()  # not at once: other connections come first
         elif self.gate.held:
             self._watch(False)
         elif not self._ending:
@@ -265,7 +264,7 @@ class Session:
         if reading is not self._reading:
             self._reading = reading
             if reading:
-                self._channel.watch_readable(self._on_readable)
+                self._channel.watch_readable(partial(self._guard, self._receive))
             else:
                 self._channel.unwatch_readable()
 
@@ -282,18 +281,12 @@ class Session:
             or self.in_flight >= self._limits.max_in_flight
         )
 
-    def _weigh(self, request: Request) -> int:
-        """Bytes that a request makes the server hold until its reply is sent."""
-        if request[0] in (_READ, _WRITE):
-            return request[4]
-        return self._target.max_status_bytes if request[0] == _BLOCK_STATUS else 0
-
     def _fits(self, request: Request) -> bool:
         """Whether there is room for a request; if that is up to others only, wait for it.
 
         By the session's own limits, every request fits alone.
         """
-        weight, held = self._weigh(request), self._held()
+        weight, held = self._target.weigh(request), self._held()
         if (held or self.in_flight) and (
             self._is_full() or held + weight > self._limits.max_held_bytes
         ):
@@ -317,16 +310,6 @@ class Session:
             self._receiving = wanted
             self._account.set(self._account.held + wanted)
             self._account.stop_waiting()
-
-    def _wake(self) -> None:
-        """There may be room now."""
-        if not self._wake_scheduled:
-            self._wake_scheduled = True
-            self._loop.call_soon(self._guard, self._look_again)
-
-    def _look_again(self) -> None:
-        self._wake_scheduled = False
-        self._settle()
 
     def stall(self, now_s: float, timeout_s: float) -> str | None:
         """Say what the client has not done for `timeout_s`, while memory waits for it; else None.
@@ -360,9 +343,6 @@ class Session:
         return ConnectionResetError(f"the client left {self.n_pending} requests unanswered")
 
     # --- Rounds ------------------------------------------------------------------------------
-
-    def _on_readable(self) -> None:
-        self._guard(self._receive)
 
     def _receive(self) -> None:
         try:
@@ -411,7 +391,6 @@ class Session:
         self._settle()
 
     def _run_backlog(self) -> None:
-        self._run_scheduled = False
         backlog, self._backlog = self._backlog, []
         self._run(backlog)
         self._release()
@@ -453,7 +432,7 @@ class Session:
                 self._ending = True
                 n_aside += 1
             else:
-                weight = length if command == _READ else self._weigh(request)
+                weight = length if command == _READ else self._target.weigh(request)
                 if (weight > room and (n_out or not self._fits(request))) or left_in_round <= 0:
                     self._backlog = requests[position:]
                     break
@@ -536,13 +515,10 @@ class Session:
         """Send what the socket takes; the rest when it takes more."""
         if not self._blocked and self._outbox.n_bytes and not self._channel.flush(self._outbox):
             self._blocked = True
-            self._channel.watch_writable(self._on_writable)
+            self._channel.watch_writable(partial(self._guard, self._send_more))
         self._settle()
         if not (self._blocked or self.in_flight or self._backlog):
             self._wakefulness.replied()
-
-    def _on_writable(self) -> None:
-        self._guard(self._send_more)
 
     def _send_more(self) -> None:
         n_before = self._channel.n_unsent(self._outbox)
@@ -580,7 +556,7 @@ class Session:
             if not self._lost:
                 self._outbox.buffers += out
                 self._outbox.n_bytes += n_bytes
-                self._send_soon()
+                self._send_soon()  # after all that are ready now: one group commit ends many
         except Exception as fault:
             log.exception("bug: a request on %s broke", self.volume.name)
             self.lose(fault)
@@ -588,13 +564,3 @@ class Session:
             self.in_flight -= 1
             self._bytes_in_flight -= weight
             self._settle()
-
-    def _send_soon(self) -> None:
-        """Send after all tasks that are ready now: one group commit ends many at once."""
-        if not self._send_scheduled:
-            self._send_scheduled = True
-            self._loop.call_soon(self._guard, self._send_scheduled_replies)
-
-    def _send_scheduled_replies(self) -> None:
-        self._send_scheduled = False
-        self._send()
