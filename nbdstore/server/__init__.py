@@ -5,6 +5,7 @@ server       the whole: start, drain, who is connected
 listener     addresses and accepting
 connection   one connection's life
 session      one client's transmission phase; the hot path
+gathering    small writes of several clients, by one call of the store
 turns        steps that are put off to the loop's next turn
 limiter      requests wait for the limits of their volume
 stall        what a client is that does not get on

@@ -24,6 +24,7 @@ from nbdstore.server.budget import Budget
 from nbdstore.server.channel import Channel
 from nbdstore.server.counters import Counters
 from nbdstore.server.exports import Exports, ExportsView, VolumeOffer
+from nbdstore.server.gathering import Gatherings
 from nbdstore.server.limiter import Limiters
 from nbdstore.server.meter import Meter
 from nbdstore.server.options import Limits
@@ -106,6 +107,7 @@ class Settings:
     limiters: Limiters
     budget: Budget
     wakefulness: Wakefulness
+    gatherings: Gatherings
     tls_mode: TlsMode
     tls_files: TlsFiles | None
 
@@ -282,6 +284,7 @@ class Connection:
             settings.limits,
             settings.budget,
             settings.wakefulness,
+            settings.gatherings.of(agreement.offer.volume),
             client,
             settings.counters.of(agreement.offer.volume),
         )

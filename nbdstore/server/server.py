@@ -16,6 +16,7 @@ from nbdstore.server.budget import Budget
 from nbdstore.server.connection import Connection, ConnectionInfo, Observer, Settings
 from nbdstore.server.counters import Counters, ImageMeasures
 from nbdstore.server.exports import Exports, HasVolumes
+from nbdstore.server.gathering import Gatherings
 from nbdstore.server.limiter import Limiters, volume_of
 from nbdstore.server.listener import Listener
 from nbdstore.server.options import ServerOptions
@@ -53,6 +54,7 @@ class Server:
             limiters=Limiters(),
             budget=Budget(options.limits.max_client_bytes, options.limits.max_connections),
             wakefulness=Wakefulness(),
+            gatherings=Gatherings(),
             tls_mode=tls.mode if tls else TlsMode.OFF,
             tls_files=TlsFiles(tls) if tls else None,
         )

@@ -46,6 +46,7 @@ from nbdstore.server.channel import Channel, Outbox
 from nbdstore.server.commands import Target, perform, round_cost
 from nbdstore.server.counters import ImageCounters
 from nbdstore.server.exports import VolumeOffer
+from nbdstore.server.gathering import Gathering, Held
 from nbdstore.server.limiter import Gate, Limiter
 from nbdstore.server.options import Limits
 from nbdstore.server.stall import Stall
@@ -70,6 +71,7 @@ class Session:
         agreement: what the handshake ended in; its offer is a VolumeOffer.
         limits: see Limits.
         budget, wakefulness: of the server.
+        gathering: of the volume.
         client: who it is, for the fairness of its volume's limits.
         counters: of the volume; None = nobody asks for them.
     """
@@ -81,6 +83,7 @@ class Session:
         limits: Limits,
         budget: Budget,
         wakefulness: Wakefulness,
+        gathering: Gathering,
         client: str = "",
         counters: ImageCounters | None = None,
     ) -> None:
@@ -101,6 +104,7 @@ class Session:
         self._limits = limits
         self._budget = budget
         self._wakefulness = wakefulness
+        self._gathering = gathering
         self._account = budget.open(self._once_a_turn(self._settle))
         self._parser = RequestParser(Rules(agreement), spares=budget.spares)
         self.grow()  # it may have grown since its size was told
@@ -113,6 +117,7 @@ class Session:
         )
         self._outbox = Outbox()
         self._backlog: list[Request] = []
+        self._gathered: Held | None = None
         self._bytes_in_flight = 0
         self._n_syncing = 0
         """Requests that wait for a sync."""
@@ -139,11 +144,13 @@ class Session:
 
     async def serve(self, first_bytes: bytes) -> None:
         """Serve the client to its end, beginning with the bytes behind the handshake."""
+        self._gathering.n_clients += 1
         try:
             self._guard(self._take_first, first_bytes)
             await asyncio.shield(self.done)  # a cancelled task must not make it look done
         finally:
             self._counters.end(self)
+            self._gathering.n_clients -= 1
             self.lose(ConnectionAbortedError("the server gave the connection up"))
             self._cancel_tasks()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -210,6 +217,9 @@ class Session:
         self.gate.close()
         self.in_flight -= self._n_syncing
         self._n_syncing = 0
+        if self._gathered is not None:
+            self._gathered.drop()
+            self.in_flight -= 1
         self._outbox.clear()
         self._parser.close()
         self._receiving = 0
@@ -345,6 +355,10 @@ class Session:
     # --- Rounds ------------------------------------------------------------------------------
 
     def _receive(self) -> None:
+        if self._gathered is not None:  # its payload lies where the next bytes go
+            self._gathering.write()
+            if not self._reading:
+                return
         try:
             n_bytes = self._channel.recv_into(self._parser.get_buffer())
         except BlockingIOError:
@@ -370,7 +384,9 @@ class Session:
                 self._run(requests)
                 self._release()
             else:
-                self._run(requests if self.gate.limiter is None else self.gate.take(requests))
+                requests = self.gate.take(requests)
+                if not (len(requests) == 1 and self._hold(requests[0])):
+                    self._run(requests)
         else:
             self._n_partial += n_bytes
         if self._parser.direct_bytes != self._receiving:
@@ -486,6 +502,24 @@ class Session:
             for request in writes + flushes:
                 self._start_task(request, request[4])
         return applied
+
+    def _hold(self, request: Request) -> bool:
+        """Let a lone write wait for those of other clients in this turn, if it should."""
+        if self._gathered is not None or not self._gathering.wants(request):
+            return False
+        self._gathered = self._gathering.hold(request, partial(self._guard, self._end_hold))
+        self.in_flight += 1
+        return True
+
+    def _end_hold(self, held: Held, is_done: bool) -> None:
+        self._gathered = None
+        self.in_flight -= 1
+        if not is_done:
+            return self._run([held.request])
+        self.bytes_written += held.request[4]
+        self._outbox.n_bytes += self._replies.all_done(self._outbox.buffers, [held.request])
+        self._send()
+        self._counters.observe(_WRITE, 1, perf_counter_ns() - held.began_ns)
 
     def _flush(self, flushes: list[Request], out: list[Buffer], began_ns: int) -> int:
         """Have a round's requests that want a sync answered after it; now, if it is not needed."""

@@ -103,7 +103,7 @@ class Core:
             then, and unless the pool is being repaired, nothing may be written.  It may be called
             in a thread.  None = raise.
         failed: why the pool stopped acknowledging, or None.
-        n_calls: reads, and batches of writes, since the last round of syncs.
+        n_calls: reads, and batches of writes of each client, since the last round of syncs.
         reclaim: begins to delete what is kept only as long as there is space, and tells whether
             there is any, or some is being deleted; None = there never is.
         n_held: writes that wait for space now.

@@ -135,7 +135,7 @@ class Image:
 
     # -- changes, which only volumes take --------------------------------------------------
 
-    def write_now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
+    def write_now(self, writes: Sequence[tuple[int, Buffer]], *, n_clients: int = 1) -> bool:
         """See Volume.write_now."""
         raise self._read_only()
 

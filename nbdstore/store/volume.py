@@ -96,12 +96,15 @@ class Volume(Image):
 
     # -- data -------------------------------------------------------------------------------
 
-    def write_now(self, writes: Sequence[tuple[int, Buffer]]) -> bool:
+    def write_now(self, writes: Sequence[tuple[int, Buffer]], *, n_clients: int = 1) -> bool:
         """Do all of `writes` ((offset, data), in order) without waiting, or nothing (False).
 
         What is done survives the death of this process; :meth:`flush` makes it survive power loss.
+
+        Arguments:
+            n_clients: who has sent them, each of whom may be about to flush.
         """
-        self.core.n_calls += 1
+        self.core.n_calls += n_clients
         return self.writing.now(writes)
 
     async def write(self, offset: int, data: Buffer) -> None:

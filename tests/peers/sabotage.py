@@ -371,7 +371,7 @@ def trims_reach_too_far(patch: Patch) -> None:
 def small_writes_undo_each_other(patch: Patch) -> None:
     """Blocks are read before a batch and written after it, without a look at what came between."""
 
-    def write_now(original: Any, self: Any, writes: Any) -> bool:
+    def write_now(original: Any, self: Any, writes: Any, n_clients: int = 1) -> bool:
         before = {block: bytes(data) for block, data in self.blocks.items()}
         for offset, data in writes:
             block, at = divmod(offset, self.block_size)

@@ -74,7 +74,7 @@ class MemoryVolume:
         await asyncio.sleep(0)
         return self._read(offset, length)
 
-    def write_now(self, writes: Sequence[tuple[int, memoryview]]) -> bool:
+    def write_now(self, writes: Sequence[tuple[int, memoryview]], *, n_clients: int = 1) -> bool:
         if not self.space.is_set():
             return False
         for offset, data in writes:

@@ -189,7 +189,7 @@ def _answer_before_writing(self: Session, data: Sequence[Any]) -> bool:
     return True
 
 
-def _write_half(self: Volume, writes: Sequence[tuple[int, Any]]) -> bool:
+def _write_half(self: Volume, writes: Sequence[tuple[int, Any]], *, n_clients: int = 1) -> bool:
     """As if a batch was more than one record, and a crash came between them."""
     return all(self.writing.now([part]) for part in _halves(writes))
 
