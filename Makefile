@@ -65,7 +65,7 @@ bench: $(VENV)/.ready-bench
 	@scripts/install-packages benchmarks/debian-packages.txt
 	$(BIN)/python -m benchmarks run $(ARGS)
 
-bench-quick: ARGS := --quick $(ARGS)
+bench-quick: override ARGS := --quick $(ARGS)
 bench-quick: bench
 
 format: $(VENV)/.ready-test

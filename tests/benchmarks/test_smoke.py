@@ -22,14 +22,17 @@ from benchmarks.scale import SMOKE
 from tests.children import Children
 
 pytestmark = [
-    pytest.mark.requires("fio", "nbdkit", "qemu-nbd", "qemu-img", "nbd-server", "nbdcopy"),
-    pytest.mark.requires("setpriv", "make"),
+    pytest.mark.requires("fio", "nbdkit", "qemu-nbd", "qemu-img", "qemu-io", "nbdcopy"),
+    pytest.mark.requires("nbd-server", "setpriv", "make"),
     pytest.mark.timeout(900),  # half a minute each, unless others use the machine
 ]
 
 README = (ROOT / "benchmarks" / "README.md").read_text()
 # One row of each kind is enough for the peers, whose part is to be started and reached.
-KINDS = ("tls-random-read-4k-depth-32", "tcp-fsync-8-clients", "open-10-volumes")
+KINDS = (
+    *("tls-random-read-4k-depth-32", "tcp-fsync-8-clients"),
+    *("snapshots-many-random-write-4k-depth-32", "open-10-volumes"),
+)
 
 
 def run(children: Children, *arguments: str) -> list[dict[str, Any]]:
@@ -48,9 +51,8 @@ def run(children: Children, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_every_row_can_be_measured(children: Children) -> None:
-    # The rows over TCP and TLS are those over the unix socket with another URI: see KINDS.
-    wanted = [row for row in rows(SMOKE) if row.group not in ("tcp", "tls")]
-    found = run(children, *dict.fromkeys(row.group for row in wanted), "--peers", "nbdstore")
+    wanted = rows(SMOKE)
+    found = run(children, "--peers", "nbdstore")
     assert [row["name"] for row in found] == [row.name for row in wanted]
     for row, definition in zip(found, wanted, strict=True):
         assert row["failed"] == {}
@@ -69,6 +71,8 @@ def test_every_peer_can_be_measured(children: Children) -> None:
     by_name = {row["name"]: row for row in found}
     assert set(by_name["tcp-fsync-8-clients"]["samples"]) == set(PEERS)
     assert set(by_name["tls-random-read-4k-depth-32"]["left_out"]) == {"nbd-server"}
+    (many,) = (row for name, row in by_name.items() if name.startswith("snapshots"))
+    assert set(many["samples"]) == {"nbdstore", "qemu-qcow2"}
     assert set(by_name["open-10-volumes"]["left_out"]) == {"qemu-raw", "qemu-qcow2"}
 
 
@@ -201,3 +205,10 @@ def test_make_knows_its_targets(children: Children, line: str) -> None:
     assert len(arguments) == 1
     assert ("--quick" in arguments[0]) is ("bench-quick" in line)
     assert ("fsync --rounds 9" in arguments[0]) is ("ARGS" in line)
+
+
+def test_make_adds_to_a_quick_run_what_it_is_told(children: Children) -> None:
+    said = children.run(
+        "make", "bench-quick", "ARGS=fsync --rounds 1", "--dry-run", "-C", str(ROOT)
+    )
+    assert "-m benchmarks run --quick fsync --rounds 1\n" in said
