@@ -174,6 +174,14 @@ class BlockMap:
             found[low : ((leaf + 1) << self.leaf_shift) - start] = self._uniform_location(leaf)
         return found
 
+    def windows(self, n_blocks: int) -> U64:
+        """The entries of all ranges of `n_blocks`, by their first block: a view.
+
+        uint64, shape (ranges, 2 * n_blocks): location and checksum of one block after the other.
+        """
+        shape = (len(self.entries) - n_blocks + 1, 2 * n_blocks)
+        return np.ndarray(shape, "<u8", self.words, 0, (ENTRY_SIZE, ENTRY_SIZE // 2))
+
     # -- changes ----------------------------------------------------------------------------
 
     def make_writable(self, blocks: I64) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nbdstore.errors import NotFound, StoreError, WriteFailed
+from nbdstore.store.batchread import read_batch_now
 from nbdstore.store.blockmap import BlockMap
 from nbdstore.store.catalogue import SnapshotInfo, VolumeInfo
 from nbdstore.store.checkpoint import Checkpointer
@@ -95,6 +96,15 @@ class Image:
             block = self.reading.block_now(offset // length)
             return None if block is None else [block]
         return self.reading.now(offset, length)
+
+    def read_batch_now(self, offsets: Sequence[int], length: int) -> Sequence[memoryview | None]:
+        """Read `length` bytes at each of `offsets` without waiting, by one call.
+
+        Returns the content of each range, or None where :meth:`read_now` should be asked.
+        """
+        if self.is_gone or max(offsets) + length > self.info.size:
+            return [None] * len(offsets)
+        return read_batch_now(self, offsets, length)
 
     async def read(self, offset: int, length: int) -> list[Segment]:
         """Read, waiting for the disk; segments as :meth:`read_now`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbdstore.errors import Busy, NotFound
@@ -150,6 +150,10 @@ class Snapshot(Image):
     def read_now(self, offset: int, length: int) -> list[Segment] | None:
         """As Image.read_now."""
         return super().read_now(offset, length) if self.is_open else None
+
+    def read_batch_now(self, offsets: Sequence[int], length: int) -> Sequence[memoryview | None]:
+        """As Image.read_batch_now."""
+        return super().read_batch_now(offsets, length) if self.is_open else [None] * len(offsets)
 
     async def read(self, offset: int, length: int) -> list[Segment]:
         """As Image.read."""
