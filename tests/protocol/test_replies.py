@@ -106,6 +106,19 @@ def test_reads(exchange, segments, whole):
         assert len(reply.chunks) <= 1
 
 
+def test_many_reads_are_answered_as_each_by_itself(exchange):
+    contents = [memoryview(bytes([i]) * 512) for i in range(20)]
+    cookies = [exchange.ask(Command.READ, 512) for _ in contents]
+    requests = [(int(Command.READ), 0, cookie, OFFSET, 512, None, 0) for cookie in cookies]
+    n_bytes = exchange.replies.read_batch(exchange.out, requests, contents)
+    one_by_one = []
+    for (_, _, cookie, _, _, _, _), content in zip(requests, contents, strict=True):
+        exchange.replies.read(one_by_one, cookie, OFFSET, 512, [content])
+    assert exchange.out == one_by_one
+    assert n_bytes == sum(map(len, one_by_one))
+    assert all(sent is content for sent, content in zip(exchange.out[1::2], contents, strict=True))
+
+
 @pytest.mark.parametrize("mode", CHUNKED)
 @pytest.mark.parametrize(
     ("segments", "chunks"),

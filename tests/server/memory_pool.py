@@ -69,6 +69,15 @@ class MemoryVolume:
     def read_now(self, offset: int, length: int) -> list[memoryview | int] | None:
         return None if self.cold else self._read(offset, length)
 
+    def read_batch_now(self, offsets: Sequence[int], length: int) -> list[memoryview | None]:
+        if self.cold or self.error:
+            return [None] * len(offsets)
+        found = [self._read(offset, length) for offset in offsets]
+        return [
+            segments[0] if len(segments) == 1 and isinstance(segments[0], memoryview) else None
+            for segments in found
+        ]
+
     async def read(self, offset: int, length: int) -> list[memoryview | int]:
         self.calls.append("read")
         await asyncio.sleep(0)
