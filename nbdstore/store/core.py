@@ -45,6 +45,7 @@ OnDamage = Callable[[Corruption | ReadFailed], None]
 _RESERVE_SHARE: Final = 100
 _RESERVE_BYTES: Final = 64 << 20
 _RESERVE_MOST_SHARE: Final = 16  # of a small pool
+N_READERS: Final = 4  # threads of the disk, of which misses.py takes some and syncs the rest
 _ADVICE: Final = (
     "'nbdstore check' lists all damage, 'nbdstore salvage' copies what is intact, "
     "'nbdstore check --repair' makes that usable in place; restore the rest from a backup"
@@ -139,6 +140,7 @@ class Core:
         self.n_corruptions = 0
         self.newest_corruption: str | None = None
         self.host_full = False
+        self._readers = asyncio.Semaphore(N_READERS)
         self._space: asyncio.Event | None = None  # while somebody waits
 
     @property
@@ -269,13 +271,18 @@ class Core:
         """Return what `call` does in a thread, under which what it reads stays where it is.
 
         Whoever is cancelled waits no longer, but nothing is let go of before the thread ends: it
-        would take what is written to the same slots by then for damage.
+        would take what is written to the same slots by then for damage. No more than a few threads
+        read so at once, or a sync would wait for all who came before it.
         """
         seq = self.journal.seq
-        self.slots.pin(seq)
-        reading = asyncio.ensure_future(self.disk.offload(call))
+        self.slots.pin(seq)  # before it waits for its turn: what it is to read is known already
+        reading = asyncio.ensure_future(self._read_in_turn(call))
         reading.add_done_callback(lambda _: self.slots.unpin(seq))
         return await asyncio.shield(reading)
+
+    async def _read_in_turn(self, call: Callable[[], T]) -> T:
+        async with self._readers:
+            return await self.disk.offload(call)
 
     def read_block(self, location: int, checksum: int, what: str) -> bytes:
         """Return the node or block of the pool's own that an entry points to, verified.

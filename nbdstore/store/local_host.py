@@ -31,7 +31,9 @@ IOV_MAX: Final = 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _KEEP_SIZE: Final = 0x01  # FALLOC_FL_KEEP_SIZE, fallocate(2)
 _PUNCH_HOLE: Final = 0x02  # FALLOC_FL_PUNCH_HOLE
-_N_THREADS: Final = 8  # six reads that miss the page cache at once, and two syncs
+# Six reads that miss the page cache (misses.py), four of maps' leaves or to verify (core.py), and
+# four syncs: of a checkpoint and of a round, each of the data and of the journal.
+_N_THREADS: Final = 14
 _DIRECT_ALIGNMENT: Final = 4096
 
 P = ParamSpec("P")
