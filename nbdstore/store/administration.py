@@ -287,7 +287,6 @@ class Administration:
         self._registry.apply(self._services, volume_id, change, seq, prepared)
         self._core.host.reached(Failpoint.CHANGE_MADE)
         await self._services.committer.commit_all()
-        self._core.check_alive()
 
 
 def check_staying(volume: Volume) -> None:

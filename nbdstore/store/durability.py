@@ -38,6 +38,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
@@ -238,10 +239,15 @@ class Committer:
         return volume.durable_seq >= seq or self._all_durable_seq >= seq
 
     async def commit_all(self) -> None:
-        """Return when everything written so far is durable."""
+        """Return when everything written so far is durable.
+
+        Raises:
+            PoolFailed: the sync failed, now or before.
+        """
         self._core.check_alive()
         self._everything = True
         await self._round()
+        self._core.check_alive()
 
     async def settle(self) -> None:
         """Make durable that everything is durable.
@@ -328,6 +334,7 @@ class Committer:
             self._fail(error)
         if not in_place:
             self._task = asyncio.create_task(self._go_on(round_))
+            self._task.add_done_callback(partial(self._gone, round_))
         return in_place
 
     async def _go_on(self, round_: _Round) -> None:
@@ -339,6 +346,16 @@ class Committer:
             self._fail(error)
         self._task = None
         self._end(round_)
+
+    def _gone(self, round_: _Round, task: asyncio.Task[None]) -> None:
+        """End a round whose task was cancelled, perhaps before it began, as when the loop ends.
+
+        Nobody hears then what its sync comes to.
+        """
+        if task.cancelled():
+            self._core.fail("its commit was cancelled")
+            self._task = None
+            self._end(round_)
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, StoreError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from unittest import mock
@@ -532,3 +533,53 @@ async def test_what_is_unsynced_for_long_is_synced_unasked(directory: Path) -> N
             assert volume.write_now([(0, b"x" * BLOCK)])
             await until(lambda: "data" in calls.syncs())
             await until(lambda: pool.status()["unsynced"] == 0)
+
+
+async def test_who_waits_for_all_hears_that_its_own_round_failed(directory: Path) -> None:
+    fail = False
+
+    def hook(operation: str, name: str) -> None:
+        if fail and (operation, name) == ("sync", "data"):
+            raise WriteFailed(f"{name}: Input/output error while syncing")
+
+    with hooked(hook):
+        async with opened(directory) as pool:
+            volume = await pool.create_volume("v", MIB)
+            await volume.write(0, b"x" * BLOCK)
+            fail = True
+            with pytest.raises(PoolFailed, match="Input/output error"):
+                await pool._committer.commit_all()
+
+
+@pytest.mark.parametrize("n_turns", [1, 3])
+async def test_a_round_that_is_cancelled_fails_the_pool_and_is_not_waited_for(
+    counted: Pool, volume: Volume, n_turns: int
+) -> None:
+    """Before its task has begun, and while it waits for the sync."""
+    committer = counted._committer
+    assert volume.write_now([(0, b"x" * BLOCK)])
+    failures: list[object] = []
+    with mock.patch.object(Journal, "sync", lambda *_: asyncio.Event().wait()):
+        assert volume.flush_soon(failures.append)
+        for _ in range(n_turns):
+            await asyncio.sleep(0)
+        assert committer._task is not None
+        committer._task.cancel()
+        await committer.finish()
+    assert [type(failure) for failure in failures] == [PoolFailed]
+    with pytest.raises(PoolFailed, match="cancelled"):
+        await volume.flush()
+
+
+async def test_a_sync_does_not_wait_for_many_who_read_in_threads(
+    counted: Pool, volume: Volume
+) -> None:
+    may_end = threading.Event()
+    reads = [asyncio.create_task(volume.core.read_in_thread(may_end.wait)) for _ in range(50)]
+    try:
+        assert volume.write_now([(0, b"x" * (INLINE_BYTES + BLOCK))])
+        await volume.flush()
+        assert not any(read_.done() for read_ in reads)
+    finally:
+        may_end.set()
+    assert await asyncio.gather(*reads) == [True] * 50
