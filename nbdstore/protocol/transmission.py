@@ -48,8 +48,9 @@ Request: TypeAlias = tuple[int, int, bytes, int, int, memoryview | None, int]
 FAST_ZERO, DF, REQ_ONE. ``length`` is the effect's. ``payload`` is a WRITE's data, or the context
 ids of a filtered BLOCK_STATUS. ``verdict`` is that of `Rules.judge`."""
 
-RECEIVE_BYTES = 512 << 10
-"""The receive buffer; some requests of 128 KiB, the largest a Linux client sends by default."""
+RECEIVE_BYTES = (512 << 10) + 4096
+"""The receive buffer: four requests of 128 KiB, the largest a Linux client sends by default, and
+their headers. Without room for those it would take three, and move the fourth, nearly whole."""
 
 DIRECT_BYTES = 128 << 10
 """Incomplete payloads above this are received into a buffer of their own."""

@@ -8,7 +8,7 @@ when nobody uses that part.
 
     held by all connections <= total, and one request of up to 32 MiB
 
-Beside it there are only the receive buffers of small requests, 512 KiB for each connection, and the
+Beside it there are only the receive buffers of small requests, 516 KiB for each connection, and the
 spares. Under TLS a connection also has what is encrypted: up to 256 KiB that were received, 512 KiB
 that are to be sent, and OpenSSL's copy of either. What is served and sent at once is never held.
 

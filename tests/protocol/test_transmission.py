@@ -18,7 +18,7 @@ from nbdstore.protocol.constants import (
     TransmissionFlag,
 )
 from nbdstore.protocol.rules import NOTHING_TO_DO, Rules
-from nbdstore.protocol.transmission import RequestParser
+from nbdstore.protocol.transmission import DIRECT_BYTES, RECEIVE_BYTES, RequestParser
 from tests.protocol.conversation import FLAGS
 
 SIZE = 1 << 30
@@ -190,6 +190,16 @@ def test_everything_after_disc_is_ignored():
     assert [found[0] for found in feed(target, stream)] == [Command.READ, Command.DISC]
     assert target.finished
     assert feed(target, b"more garbage") == []
+
+
+@pytest.mark.parametrize("mode", ReplyMode)
+def test_the_receive_buffer_holds_four_of_the_largest_requests_of_linux(mode):
+    target = parser(mode, receive_bytes=RECEIVE_BYTES, direct_bytes=DIRECT_BYTES)
+    stream = b"".join(write(bytes(128 << 10), i << 17, mode=mode) for i in range(4))
+    buffer = target.get_buffer()
+    assert len(buffer) > len(stream)
+    buffer[: len(stream)] = stream
+    assert len(target.received(len(stream))) == 4
 
 
 # --- Refused payloads ----------------------------------------------------------------------------
