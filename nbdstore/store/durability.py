@@ -23,8 +23,9 @@ else asked for the last one, or did anything since.
 
 Where clients write and flush by turns, those whose writes were answered since the last round are
 about to flush, too.  So a round that follows a shared one waits for them: while there are more
-such writes than flushes, but not through more than a few turns in which neither comes.  Of eight
-clients, seven share a round then instead of four, and each of theirs takes a fifth less CPU.
+such writes, or reads, than flushes, but not through more than a few turns in which neither comes,
+nor through too many in all.  Of eight clients, seven share a round then instead of four, and each
+of theirs takes a fifth less CPU.
 
 ``journal.durable_seq`` is the seq up to which records *and the data they map* are durable, in
 every volume; it travels in the header of each record.  Slots freed by record f may be used again
@@ -54,6 +55,7 @@ INLINE_BYTES: Final = 64 << 10
 _SMOOTHING: Final = 8  # rounds, of the average time of one
 _CALLS_PER_FLUSH: Final = 3  # a client that flushes each write makes one
 IDLE_TURNS: Final = 8  # of the loop, 2 us each: those who were answered need some to flush
+MOST_TURNS: Final = 256  # in all: those who come may have others come after them for ever
 
 OnDurable = Callable[[PoolFailed | None], None]
 """Called when something is durable, or with why the pool failed."""
@@ -147,6 +149,7 @@ class Committer:
         self._n_waiters = 0  # of the last round
         self._n_come = 0  # calls and flushes since then, when last looked at
         self._n_idle_turns = 0  # in which neither came
+        self._n_turns = 0  # through which the next round was put off
         self._is_busy = False  # a round runs, or will in the next turn
         self._task: asyncio.Task[None] | None = None  # of a round that waits for threads
         self._all_durable_seq = 0
@@ -299,7 +302,8 @@ class Committer:
     def _others_are_about_to_join(self) -> bool:
         """Whether the next round should begin a turn later, for the sake of who flushes by then.
 
-        Bounded, since each call that comes brings it nearer to where there are too many of them.
+        Each call that comes brings it nearer to where there are too many of them, unless a flush
+        comes with it: then it is the turns that are counted.
         """
         n_waiters, n_calls = len(self._waiters), self._core.n_calls
         n_likely = max(n_waiters, self._n_waiters)
@@ -311,7 +315,8 @@ class Committer:
             self._n_come = n_waiters + n_calls
             self._n_idle_turns = 0
         self._n_idle_turns += 1
-        return self._n_idle_turns <= IDLE_TURNS
+        self._n_turns += 1
+        return self._n_idle_turns <= IDLE_TURNS and self._n_turns <= MOST_TURNS
 
     def _begin(self, round_: _Round) -> bool:
         """Begin a round; True if it is done as well, False if it goes on in a task.
@@ -322,7 +327,7 @@ class Committer:
         self._is_busy = True
         self._n_waiters = len(round_.waiters)
         is_quiet = core.n_calls <= _CALLS_PER_FLUSH * self._n_waiters
-        core.n_calls = self._n_come = 0
+        core.n_calls = self._n_come = self._n_turns = 0
         try:
             self._write(round_)
             in_place = round_.is_small and is_quiet and self._is_quick

@@ -12,7 +12,7 @@ import pytest
 
 from nbdstore.errors import PoolFailed, WriteFailed
 from nbdstore.store import Pool, Volume
-from nbdstore.store.durability import IDLE_TURNS, INLINE_BYTES
+from nbdstore.store.durability import IDLE_TURNS, INLINE_BYTES, MOST_TURNS
 from nbdstore.store.journal import Journal
 from tests.store.pools import MIB, Calls, hooked, opened, read, until
 
@@ -377,6 +377,20 @@ async def test_a_round_does_not_wait_where_many_write_and_few_flush(volume: Volu
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert sync.called
+
+
+async def test_a_round_does_not_wait_for_ever_where_others_go_on_coming(volume: Volume) -> None:
+    """In each turn somebody reads, and somebody flushes: one has always yet to."""
+    make_quick(volume)
+    await share_a_round(volume)
+    done: list[object] = []
+    assert volume.write_now([(0, b"2" * BLOCK)])
+    for _ in range(MOST_TURNS + 1):
+        assert not done
+        volume.read_now(0, BLOCK)
+        assert volume.flush_soon(done.append)
+        await asyncio.sleep(0)
+    assert len(done) == MOST_TURNS + 1
 
 
 async def test_a_round_for_all_waits_for_nobody(counted: Pool, volume: Volume) -> None:
