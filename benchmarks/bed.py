@@ -16,7 +16,7 @@ from benchmarks.filling import fill
 from benchmarks.model import LeftOut, Stage, Transport
 from benchmarks.peers import Peer
 from benchmarks.server import Server
-from benchmarks.tools import FAULTS, Tools, told
+from benchmarks.tools import FAULTS, Tools, end_if_interrupted, told
 from tests.children import Children
 
 # Beyond what is written: copies that copy-on-write makes, journals, what ext4 keeps for itself.
@@ -82,6 +82,7 @@ def bed(
                     server = prepare(peer, stage, children, place, credentials, tools)
                 except FAULTS as error:
                     failed(peer, told(error))
+                    end_if_interrupted(error)
                     continue
                 servers[peer.name] = server
                 stack.callback(server.close)

@@ -23,7 +23,7 @@ from benchmarks.peers import Peer
 from benchmarks.progress import Progress
 from benchmarks.results import Results, RowResult, row_result
 from benchmarks.server import Server
-from benchmarks.tools import FAULTS, Tools, told
+from benchmarks.tools import FAULTS, Tools, end_if_interrupted, told
 from nbdstore.sizes import format_size
 
 Item = TypeVar("Item")
@@ -169,6 +169,7 @@ class Runner:
         except FAULTS as error:
             # Not one peer's part: what all servers need, or to stop and remove one of them.
             self._progress.say(f"failed: {told(error)}")
+            end_if_interrupted(error)
             for result in results:
                 for peer in peers:
                     if peer.name not in {**result.left_out, **result.samples, **result.failed}:
@@ -206,6 +207,7 @@ class Runner:
         except FAULTS as error:
             result.failed[name] = told(error)
             self._progress.say(f"{row.name}: {name} failed: {told(error)}")
+            end_if_interrupted(error)
 
 
 def why_left_out(row: Row, peer: Peer) -> str | None:

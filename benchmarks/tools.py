@@ -40,6 +40,18 @@ class Tools:
     pki_home: Path
 
 
+def end_if_interrupted(error: BaseException) -> None:
+    """Raise KeyboardInterrupt if `error` came while a run was broken off, and so took its place.
+
+    What is stopped and put away then may fail, and only that is seen by who lets the run go on.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        cause = cause.__context__
+
+
 def told(error: BaseException) -> str:
     """An error in one line."""
     return " ".join(str(error).split())[-600:] or type(error).__name__

@@ -39,13 +39,15 @@ class Idle(Server):
     def create(self, stage: Stage) -> None:
         if self.directory.name == "unfit":
             raise BenchmarkFailed("cannot make its disk")
+        if self.directory.name == "unmade":
+            raise KeyboardInterrupt
 
     def start(self, transport: Transport) -> float:
         return 0.0
 
     def close(self) -> None:
         super().close()
-        if self.directory.name == "stuck":
+        if self.directory.name in ("stuck", "unmade"):
             raise BenchmarkFailed("does not end")
 
     def command(self, transport: Transport) -> Sequence[str]:
@@ -60,7 +62,10 @@ def peer(name: str, **lacks: str) -> Peer:
 
 
 class Turns:
-    """Notes who is measured, and for how long; a peer called "weak" fails in its second turn."""
+    """Notes who is measured, and for how long; what peers do may be in their names.
+
+    One called "weak" fails in its second turn; amid the turn of others Ctrl-C is pressed.
+    """
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, float]] = []
@@ -71,6 +76,13 @@ class Turns:
             raise BenchmarkFailed("had enough")
         if name == "absent":
             raise LeftOut("no such thing here")
+        if name == "interrupted":
+            raise KeyboardInterrupt
+        if name == "still-mounted":
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise BenchmarkFailed("cannot be unmounted")
         self.taken.append((name, tools.runtime_s))
         return Sample(float(len(self.taken)))
 
@@ -174,6 +186,19 @@ def test_a_server_that_does_not_end_ends_its_stage_but_not_the_run(
     assert turns.names() == "stuck other stuck other"
     assert told.count("failed: does not end") == 2
     assert [set(result.samples) for result in results.rows] == [{"stuck", "other"}] * 2
+
+
+@pytest.mark.parametrize(
+    "names", [("unmade",), ("still-mounted",), ("stuck", "interrupted")], ids=" ".join
+)
+def test_what_fails_while_a_run_is_broken_off_does_not_let_it_go_on(
+    children: Children, results: Results, names: Sequence[str]
+) -> None:
+    turns = Turns()
+    rows = [row(turns, "first"), row(turns, "second", size=2 << 20)]
+    with pytest.raises(KeyboardInterrupt):
+        run(children, results, rows, [*map(peer, names), peer("other")], 1)
+    assert turns.names() in ("", "stuck")
 
 
 def test_who_lacks_something_is_left_out_of_that_row_alone(
