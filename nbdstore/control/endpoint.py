@@ -36,8 +36,9 @@ STOP_TIMEOUT_S = 5.0
 """Seconds that calls under way get to finish when the server stops, and as many again to end when
 they are cancelled: what is being changed in the store is waited for."""
 UNREAD_TIMEOUT_S = 5.0
-"""Seconds after which a stop cuts off callers who do not read what is written to them: cancelling
-does nothing about these, so each would take twice the other."""
+"""Seconds after which a stop cuts off callers who have not read what was written to them by then,
+because they do not read, or slowly: cancelling does nothing about these, so each would take twice
+the other."""
 
 log = logging.getLogger(__name__)
 

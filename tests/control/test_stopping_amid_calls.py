@@ -71,7 +71,8 @@ def test_a_reader_that_reads_gets_all_of_it(patient: Served) -> None:
     connection.request("GET", "/v1/volumes/db/data")
     response = connection.getresponse()
     wait_until_nothing_moves(patient)
-    stopping = asyncio.run_coroutine_threadsafe(patient.endpoint.stop(), patient.loop)
-    assert len(response.read()) >= SIZE
-    stopping.result(TIMEOUT_S)
+    with mock.patch.object(endpoint, "UNREAD_TIMEOUT_S", 10 * TIMEOUT_S):
+        stopping = asyncio.run_coroutine_threadsafe(patient.endpoint.stop(), patient.loop)
+        assert len(response.read()) >= SIZE
+        stopping.result(TIMEOUT_S)
     connection.close()
