@@ -15,9 +15,9 @@ from benchmarks.results import Results, RowResult, Summary
 FILE_NAME: Final = "results.md"
 _LEGEND: Final = """\
 Each figure is the median of {rounds} of {runtime_s:g} s, the smallest and the largest in
-brackets. *Ratio* is how many times as good nbdstore is as the best peer of that row: 2.0 is twice
-as many operations, or half the time or memory. *CPU* is what the server's processes used for each
-operation.
+brackets. *Ratio* is how many times as good nbdstore is as the best peer of that row, or as the row
+that its goal names: 2.0 is twice as many operations, or half the time or memory. *CPU* is what the
+server's processes used for each operation.
 """
 
 
