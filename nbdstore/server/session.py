@@ -1,9 +1,8 @@
 """One client's transmission phase: the hot path of the server.
 
 Joins the request parser, a volume and a channel. A round is what one wake-up costs: receive once,
-parse everything that is complete, walk it, hand reads of one length to the store at once, and all
-plain writes, send all replies by one system call. There is no task, future or coroutine per
-request in it.
+parse all that is complete, walk it, hand all plain writes, and reads of one length, to the store at
+once, send all replies by one system call. There is no task, future or coroutine per request in it.
 
 FLUSH, and writes with FUA, are answered from the store's callback after the next sync. Any other
 request leaves the round for a task of its own when the store would have to wait (a cold read, a
@@ -514,7 +513,8 @@ class Session:
         self._gathered = None
         self.in_flight -= 1
         if not is_done:
-            return self._run([held.request])
+            self._backlog.insert(0, held.request)  # what the gate held may have come there, too
+            return self._settle()
         self.bytes_written += held.request[4]
         self._outbox.n_bytes += self._replies.all_done(self._outbox.buffers, [held.request])
         self._send()

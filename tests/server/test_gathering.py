@@ -11,6 +11,7 @@ import pytest
 from nbdstore.errors import NoSpace
 from nbdstore.protocol.constants import Command, CommandFlag, Errno
 from nbdstore.protocol.transmission import Request
+from nbdstore.qos import Qos
 from nbdstore.server import Server
 from nbdstore.server.gathering import (
     LONELY_TURNS,
@@ -20,6 +21,7 @@ from nbdstore.server.gathering import (
     Held,
     OnWritten,
 )
+from nbdstore.server.limiter import Limiter
 from nbdstore.server.session import Session
 from tests.server.conftest import Connect, Serve
 from tests.server.memory_pool import MemoryPool, MemoryVolume
@@ -180,6 +182,28 @@ async def test_what_is_held_is_written_before_more_is_received_over_it(
     assert (await clients[0].reply(cookies[0])).error == 0
     blocks = pool.volumes["disk"].blocks
     assert (blocks[0], blocks[9]) == (b"1" * BLOCK, b"2" * BLOCK)
+
+
+async def test_what_the_volumes_limits_let_go_meanwhile_is_answered_too(
+    server: Server, clients: list[NbdClient], pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the store cannot do at once what is held."""
+    volume = pool.volumes["disk"]
+    volume.space.clear()
+    session = next(iter(server._connections)).session
+    assert session is not None
+    session.limit(Limiter(Qos(iops=1)))
+    before_the_end_of_the_turn(monkeypatch, server, lambda session: session.limit(None))
+    made = [
+        clients[0].transmission.request(Command.WRITE, number * BLOCK, payload=b"1" * BLOCK)
+        for number in range(3)
+    ]
+    clients[0].send(b"".join([data for _, data in made]))
+    while "write" not in volume.calls:
+        await asyncio.sleep(0)
+    volume.space.set()
+    assert await errors([clients[0]] * 3, [cookie for cookie, _ in made]) == [0] * 3
+    assert sorted(volume.blocks) == [0, 1, 2]
 
 
 async def test_a_drained_server_answers_what_is_held(
