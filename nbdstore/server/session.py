@@ -219,6 +219,7 @@ class Session:
         self._n_syncing = 0
         if self._gathered is not None:
             self._gathered.drop()
+            self._gathered = None
             self.in_flight -= 1
         self._outbox.clear()
         self._parser.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from unittest import mock
 
@@ -161,6 +163,26 @@ async def test_the_write_of_a_client_that_is_lost_meanwhile_is_not_done(
     await clients[0].until_closed()
     assert 0 not in pool.volumes["disk"].blocks
     assert all(0 not in batch for batch in batches)
+
+
+async def test_the_buffer_of_a_client_that_is_lost_meanwhile_is_free_at_once(
+    server: Server, clients: list[NbdClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when garbage is collected: the write that was held lies in it."""
+    buffers: list[weakref.ref[object]] = []
+
+    def lose(session: Session) -> None:
+        buffers.append(weakref.ref(session._parser._view.obj))
+        session.lose(ConnectionAbortedError("fenced"))
+
+    before_the_end_of_the_turn(monkeypatch, server, lose)
+    gc.disable()
+    try:
+        clients[0].start(Command.WRITE, 0, payload=b"1" * BLOCK)
+        await clients[0].until_closed()
+        assert [buffer() for buffer in buffers] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_what_is_held_is_written_before_more_is_received_over_it(
