@@ -11,6 +11,7 @@ from nbdstore.protocol.agreement import ReplyMode
 from nbdstore.protocol.constants import Command, CommandFlag, Errno
 from nbdstore.server import Limits
 from nbdstore.store import Pool
+from tests.store.test_reading import damage, place_of
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -105,13 +106,39 @@ async def test_other_commands_between_them_are_done_too(served, connect, content
         assert await client.read(upper + i * BLOCK, BLOCK) == b"%04d" % i * 1024
 
 
-async def test_they_are_counted_as_each_by_itself(served, connect, content) -> None:
+def reads_beyond_the_holes(length: int):
+    return [(Command.READ, (512 + block) * BLOCK, length, 0, None) for block in range(50)]
+
+
+@pytest.mark.parametrize("length", [BLOCK, 4 * BLOCK])
+async def test_they_are_counted_as_each_by_itself(served, connect, real_pool, length) -> None:
     client = await connect()
     await client.go("disk", ReplyMode.STRUCTURED)
-    reads = [(Command.READ, block * BLOCK, BLOCK, 0, None) for block in range(50)]
-    await ask_at_once(client, reads)
+    await ask_at_once(client, reads_beyond_the_holes(length))
     session = next(iter(served._connections)).session
-    assert session.counts == (50, 50 * BLOCK, 0)
+    assert session.counts == (50, 50 * length, 0)
+    (found,) = served.measures([real_pool.volumes["disk"]])
+    assert [(told.command, told.n_requests) for told in found.latencies] == [("read", 50)]
+
+
+@pytest.mark.parametrize("length", [BLOCK, 4 * BLOCK])
+async def test_a_damaged_block_fails_those_that_read_it(
+    served, connect, real_pool, content, tmp_path, length
+) -> None:
+    volume, bad = real_pool.volumes["disk"], 530
+    await volume.flush()
+    damage(tmp_path / "pool", place_of(volume, bad))
+    client = await connect()
+    await client.go("disk", ReplyMode.STRUCTURED)
+    reads = reads_beyond_the_holes(length)
+    replies = await ask_at_once(client, reads)
+    for (_, offset, _, _, _), reply in zip(reads, replies, strict=True):
+        if offset <= bad * BLOCK < offset + length:
+            assert reply.error == Errno.EIO
+        else:
+            assert (reply.error, reply.data) == (0, content[offset : offset + length])
+    (found,) = served.measures([volume])
+    assert found.errors == {"EIO": length // BLOCK}
 
 
 async def test_those_that_must_wait_are_answered_when_they_are_there(pool, serve, connect) -> None:
