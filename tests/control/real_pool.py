@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from nbdstore.store import Pool
 
 T = TypeVar("T")
 TIMEOUT_S = 60
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Served:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop of the server and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(TIMEOUT_S)
+
+    def fill(self, size: int) -> None:
+        """Make a volume ``db`` of random bytes, and its snapshot ``db@a``."""
+
+        async def make() -> None:
+            volume = await self.pool.create_volume("db", size)
+            for offset in range(0, size, MIB):
+                await volume.write(offset, os.urandom(MIB))
+            await self.pool.create_snapshots([(volume, "a")])
+
+        self.run(make())
 
     def connect(self) -> http.client.HTTPConnection:
         """Connect to the control API's unix socket."""

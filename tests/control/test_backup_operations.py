@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import http.client
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +20,9 @@ from nbdstore.control.model import OperationInfo
 from nbdstore.control.receiving_model import ReceivedInfo
 from nbdstore.control.stream import Buffer
 from nbdstore.errors import Busy, Cancelled
-from tests.control.real_pool import TIMEOUT_S, Served
+from tests.control.real_pool import MIB, TIMEOUT_S, Served
 from tests.store.workload import joined
 
-MIB = 1 << 20
 SIZE = 32 * MIB
 """More than all buffers between a server and who does not read."""
 
@@ -32,14 +30,7 @@ SIZE = 32 * MIB
 @pytest.fixture
 def filled(served: Served) -> Served:
     """A pool with ``db@a`` of random bytes."""
-
-    async def fill() -> None:
-        volume = await served.pool.create_volume("db", SIZE)
-        for offset in range(0, SIZE, MIB):
-            await volume.write(offset, os.urandom(MIB))
-        await served.pool.create_snapshots([(volume, "a")])
-
-    served.run(fill())
+    served.fill(SIZE)
     return served
 
 

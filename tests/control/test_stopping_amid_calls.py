@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -12,9 +11,8 @@ from unittest import mock
 import pytest
 
 from nbdstore.control import endpoint
-from tests.control.real_pool import TIMEOUT_S, Served
+from tests.control.real_pool import MIB, TIMEOUT_S, Served
 
-MIB = 1 << 20
 SIZE = 16 * MIB
 HASTE_S = 0.01
 LOOK_TURNS = 100
@@ -25,14 +23,7 @@ def patient(tmp_path: Path) -> Iterator[Served]:
     """A pool with ``db@a`` of random bytes, whose API waits for calls longer than a test does."""
     with mock.patch.object(endpoint, "STOP_TIMEOUT_S", 10 * TIMEOUT_S):
         served = Served(tmp_path)
-
-    async def fill() -> None:
-        volume = await served.pool.create_volume("db", SIZE)
-        for offset in range(0, SIZE, MIB):
-            await volume.write(offset, os.urandom(MIB))
-        await served.pool.create_snapshots([(volume, "a")])
-
-    served.run(fill())
+    served.fill(SIZE)
     yield served
     served.close()
 
